@@ -1,0 +1,167 @@
+//! The one error type of the library.
+//!
+//! Every variant names the file or module it speaks of, what was expected, what was found, and
+//! leaves the user something to do: [`Error::hint`] is printed as the last line of a failed run.
+
+use std::path::{Path, PathBuf};
+
+/// Result of everything in this crate that can fail.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// What went wrong, where, and what was expected instead.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The operating system refused a read, write, rename or listing.
+    #[error("{path}: cannot {action}: {source}", path = path.display())]
+    Io {
+        /// File or folder concerned.
+        path: PathBuf,
+        /// What was being done, as a verb phrase: "read", "create the output folder".
+        action: &'static str,
+        /// The operating system's own error.
+        source: std::io::Error,
+    },
+    /// A file exists but its content breaks its format.
+    #[error("{path}: {at}: {why}", path = path.display())]
+    Format {
+        /// File concerned.
+        path: PathBuf,
+        /// Place inside the file: a key, a line, a tensor name, "header".
+        at: String,
+        /// What was expected and what was found.
+        why: String,
+    },
+    /// A file, tensor, key or token that the work needs is not there.
+    #[error("missing {what} in {place}")]
+    Missing {
+        /// The thing that is absent, by name.
+        what: String,
+        /// Where it was looked for.
+        place: String,
+    },
+    /// A tensor or matrix has another shape than its module needs.
+    #[error("{module}: expected shape {expected:?}, found {found:?}")]
+    Shape {
+        /// Checkpoint name of the tensor or module.
+        module: String,
+        /// Shape that the configuration demands.
+        expected: Vec<usize>,
+        /// Shape that was found.
+        found: Vec<usize>,
+    },
+    /// A valid request or file that this version does not handle.
+    #[error("unsupported: {what}")]
+    Unsupported {
+        /// What was asked for, and the nearest thing that is supported.
+        what: String,
+    },
+    /// Two requests or settings contradict each other, or a value is outside its range.
+    #[error("{what}: {why}")]
+    Invalid {
+        /// Option, key or argument.
+        what: String,
+        /// What was given and what is allowed.
+        why: String,
+    },
+    /// A Hessian stayed singular after the whole damping ladder.
+    #[error(
+        "{module}: the damped Hessian is not positive definite (pivot {pivot}, dampening_frac {dampening_frac})"
+    )]
+    Singular {
+        /// Module being solved.
+        module: String,
+        /// Index of the first non-positive pivot.
+        pivot: usize,
+        /// Last relative damping that was tried.
+        dampening_frac: f64,
+    },
+    /// NaN or infinity where only finite numbers make sense.
+    #[error("{module}: {count} value(s) are NaN or infinite in {stage}")]
+    NotFinite {
+        /// Module, tensor or sample.
+        module: String,
+        /// Stage of the work: "weights", "hidden states", "hessian".
+        stage: String,
+        /// How many values are not finite.
+        count: usize,
+    },
+    /// An output exists already, and nothing is ever overwritten.
+    #[error("{path}: exists already", path = path.display())]
+    Exists {
+        /// The path in the way.
+        path: PathBuf,
+    },
+    /// The user asked the run to stop.
+    #[error("interrupted; nothing was written to {path}", path = path.display())]
+    Interrupted {
+        /// Output that was not produced.
+        path: PathBuf,
+    },
+    /// The tensor library failed; shapes and devices are in its message.
+    #[error("{context}: {source}")]
+    Tensor {
+        /// What was being computed.
+        context: String,
+        /// The tensor library's own error.
+        source: candle_core::Error,
+    },
+}
+
+impl Error {
+    /// An [`Error::Io`] for `path` while doing `action`.
+    pub fn io(path: &Path, action: &'static str, source: std::io::Error) -> Self {
+        Self::Io {
+            path: path.to_path_buf(),
+            action,
+            source,
+        }
+    }
+
+    /// An [`Error::Format`] at a place inside a file.
+    pub fn format(path: &Path, at: impl Into<String>, why: impl Into<String>) -> Self {
+        Self::Format {
+            path: path.to_path_buf(),
+            at: at.into(),
+            why: why.into(),
+        }
+    }
+
+    /// What the user can do about it; the last line of a failed run.
+    pub fn hint(&self) -> &'static str {
+        match self {
+            Self::Io { .. } => {
+                "check that the path exists, is readable or writable, and that the disk has room"
+            }
+            Self::Format { .. } => "the file is damaged or of another kind; fetch or make it again",
+            Self::Missing { .. } => {
+                "complete the folder: a checkpoint needs config.json, its safetensors, tokenizer.json and the processor files"
+            }
+            Self::Shape { .. } => {
+                "config.json and the tensors disagree; use the config that came with these weights"
+            }
+            Self::Unsupported { .. } => "run `vlmq inspect MODEL` to see what is supported",
+            Self::Invalid { .. } => "see `vlmq help` for the allowed values",
+            Self::Singular { .. } => {
+                "use more or more varied samples, or raise it with --set dampening_frac=0.05"
+            }
+            Self::NotFinite { .. } => {
+                "the weights or the calibration data hold NaN or infinity; check their source"
+            }
+            Self::Exists { .. } => "choose another --output, or remove that folder yourself",
+            Self::Interrupted { .. } => "start the command again to have the result",
+            Self::Tensor { .. } => {
+                "this is a bug in vlmq unless memory ran out; please report it with the command"
+            }
+        }
+    }
+}
+
+impl From<candle_core::Error> for Error {
+    fn from(source: candle_core::Error) -> Self {
+        Self::Tensor {
+            context: "tensor operation".into(),
+            source,
+        }
+    }
+}

@@ -1,0 +1,10 @@
+//! Post-training quantization of vision-language models with importance-weighted Hessians.
+#![deny(missing_docs)]
+#![cfg_attr(not(test), deny(clippy::unwrap_used))]
+
+pub mod error;
+pub mod matrix;
+pub mod plan;
+
+pub use error::{Error, Result};
+pub use matrix::Matrix;

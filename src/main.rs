@@ -1,0 +1,2 @@
+//! The `vlmq` command.
+fn main() {}

@@ -1,0 +1,144 @@
+//! What is to be done: the number format of the weights, the method, and its settings.
+//!
+//! Everything here is validated when it is made, so nothing downstream meets a raw flag.
+
+use crate::{Error, Result};
+use serde::{Deserialize, Serialize};
+
+/// The number format of a quantized weight: how many bits, which columns share a scale, whether
+/// the grid is centred on zero, and the type that scales are stored in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Scheme {
+    bits: u8,
+    group_size: Option<usize>,
+    symmetric: bool,
+    scale_dtype: ScaleDtype,
+}
+
+/// Storage type of scales. The solver rounds every scale to it *before* rounding weights, so the
+/// grid that errors are compensated on is exactly the grid that is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ScaleDtype {
+    /// bfloat16, 8 bits of mantissa.
+    Bf16,
+    /// IEEE half precision.
+    F16,
+    /// IEEE single precision.
+    F32,
+}
+
+impl ScaleDtype {
+    /// `value` rounded to this type and back.
+    pub fn round(self, value: f32) -> f32 {
+        match self {
+            Self::Bf16 => half::bf16::from_f32(value).to_f32(),
+            Self::F16 => half::f16::from_f32(value).to_f32(),
+            Self::F32 => value,
+        }
+    }
+}
+
+impl Scheme {
+    /// Bit widths that every output format of ours can hold.
+    pub const BITS: [u8; 4] = [2, 3, 4, 8];
+
+    /// A scheme; `group_size` `None` means one scale per output channel.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for another bit width, or a group size that is zero or no multiple of 8.
+    pub fn new(
+        bits: u8,
+        group_size: Option<usize>,
+        symmetric: bool,
+        scale_dtype: ScaleDtype,
+    ) -> Result<Self> {
+        if !Self::BITS.contains(&bits) {
+            return Err(Error::Invalid {
+                what: "--bits".into(),
+                why: format!("{bits} given, one of {:?} expected", Self::BITS),
+            });
+        }
+        if group_size.is_some_and(|g| g == 0 || g % 8 != 0) {
+            return Err(Error::Invalid {
+                what: "--group-size".into(),
+                why: format!(
+                    "{} given, a positive multiple of 8 or -1 (per channel) expected",
+                    group_size.unwrap_or(0)
+                ),
+            });
+        }
+        Ok(Self {
+            bits,
+            group_size,
+            symmetric,
+            scale_dtype,
+        })
+    }
+
+    /// Bits per code.
+    pub fn bits(self) -> u8 {
+        self.bits
+    }
+
+    /// Columns that share a scale; `None` is the whole row.
+    pub fn group_size(self) -> Option<usize> {
+        self.group_size
+    }
+
+    /// Whether the grid is centred on zero (zero point fixed at 2^(bits−1)).
+    pub fn symmetric(self) -> bool {
+        self.symmetric
+    }
+
+    /// Storage type of scales.
+    pub fn scale_dtype(self) -> ScaleDtype {
+        self.scale_dtype
+    }
+
+    /// Largest code, 2^bits − 1.
+    pub fn max_code(self) -> u8 {
+        ((1u16 << self.bits) - 1) as u8
+    }
+
+    /// Columns that share a scale in a weight of `in_features` columns.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] naming `module` if the group size does not divide `in_features`.
+    pub fn group_len(self, module: &str, in_features: usize) -> Result<usize> {
+        let group_len = self.group_size.unwrap_or(in_features);
+        if in_features == 0 || in_features % group_len != 0 {
+            return Err(Error::Invalid {
+                what: format!("--group-size {group_len}"),
+                why: format!(
+                    "{module} has {in_features} input columns, which it does not divide; {}",
+                    propose_group(in_features)
+                ),
+            });
+        }
+        Ok(group_len)
+    }
+
+    /// Stored bits per weight, scales and zero points included, for rows of `in_features`.
+    pub fn bits_per_weight(self, in_features: usize) -> f64 {
+        let group = self.group_size.unwrap_or(in_features) as f64;
+        let scale_bits = if self.scale_dtype == ScaleDtype::F32 {
+            32.0
+        } else {
+            16.0
+        };
+        let zero_bits = if self.symmetric {
+            0.0
+        } else {
+            f64::from(self.bits)
+        };
+        f64::from(self.bits) + (scale_bits + zero_bits) / group
+    }
+}
+
+fn propose_group(in_features: usize) -> String {
+    match [128, 64, 32].into_iter().find(|g| in_features % g == 0) {
+        Some(g) => format!("use --group-size {g}, or -1 for per-channel"),
+        None => "use --group-size -1 for per-channel".to_owned(),
+    }
+}
