@@ -1,0 +1,302 @@
+//! The one decoder: a pre-norm transformer layer with grouped-query attention, rotary positions
+//! and a gated MLP, cut into the four stages at which its linears see their inputs.
+//!
+//! ```text
+//!  x ──norm──► n₁ ─q,k,v─► attention ──► a ─o─► + x = y ──norm──► n₂ ─gate,up─► h ─down─► + y
+//!              stage qkv                 stage o                  stage gate_up  stage down
+//! ```
+//! Calibration walks these stages one by one, so that no part of a forward is ever run twice.
+//! All activations are `[n_tokens, width]`, one sample at a time; no padding exists.
+
+use crate::checkpoint::Checkpoint;
+use crate::model::config::DecoderConfig;
+use crate::model::linear::{Linear, load_tensor};
+use crate::model::rope::Rope;
+use crate::Result;
+use candle_core::{D, Device, Tensor};
+use candle_nn::ops::{rms_norm, silu, softmax_last_dim};
+
+/// The linears of a layer, in the order in which they are solved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Projection {
+    /// Queries.
+    Q,
+    /// Keys.
+    K,
+    /// Values.
+    V,
+    /// Attention output.
+    O,
+    /// MLP gate.
+    Gate,
+    /// MLP up.
+    Up,
+    /// MLP down.
+    Down,
+}
+
+impl Projection {
+    /// All of a layer, in solve order.
+    pub const ALL: [Self; 7] =
+        [Self::Q, Self::K, Self::V, Self::O, Self::Gate, Self::Up, Self::Down];
+
+    /// Name inside a layer of a checkpoint.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Q => "self_attn.q_proj",
+            Self::K => "self_attn.k_proj",
+            Self::V => "self_attn.v_proj",
+            Self::O => "self_attn.o_proj",
+            Self::Gate => "mlp.gate_proj",
+            Self::Up => "mlp.up_proj",
+            Self::Down => "mlp.down_proj",
+        }
+    }
+
+    /// Shape `[out, in]` of the weight.
+    pub fn shape(self, config: &DecoderConfig) -> [usize; 2] {
+        let (hidden, inter) = (config.hidden_size, config.intermediate_size);
+        let (q, kv) = (config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim);
+        match self {
+            Self::Q => [q, hidden],
+            Self::K | Self::V => [kv, hidden],
+            Self::O => [hidden, q],
+            Self::Gate | Self::Up => [inter, hidden],
+            Self::Down => [hidden, inter],
+        }
+    }
+
+    fn has_bias(self) -> bool {
+        matches!(self, Self::Q | Self::K | Self::V)
+    }
+}
+
+/// One transformer layer's weights in f32.
+#[derive(Clone, Debug)]
+pub struct DecoderLayer {
+    linears: [Linear; 7],
+    input_norm: Tensor,
+    post_attention_norm: Tensor,
+    n_heads: usize,
+    n_kv_heads: usize,
+    head_dim: usize,
+    rms_norm_eps: f32,
+}
+
+/// Keys and values of the tokens seen so far, `[kv_heads, n, head_dim]`, keys rotated.
+#[derive(Clone, Debug, Default)]
+pub struct KvCache {
+    keys_values: Option<(Tensor, Tensor)>,
+}
+
+impl KvCache {
+    /// Number of cached tokens.
+    pub fn n_tokens(&self) -> usize {
+        self.keys_values.as_ref().map_or(0, |(k, _)| k.dims()[1])
+    }
+
+    fn extend(&mut self, k: Tensor, v: Tensor) -> Result<(Tensor, Tensor)> {
+        let (k, v) = match &self.keys_values {
+            Some((past_k, past_v)) => (Tensor::cat(&[past_k, &k], 1)?, Tensor::cat(&[past_v, &v], 1)?),
+            None => (k, v),
+        };
+        self.keys_values = Some((k.clone(), v.clone()));
+        Ok((k, v))
+    }
+}
+
+/// What attention computed on the way to its output; the backward pass starts from it.
+#[derive(Clone, Debug)]
+pub struct AttentionTrace {
+    /// Rotated queries `[heads, n, head_dim]`.
+    pub queries: Tensor,
+    /// Rotated keys `[kv_heads, n, head_dim]`.
+    pub keys: Tensor,
+    /// Values `[kv_heads, n, head_dim]`.
+    pub values: Tensor,
+    /// Attention probabilities `[kv_heads, groups · n, n]`.
+    pub probabilities: Tensor,
+    /// Heads put together, the input of `o_proj`, `[n, heads · head_dim]`.
+    pub output: Tensor,
+}
+
+impl DecoderLayer {
+    /// Reads layer `prefix`, e.g. `model.layers.3`, and nothing else.
+    ///
+    /// # Errors
+    /// Those of [`Checkpoint::load`]: absent tensors, wrong shapes, values that are not finite.
+    pub fn load(
+        checkpoint: &Checkpoint,
+        prefix: &str,
+        config: &DecoderConfig,
+        device: &Device,
+    ) -> Result<Self> {
+        let linear = |p: Projection| {
+            let module = format!("{prefix}.{}", p.name());
+            Linear::load(checkpoint, &module, p.shape(config), p.has_bias(), device)
+        };
+        let norm = |name: &str| {
+            load_tensor(checkpoint, &format!("{prefix}.{name}.weight"), &[config.hidden_size], device)
+        };
+        let [q, k, v, o, gate, up, down] = Projection::ALL;
+        Ok(Self {
+            linears: [
+                linear(q)?,
+                linear(k)?,
+                linear(v)?,
+                linear(o)?,
+                linear(gate)?,
+                linear(up)?,
+                linear(down)?,
+            ],
+            input_norm: norm("input_layernorm")?,
+            post_attention_norm: norm("post_attention_layernorm")?,
+            n_heads: config.n_heads,
+            n_kv_heads: config.n_kv_heads,
+            head_dim: config.head_dim,
+            rms_norm_eps: config.rms_norm_eps as f32,
+        })
+    }
+
+    /// One of the layer's linears.
+    pub fn linear(&self, projection: Projection) -> &Linear {
+        &self.linears[projection as usize]
+    }
+
+    /// Puts another linear in the place of one.
+    pub fn replace(&mut self, projection: Projection, linear: Linear) {
+        self.linears[projection as usize] = linear;
+    }
+
+    /// n₁, the input of q, k and v, for `x [n, hidden]`.
+    ///
+    /// # Errors
+    /// A tensor error if shapes disagree.
+    pub fn qkv_input(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(rms_norm(&x.contiguous()?, &self.input_norm, self.rms_norm_eps)?)
+    }
+
+    /// Causal attention over one whole sample from n₁, with everything a backward pass needs.
+    ///
+    /// # Errors
+    /// A tensor error if shapes disagree.
+    pub fn attention(&self, n1: &Tensor, rope: &Rope) -> Result<AttentionTrace> {
+        self.attention_cached(n1, rope, &mut KvCache::default())
+    }
+
+    /// Causal attention of new tokens over `cache` and themselves; `rope` belongs to the new ones.
+    ///
+    /// # Errors
+    /// A tensor error if shapes disagree.
+    pub fn attention_cached(
+        &self,
+        n1: &Tensor,
+        rope: &Rope,
+        cache: &mut KvCache,
+    ) -> Result<AttentionTrace> {
+        let n = n1.dim(0)?;
+        let n_past = cache.n_tokens();
+        let queries = rope.rotate(&self.split_heads(&self.linear(Projection::Q).forward(n1)?)?)?;
+        let keys = rope.rotate(&self.split_heads(&self.linear(Projection::K).forward(n1)?)?)?;
+        let values = self.split_heads(&self.linear(Projection::V).forward(n1)?)?;
+        let (keys, values) = cache.extend(keys, values)?;
+
+        // Grouped queries lie side by side, so one product per key head serves the whole group.
+        let grouped = self.group_rows(&queries)?;
+        let scores = (grouped.matmul(&keys.t()?)? * self.score_scale())?;
+        let scores = scores.reshape((self.n_heads, n, n_past + n))?;
+        let scores = if n > 1 {
+            scores.broadcast_add(&causal_mask(n, n_past, n1.device())?)?
+        } else {
+            scores
+        };
+        let probabilities = self.group_rows(&softmax_last_dim(&scores)?)?;
+        let heads = probabilities.matmul(&values)?.reshape((self.n_heads, n, self.head_dim))?;
+        let output = merge_heads(&heads)?;
+        Ok(AttentionTrace { queries, keys, values, probabilities, output })
+    }
+
+    /// y, the residual stream after attention, from x and the input `a` of `o_proj`.
+    ///
+    /// # Errors
+    /// A tensor error if shapes disagree.
+    pub fn after_attention(&self, x: &Tensor, a: &Tensor) -> Result<Tensor> {
+        Ok((x + self.linear(Projection::O).forward(a)?)?)
+    }
+
+    /// n₂, the input of gate and up, for `y [n, hidden]`.
+    ///
+    /// # Errors
+    /// A tensor error if shapes disagree.
+    pub fn gate_up_input(&self, y: &Tensor) -> Result<Tensor> {
+        Ok(rms_norm(&y.contiguous()?, &self.post_attention_norm, self.rms_norm_eps)?)
+    }
+
+    /// h, the input of down, from n₂.
+    ///
+    /// # Errors
+    /// A tensor error if shapes disagree.
+    pub fn down_input(&self, n2: &Tensor) -> Result<Tensor> {
+        let gate = silu(&self.linear(Projection::Gate).forward(n2)?)?;
+        Ok((gate * self.linear(Projection::Up).forward(n2)?)?)
+    }
+
+    /// The layer's output from y and h.
+    ///
+    /// # Errors
+    /// A tensor error if shapes disagree.
+    pub fn after_mlp(&self, y: &Tensor, h: &Tensor) -> Result<Tensor> {
+        Ok((y + self.linear(Projection::Down).forward(h)?)?)
+    }
+
+    /// The whole layer on new tokens `x [n, hidden]`, extending `cache`.
+    ///
+    /// # Errors
+    /// A tensor error if shapes disagree.
+    pub fn forward(&self, x: &Tensor, rope: &Rope, cache: &mut KvCache) -> Result<Tensor> {
+        let a = self.attention_cached(&self.qkv_input(x)?, rope, cache)?.output;
+        let y = self.after_attention(x, &a)?;
+        let h = self.down_input(&self.gate_up_input(&y)?)?;
+        self.after_mlp(&y, &h)
+    }
+
+    /// `[n, heads · head_dim]` → `[heads, n, head_dim]`, for queries or for keys and values.
+    pub fn split_heads(&self, x: &Tensor) -> Result<Tensor> {
+        let n = x.dim(0)?;
+        Ok(x.reshape((n, (), self.head_dim))?.transpose(0, 1)?.contiguous()?)
+    }
+
+    /// `[heads, n, m]` → `[kv_heads, groups · n, m]`, a view: the heads of a group are neighbours.
+    pub fn group_rows(&self, x: &Tensor) -> Result<Tensor> {
+        let last = x.dim(D::Minus1)?;
+        Ok(x.contiguous()?.reshape((self.n_kv_heads, (), last))?)
+    }
+
+    /// Number of query heads.
+    pub fn n_heads(&self) -> usize {
+        self.n_heads
+    }
+
+    /// 1/√head_dim, the factor on attention scores.
+    pub fn score_scale(&self) -> f64 {
+        1.0 / (self.head_dim as f64).sqrt()
+    }
+}
+
+/// `[heads, n, head_dim]` → `[n, heads · head_dim]`.
+///
+/// # Errors
+/// A tensor error if `x` has not three axes.
+pub fn merge_heads(x: &Tensor) -> Result<Tensor> {
+    let (heads, n, head_dim) = x.dims3()?;
+    Ok(x.transpose(0, 1)?.contiguous()?.reshape((n, heads * head_dim))?)
+}
+
+/// 0 where new token `i` may see token `j ≤ n_past + i`, −∞ elsewhere; `[n, n_past + n]`.
+fn causal_mask(n: usize, n_past: usize, device: &Device) -> Result<Tensor> {
+    let width = n_past + n;
+    let hidden = |i: usize| i % width > n_past + i / width;
+    let mask: Vec<f32> =
+        (0..n * width).map(|i| if hidden(i) { f32::NEG_INFINITY } else { 0.0 }).collect();
+    Ok(Tensor::from_vec(mask, (n, width), device)?)
+}

@@ -1,0 +1,126 @@
+//! Rotary position embedding: the tables of cosines and sines, the rotation, and its transpose.
+//!
+//! Angles are built in f32 as the published models do; a model's own dtype would lose positions.
+
+use crate::Result;
+use crate::model::config::DecoderConfig;
+use candle_core::{D, Device, Tensor};
+
+/// The positions of one sample's tokens along the temporal, height and width axes, `[3][n]`.
+/// A text token has the same position on all three.
+pub type PositionIds = [Vec<u32>; 3];
+
+/// Cosines and sines `[n, head_dim]` of one sample's tokens; both halves of the last axis agree.
+#[derive(Clone, Debug)]
+pub struct Rope {
+    cos: Tensor,
+    sin: Tensor,
+}
+
+impl Rope {
+    /// M-RoPE: frequency `i` follows the axis whose section of `mrope_section` holds `i`.
+    ///
+    /// # Errors
+    /// A tensor error if the device refuses the memory.
+    /// Source: Qwen2-VL, arXiv:2409.12191 §2.1; transformers `Qwen2VLRotaryEmbedding`.
+    pub fn multimodal(
+        config: &DecoderConfig,
+        positions: &PositionIds,
+        device: &Device,
+    ) -> Result<Self> {
+        let freqs = inverse_frequencies(config.head_dim, config.rope_theta as f32);
+        let axis_of: Vec<usize> = (config.mrope_section.iter().enumerate())
+            .flat_map(|(axis, &len)| std::iter::repeat_n(axis, len))
+            .collect();
+        let n = positions[0].len();
+        let angles: Vec<f32> = (0..n)
+            .flat_map(|t| {
+                let axis_of = &axis_of;
+                freqs.iter().zip(axis_of).map(move |(f, &axis)| positions[axis][t] as f32 * f)
+            })
+            .collect();
+        Self::from_angles(&angles, n, device)
+    }
+
+    /// Axial 2-D rotation of a vision tower: the first half of the frequencies follows the row,
+    /// the second the column of a patch.
+    ///
+    /// # Errors
+    /// A tensor error if the device refuses the memory.
+    pub fn axial(head_dim: usize, rows_cols: &[(u32, u32)], device: &Device) -> Result<Self> {
+        let freqs = inverse_frequencies(head_dim / 2, 10_000.0);
+        let mut angles = Vec::with_capacity(rows_cols.len() * freqs.len() * 2);
+        for &(row, col) in rows_cols {
+            angles.extend(freqs.iter().map(|f| row as f32 * f));
+            angles.extend(freqs.iter().map(|f| col as f32 * f));
+        }
+        Self::from_angles(&angles, rows_cols.len(), device)
+    }
+
+    fn from_angles(angles: &[f32], n: usize, device: &Device) -> Result<Self> {
+        let half = if n == 0 { 0 } else { angles.len() / n };
+        let table = |f: fn(f32) -> f32| -> Result<Tensor> {
+            let values: Vec<f32> = angles.iter().map(|&a| f(a)).collect();
+            let values = Tensor::from_vec(values, (n, half), device)?;
+            Ok(Tensor::cat(&[&values, &values], 1)?)
+        };
+        Ok(Self { cos: table(f32::cos)?, sin: table(f32::sin)? })
+    }
+
+    /// The tables of tokens `start..start + len`.
+    ///
+    /// # Errors
+    /// A tensor error if the range is not inside.
+    pub fn narrow(&self, start: usize, len: usize) -> Result<Self> {
+        Ok(Self { cos: self.cos.narrow(0, start, len)?, sin: self.sin.narrow(0, start, len)? })
+    }
+
+    /// Rotates `x [heads, n, head_dim]`.
+    ///
+    /// # Errors
+    /// A tensor error if shapes disagree.
+    pub fn rotate(&self, x: &Tensor) -> Result<Tensor> {
+        Ok((x.broadcast_mul(&self.cos)? + rotate_half(x)?.broadcast_mul(&self.sin)?)?)
+    }
+
+    /// The transpose of [`Self::rotate`], which rotates by the opposite angle: what a gradient
+    /// with respect to rotated values becomes with respect to the values before rotation.
+    ///
+    /// # Errors
+    /// A tensor error if shapes disagree.
+    pub fn rotate_back(&self, x: &Tensor) -> Result<Tensor> {
+        Ok((x.broadcast_mul(&self.cos)? - rotate_half(x)?.broadcast_mul(&self.sin)?)?)
+    }
+}
+
+/// theta^(−2i/dim) for i in 0..dim/2.
+fn inverse_frequencies(dim: usize, theta: f32) -> Vec<f32> {
+    (0..dim).step_by(2).map(|i| 1.0 / theta.powf(i as f32 / dim as f32)).collect()
+}
+
+/// (−x₂, x₁) of the two halves of the last axis.
+fn rotate_half(x: &Tensor) -> Result<Tensor> {
+    let half = x.dim(D::Minus1)? / 2;
+    let first = x.narrow(D::Minus1, 0, half)?;
+    let second = x.narrow(D::Minus1, half, half)?;
+    Ok(Tensor::cat(&[&second.neg()?, &first], D::Minus1)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rotating_back_undoes_rotating() {
+        let rope = Rope::axial(8, &[(0, 1), (3, 2), (5, 7)], &Device::Cpu).unwrap();
+        let x = Tensor::arange(0f32, 48.0, &Device::Cpu).unwrap().reshape((2, 3, 8)).unwrap();
+        let back = rope.rotate_back(&rope.rotate(&x).unwrap()).unwrap();
+        let worst: f32 = ((back - &x).unwrap().abs().unwrap())
+            .flatten_all()
+            .and_then(|d| d.max(0))
+            .and_then(|d| d.to_scalar())
+            .unwrap();
+        // A rotation keeps lengths; the error is a few roundings of values up to 48.
+        assert!(worst <= 48.0 * 8.0 * f32::EPSILON, "{worst}");
+    }
+}
