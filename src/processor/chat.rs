@@ -136,9 +136,8 @@ impl ChatTemplate {
         let mut environment = Environment::new();
         environment.set_trim_blocks(true);
         environment.set_lstrip_blocks(true);
-        environment.set_unknown_method_callback(
-            minijinja_contrib::pycompat::unknown_method_callback,
-        );
+        environment
+            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_function("raise_exception", raise_exception);
         environment.add_filter("tojson", to_json_filter);
         environment
@@ -217,7 +216,9 @@ fn template_error(source: &str, error: &minijinja::Error) -> Error {
         Some(line) => format!("chat template line {line}"),
         None => "chat template".to_owned(),
     };
-    let why = error.detail().map_or_else(|| error.to_string(), str::to_owned);
+    let why = error
+        .detail()
+        .map_or_else(|| error.to_string(), str::to_owned);
     Error::format(std::path::Path::new(source), at, why)
 }
 
@@ -350,7 +351,11 @@ mod tests {
             Message::text(Role::Assistant, "a"),
         ];
         let out = template(CHATML).render_spans(&messages, false).unwrap();
-        let found: Vec<_> = out.spans.iter().map(|s| &out.text[s.bytes.clone()]).collect();
+        let found: Vec<_> = out
+            .spans
+            .iter()
+            .map(|s| &out.text[s.bytes.clone()])
+            .collect();
         assert_eq!(found, ["user?", "a"]);
         assert_eq!(out.spans[1].role, Role::Assistant);
         assert!(out.text.contains("<image>\nuser? <|im_end|>"));

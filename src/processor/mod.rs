@@ -194,7 +194,9 @@ impl Processor {
         add_generation_prompt: bool,
     ) -> Result<ModelInput> {
         let places: usize = messages.iter().map(Message::n_images).sum();
-        let rendered = self.template.render_spans(messages, add_generation_prompt)?;
+        let rendered = self
+            .template
+            .render_spans(messages, add_generation_prompt)?;
         let found = rendered.text.matches(&self.image_token).count();
         if places != images.len() || found != places {
             return Err(Error::Invalid {
@@ -219,7 +221,10 @@ impl Processor {
         let input_ids = encoding.get_ids().to_vec();
         let classes = self.classes(&input_ids, encoding.get_offsets(), &expanded.spans);
         let n_vision: usize = counts.iter().sum();
-        let n_found = input_ids.iter().filter(|id| **id == self.image_token_id).count();
+        let n_found = input_ids
+            .iter()
+            .filter(|id| **id == self.image_token_id)
+            .count();
         if n_vision != n_found {
             return Err(Error::format(
                 &self.dir.join("tokenizer.json"),
@@ -255,7 +260,10 @@ impl Processor {
                 _ if *id == self.image_token_id => TokenClass::Vision,
                 Some(span) if span.role == Role::Assistant => TokenClass::Answer,
                 Some(_) => TokenClass::Prompt,
-                None if after_answer && self.eos_ids.contains(id) && !ends_answer(&classes, ids, &self.eos_ids) => {
+                None if after_answer
+                    && self.eos_ids.contains(id)
+                    && !ends_answer(&classes, ids, &self.eos_ids) =>
+                {
                     TokenClass::Answer
                 }
                 None => TokenClass::Special,
@@ -368,7 +376,13 @@ fn token_id(tokenizer: &Tokenizer, token: &str, dir: &Path) -> Result<u32> {
 
 fn open_template(dir: &Path, tokenizer_config: &Value) -> Result<ChatTemplate> {
     let mut special_tokens = Map::new();
-    for name in ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token"] {
+    for name in [
+        "bos_token",
+        "eos_token",
+        "unk_token",
+        "sep_token",
+        "pad_token",
+    ] {
         if let Some(token) = token_text(&tokenizer_config[name]) {
             special_tokens.insert(name.to_owned(), token.into());
         }
@@ -388,7 +402,10 @@ fn open_template(dir: &Path, tokenizer_config: &Value) -> Result<ChatTemplate> {
         ),
     };
     let text = default_template(&value).ok_or_else(|| {
-        missing("chat template (chat_template.jinja or the key chat_template)", dir)
+        missing(
+            "chat template (chat_template.jinja or the key chat_template)",
+            dir,
+        )
     })?;
     ChatTemplate::new(&path.display().to_string(), text, special_tokens)
 }

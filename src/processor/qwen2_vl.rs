@@ -396,9 +396,13 @@ mod tests {
             ("image_mean", serde_json::json!([1.0, 0.0])),
             ("do_resize", serde_json::json!(1)),
         ] {
-            let error = Preprocessor::from_json(Path::new("p.json"), &serde_json::json!({key: value}));
+            let error =
+                Preprocessor::from_json(Path::new("p.json"), &serde_json::json!({key: value}));
             let message = error.unwrap_err().to_string();
-            assert!(message.contains(key) && message.contains("p.json"), "{message}");
+            assert!(
+                message.contains(key) && message.contains("p.json"),
+                "{message}"
+            );
         }
     }
 

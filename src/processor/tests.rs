@@ -95,7 +95,10 @@ fn classes_cover_each_text_and_the_end_of_the_answer() {
     let messages = [
         Message {
             role: Role::User,
-            content: vec![ContentPart::Image, ContentPart::Text("What is this?".into())],
+            content: vec![
+                ContentPart::Image,
+                ContentPart::Text("What is this?".into()),
+            ],
         },
         Message::text(Role::Assistant, "a red bird"),
     ];
@@ -104,15 +107,24 @@ fn classes_cover_each_text_and_the_end_of_the_answer() {
         .unwrap();
     let text = |class| {
         let ids = input.input_ids.iter().zip(&input.classes);
-        let ids: Vec<u32> = ids.filter(|(_, c)| **c == class).map(|(id, _)| *id).collect();
+        let ids: Vec<u32> = ids
+            .filter(|(_, c)| **c == class)
+            .map(|(id, _)| *id)
+            .collect();
         processor.tokenizer.decode(&ids, false).unwrap()
     };
     assert_eq!(text(TokenClass::Prompt), "What is this?");
     assert_eq!(text(TokenClass::Answer), "a red bird<|im_end|>");
     assert_eq!(text(TokenClass::Vision), "<|image_pad|>".repeat(6));
     let special = text(TokenClass::Special);
-    assert!(special.contains("You are a helpful assistant."), "{special}");
-    assert!(special.ends_with("<|im_start|>assistant\n\n"), "{special:?}");
+    assert!(
+        special.contains("You are a helpful assistant."),
+        "{special}"
+    );
+    assert!(
+        special.ends_with("<|im_start|>assistant\n\n"),
+        "{special:?}"
+    );
 }
 
 #[test]
@@ -125,7 +137,11 @@ fn image_counts_that_disagree_are_refused() {
     assert!(processor.encode_prompt(&with_image, &[]).is_err());
     let smuggled = [Message::text(Role::User, "look: <|image_pad|>")];
     assert!(processor.encode_prompt(&smuggled, &[]).is_err());
-    assert!(processor.encode_prompt(&with_image, &[blank([1, 2, 2])]).is_ok());
+    assert!(
+        processor
+            .encode_prompt(&with_image, &[blank([1, 2, 2])])
+            .is_ok()
+    );
 }
 
 #[test]
