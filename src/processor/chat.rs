@@ -12,7 +12,8 @@
 //! rather than a guess.
 
 use crate::{Error, Result};
-use minijinja::value::{Kwargs, Value as Jinja};
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::{Kwargs, Value as Jinja, ValueKind};
 use minijinja::{Environment, ErrorKind};
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -134,8 +135,10 @@ impl ChatTemplate {
         special_tokens: serde_json::Map<String, Value>,
     ) -> Result<Self> {
         let mut environment = Environment::new();
-        environment.set_trim_blocks(true);
-        environment.set_lstrip_blocks(true);
+        let mut syntax = SyntaxConfig::builder();
+        syntax.trim_blocks(true).lstrip_blocks(true);
+        let syntax = syntax.build().map_err(|e| template_error(source, &e))?;
+        environment.set_syntax(syntax);
         environment
             .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_function("raise_exception", raise_exception);
@@ -206,7 +209,7 @@ impl ChatTemplate {
         context.insert("documents".into(), Value::Null);
         self.environment
             .get_template(TEMPLATE)
-            .and_then(|t| t.render(Jinja::from_serialize(context)))
+            .and_then(|t| t.render(jinja_from_json(&Value::Object(context))))
             .map_err(|e| template_error(&self.source, &e))
     }
 }
@@ -279,9 +282,56 @@ fn unmark(marked: &str, mut roles: impl Iterator<Item = Role>) -> Option<Rendere
     (opened.is_none() && roles.next().is_none()).then_some(Rendered { text, spans })
 }
 
+fn jinja_from_json(value: &Value) -> Jinja {
+    match value {
+        Value::Null => Jinja::from(()),
+        Value::Bool(flag) => Jinja::from(*flag),
+        Value::Number(number) => match (number.as_i64(), number.as_u64()) {
+            (Some(n), _) => Jinja::from(n),
+            (None, Some(n)) => Jinja::from(n),
+            (None, None) => Jinja::from(number.as_f64().unwrap_or(f64::NAN)),
+        },
+        Value::String(text) => Jinja::from(text.as_str()),
+        Value::Array(list) => Jinja::from(list.iter().map(jinja_from_json).collect::<Vec<_>>()),
+        Value::Object(map) => {
+            let pairs = map.iter();
+            Jinja::from_pairs(pairs.map(|(k, v)| (k.as_str(), jinja_from_json(v))))
+        }
+    }
+}
+
+fn json_from_jinja(value: &Jinja) -> std::result::Result<Value, minijinja::Error> {
+    Ok(match value.kind() {
+        ValueKind::None => Value::Null,
+        ValueKind::Bool => Value::Bool(value.is_true()),
+        ValueKind::Number if value.is_integer() => match value.as_i64() {
+            Some(n) => n.into(),
+            None => u64::try_from(value.clone())?.into(),
+        },
+        ValueKind::Number => f64::try_from(value.clone())?.into(),
+        ValueKind::String => value.as_str().unwrap_or_default().into(),
+        ValueKind::Seq | ValueKind::Iterable => {
+            let items = value.try_iter()?.map(|item| json_from_jinja(&item));
+            Value::Array(items.collect::<std::result::Result<_, _>>()?)
+        }
+        ValueKind::Map => {
+            let mut map = serde_json::Map::new();
+            for key in value.try_iter()? {
+                map.insert(key.to_string(), json_from_jinja(&value.get_item(&key)?)?);
+            }
+            Value::Object(map)
+        }
+        kind => {
+            let why = format!("a value of kind {kind} has no JSON form");
+            return Err(minijinja::Error::new(ErrorKind::BadSerialization, why));
+        }
+    })
+}
+
 /// JSON spelled as Python's `json.dumps(x, ensure_ascii=False, indent=…)`.
 fn to_json_filter(value: Jinja, kwargs: Kwargs) -> std::result::Result<String, minijinja::Error> {
     let indent: Option<usize> = kwargs.get("indent")?;
+    let value = json_from_jinja(&value)?;
     let mut out = Vec::new();
     let failed = |e: serde_json::Error| {
         minijinja::Error::new(ErrorKind::BadSerialization, "value has no JSON form").with_source(e)
