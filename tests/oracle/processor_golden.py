@@ -44,7 +44,8 @@ def resize_golden():
         ((9, 9), (4, 9)), ((16, 16), (8, 8)), ((17, 13), (28, 28)), ((28, 28), (28, 28)), ((31, 57), (56, 28)),
         ((40, 30), (84, 56)), ((64, 48), (28, 56)), ((64, 64), (63, 65)), ((99, 101), (56, 56)), ((100, 3), (28, 28)),
         ((3, 100), (56, 28)), ((120, 90), (112, 84)), ((127, 31), (140, 28)), ((150, 40), (84, 28)), ((168, 168), (84, 84)),
-        ((200, 1), (56, 28)), ((1, 200), (28, 84)), ((213, 107), (196, 112)), ((256, 192), (252, 196)), ((333, 77), (56, 112))]]
+        ((200, 1), (56, 28)), ((1, 200), (28, 84)), ((213, 107), (196, 112)), ((256, 192), (252, 196)), ((333, 77), (56, 112)),
+        ((30, 80), (20, 60)), ((30, 80), (20, 59)), ((60, 200), (56, 28)), ((90, 91), (56, 28))]]
     cases = []
     for frm, to in pairs:
         for f in (3,) if frm[0] > 40 else (1, 2, 3, 4, 5):
@@ -119,7 +120,6 @@ def image_golden():
     save("bilevel.png", gray.point(lambda v: 255 * (v > 127)).convert("1"))
     save("rgb.bmp", rgb); save("palette.bmp", pal); save("gray.bmp", gray); save("bilevel.bmp", gray.convert("1")); save("rgba.bmp", rgba)
     save("rgb.tiff", rgb); save("gray.tiff", gray); save("rgba.tiff", rgba, compression="tiff_lzw")
-    save("palette.tiff", pal)
     save("palette.gif", pal); save("palette_transparent.gif", pal, transparency=3); save("gray.gif", gray)
     save("rgb_lossless.webp", rgb, lossless=True); save("rgba_lossless.webp", rgba, lossless=True, exact=True)
     r16 = np.array([[(x * 9001 + y * 777) % 65536 for x in range(11)] for y in range(7)], ">u2")
