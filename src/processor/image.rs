@@ -11,7 +11,6 @@
 //! without its end marker counts as truncated; an orientation that only XMP holds is not read.
 
 use crate::{Error, Result};
-use image::codecs::png::PngDecoder;
 use image::metadata::Orientation;
 use image::{DynamicImage, ExtendedColorType, ImageDecoder, ImageFormat, ImageReader};
 use std::io::Cursor;
@@ -150,10 +149,10 @@ fn jpeg_markers(bytes: &[u8]) -> impl Iterator<Item = JpegMarker> + '_ {
     })
 }
 
-/// Grey of 16 bits without an alpha channel of its own (a transparent value may be declared).
+/// A PNG of 16-bit grey without an alpha channel of its own (a transparent value may be declared):
+/// depth and colour type stand at fixed places of the first chunk.
 fn is_plain_grey16(bytes: &[u8]) -> bool {
-    PngDecoder::new(Cursor::new(bytes))
-        .is_ok_and(|d| d.original_color_type() == ExtendedColorType::L16)
+    bytes.get(24..26) == Some(&[16, 0])
 }
 
 fn rgb_bytes(name: &str, pixels: &DynamicImage, grey16: bool) -> Result<Vec<u8>> {

@@ -248,7 +248,7 @@ impl Preprocessor {
         } else {
             image
         };
-        if image.width % factor != 0 || image.height % factor != 0 {
+        if !image.width.is_multiple_of(factor) || !image.height.is_multiple_of(factor) {
             return Err(Error::Invalid {
                 what: format!("image of {}x{} pixels", image.width, image.height),
                 why: format!("do_resize is off, so multiples of {factor} are expected"),
@@ -412,7 +412,7 @@ mod tests {
         fn sizes_are_multiples_within_bounds(h in 1usize..3000, w in 1usize..3000) {
             prop_assume!(h.max(w) <= 200 * h.min(w));
             let out = smart_resize(Size { height: h, width: w }, 28, 3136, 1_003_520).unwrap();
-            prop_assert!(out.height % 28 == 0 && out.width % 28 == 0);
+            prop_assert!(out.height.is_multiple_of(28) && out.width.is_multiple_of(28));
             prop_assert!(out.height >= 28 && out.width >= 28);
             prop_assert!(out.height * out.width >= 3136);
         }
