@@ -2,9 +2,11 @@
 #![deny(missing_docs)]
 #![cfg_attr(not(test), deny(clippy::unwrap_used))]
 
+pub mod dataset;
 pub mod error;
 pub mod matrix;
 pub mod plan;
+pub mod processor;
 
 pub use error::{Error, Result};
 pub use matrix::Matrix;

@@ -1,0 +1,115 @@
+//! Rows of a parquet file as Hugging Face writes it: images are structs of `bytes` and `path`.
+
+use super::image_source::{ImageFolder, ImageSource};
+use super::record::Record;
+use crate::{Error, Result};
+use parquet::file::reader::{FileReader, SerializedFileReader};
+use parquet::record::{Field, Row};
+use serde_json::{Map, Value};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+use std::sync::Arc;
+
+/// The rows of `path`.
+///
+/// # Errors
+/// [`Error::Io`]; [`Error::Format`] naming the row where the file is damaged; whatever
+/// [`ImageFolder::resolve`] says of an image that is given by name only.
+pub(super) fn read(path: &Path, folder: &Arc<ImageFolder>) -> Result<Vec<Record>> {
+    // The parquet crate asserts some properties of a file that a damaged one lacks.
+    catch_unwind(AssertUnwindSafe(|| read_rows(path, folder)))
+        .unwrap_or_else(|_| Err(Error::format(path, "pages", "damaged parquet data")))
+}
+
+fn read_rows(path: &Path, folder: &Arc<ImageFolder>) -> Result<Vec<Record>> {
+    let file = std::fs::File::open(path).map_err(|e| Error::io(path, "open", e))?;
+    let bad = |at: &str, e: parquet::errors::ParquetError| Error::format(path, at, e.to_string());
+    let reader = SerializedFileReader::new(file).map_err(|e| bad("footer", e))?;
+    let rows = reader.get_row_iter(None).map_err(|e| bad("schema", e))?;
+    let mut records = Vec::new();
+    for (i, row) in rows.enumerate() {
+        let at = format!("row {}", i + 1);
+        let row = row.map_err(|e| bad(&at, e))?;
+        records.push(record(path, at, row, folder)?);
+    }
+    Ok(records)
+}
+
+fn record(path: &Path, at: String, row: Row, folder: &Arc<ImageFolder>) -> Result<Record> {
+    let origin = format!("{} {at}", path.display());
+    let mut record = Record {
+        path: path.to_path_buf(),
+        at,
+        values: Map::new(),
+        images: Vec::new(),
+        folder: Some(Arc::clone(folder)),
+    };
+    for (name, field) in row.into_columns() {
+        let found = record.images.len();
+        let mut context = Context {
+            origin: &origin,
+            folder,
+            images: &mut record.images,
+        };
+        let value = context.value(field)?;
+        if record.images.len() == found {
+            record.values.insert(name, value);
+        }
+    }
+    Ok(record)
+}
+
+/// What is needed to turn a field into a value while images are set aside.
+struct Context<'a> {
+    origin: &'a str,
+    folder: &'a ImageFolder,
+    images: &'a mut Vec<ImageSource>,
+}
+
+impl Context<'_> {
+    fn value(&mut self, field: Field) -> Result<Value> {
+        Ok(match field {
+            Field::Bool(v) => v.into(),
+            Field::Byte(v) => v.into(),
+            Field::Short(v) => v.into(),
+            Field::Int(v) => v.into(),
+            Field::Long(v) => v.into(),
+            Field::UByte(v) => v.into(),
+            Field::UShort(v) => v.into(),
+            Field::UInt(v) => v.into(),
+            Field::ULong(v) => v.into(),
+            Field::Float(v) => f64::from(v).into(),
+            Field::Double(v) => v.into(),
+            Field::Str(v) => v.into(),
+            Field::Bytes(v) => {
+                self.images.push(ImageSource::Bytes {
+                    name: format!("{}: image", self.origin),
+                    bytes: v.data().into(),
+                });
+                Value::Null
+            }
+            Field::Group(row) => self.group(row)?,
+            Field::ListInternal(list) => {
+                let items = list.elements().iter().cloned();
+                Value::Array(items.map(|f| self.value(f)).collect::<Result<_>>()?)
+            }
+            _ => Value::Null,
+        })
+    }
+
+    /// A struct; one that holds image bytes, or only their path, is an image.
+    fn group(&mut self, row: Row) -> Result<Value> {
+        let columns = row.into_columns();
+        let is_image = columns.iter().any(|(name, _)| name == "bytes");
+        let found = self.images.len();
+        let mut values = Map::new();
+        for (name, field) in columns {
+            values.insert(name, self.value(field)?);
+        }
+        let path = values.get("path").and_then(Value::as_str);
+        if let (true, true, Some(path)) = (is_image, self.images.len() == found, path) {
+            self.images.push(self.folder.resolve(self.origin, path)?);
+        }
+        Ok(Value::Object(values))
+    }
+}

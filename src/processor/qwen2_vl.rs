@@ -1,0 +1,420 @@
+//! The image side of Qwen2-VL: the size an image is brought to, its normalisation, its patches.
+//!
+//! Every operation runs in the order and the precision of transformers' Pillow backend, so the
+//! patches are bit-identical to its `pixel_values`. A byte takes 256 values per channel, so
+//! rescaling and normalising are one table look-up.
+//!
+//! Source: transformers 5.23 `Qwen2VLImageProcessorPil`. Its torchvision backend, which
+//! `AutoProcessor` prefers where torchvision is installed, resamples and rounds differently.
+
+use crate::processor::image::RgbImage;
+use crate::processor::resize::{Filter, resize};
+use crate::{Error, Matrix, Result};
+use serde_json::Value;
+use std::path::Path;
+
+/// Longest to shortest side above which an image is refused.
+const MAX_ASPECT: f64 = 200.0;
+const CHANNELS: usize = 3;
+/// Bounds of what a configuration may ask for, far above every published model.
+const MAX_PATCH: usize = 256;
+const MAX_PIXELS: usize = 1 << 28;
+
+/// The patches of one image.
+#[derive(Clone, Debug, PartialEq)]
+pub struct VisionInput {
+    /// `[n_patches, 3 · temporal_patch · patch · patch]`: channel, frame, row, column within a
+    /// patch; patches in merge groups (2×2), each group's rows first.
+    pub patches: Matrix,
+    /// Patches in time, height and width.
+    pub grid_thw: [usize; 3],
+}
+
+impl VisionInput {
+    /// Tokens that the image takes in the prompt once `merge_size`² patches are merged into one.
+    pub fn n_tokens(&self, merge_size: usize) -> usize {
+        let [t, h, w] = self.grid_thw;
+        t * h * w / (merge_size * merge_size).max(1)
+    }
+}
+
+/// A height and a width in pixels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Size {
+    /// Rows.
+    pub height: usize,
+    /// Columns.
+    pub width: usize,
+}
+
+/// The size nearest to `size` whose sides are multiples of `factor` and whose area lies between
+/// `min_pixels` and `max_pixels`, keeping the aspect ratio as well as that allows.
+///
+/// # Errors
+/// [`Error::Invalid`] if a side is zero, the longer side exceeds 200 times the shorter, or
+/// `factor` or `max_pixels` is zero.
+///
+/// Source: `smart_resize` of transformers 5.23; halves round to even as in Python.
+pub fn smart_resize(
+    size: Size,
+    factor: usize,
+    min_pixels: usize,
+    max_pixels: usize,
+) -> Result<Size> {
+    let (height, width) = (size.height as f64, size.width as f64);
+    let invalid = |why: String| Error::Invalid {
+        what: format!("image of {}x{} pixels", size.width, size.height),
+        why,
+    };
+    if size.height == 0 || size.width == 0 || factor == 0 || max_pixels == 0 {
+        return Err(invalid(format!(
+            "sides, patch factor {factor} and max_pixels {max_pixels} must be positive"
+        )));
+    }
+    let aspect = height.max(width) / height.min(width);
+    if aspect > MAX_ASPECT {
+        return Err(invalid(format!(
+            "aspect ratio {aspect:.1}, at most {MAX_ASPECT} expected"
+        )));
+    }
+    let unit = factor as f64;
+    let rounded = |side: f64| (side / unit).round_ties_even() * unit;
+    let (mut to_height, mut to_width) = (rounded(height), rounded(width));
+    let area = to_height * to_width;
+    if area > max_pixels as f64 {
+        let shrink = (height * width / max_pixels as f64).sqrt();
+        let fit = |side: f64| ((side / shrink / unit).floor() * unit).max(unit);
+        (to_height, to_width) = (fit(height), fit(width));
+    } else if area < min_pixels as f64 {
+        let grow = (min_pixels as f64 / (height * width)).sqrt();
+        let fit = |side: f64| (side * grow / unit).ceil() * unit;
+        (to_height, to_width) = (fit(height), fit(width));
+    }
+    Ok(Size {
+        height: to_height as usize,
+        width: to_width as usize,
+    })
+}
+
+/// The image settings of one checkpoint.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Preprocessor {
+    min_pixels: usize,
+    max_pixels: usize,
+    patch_size: usize,
+    temporal_patch_size: usize,
+    merge_size: usize,
+    filter: Filter,
+    resizes: bool,
+    rescale: Option<f64>,
+    normalise: Option<[MeanStd; CHANNELS]>,
+}
+
+/// Normalisation of one channel.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct MeanStd {
+    mean: f32,
+    std: f32,
+}
+
+/// One JSON object and the file it is from, for messages.
+struct Settings<'a> {
+    path: &'a Path,
+    value: &'a Value,
+}
+
+impl Settings<'_> {
+    fn bad(&self, key: &str, expected: &str) -> Error {
+        let found = &self.value[key];
+        Error::format(
+            self.path,
+            key,
+            format!("{expected} expected, {found} found"),
+        )
+    }
+
+    fn integer(&self, key: &str, default: usize, max: usize) -> Result<usize> {
+        match &self.value[key] {
+            Value::Null => Ok(default),
+            v => v
+                .as_u64()
+                .and_then(|n| usize::try_from(n).ok())
+                .filter(|n| (1..=max).contains(n))
+                .ok_or_else(|| self.bad(key, &format!("an integer of 1 to {max}"))),
+        }
+    }
+
+    fn flag(&self, key: &str) -> Result<bool> {
+        match &self.value[key] {
+            Value::Null => Ok(true),
+            v => v.as_bool().ok_or_else(|| self.bad(key, "true or false")),
+        }
+    }
+
+    fn number(&self, key: &str, default: f64) -> Result<f64> {
+        match &self.value[key] {
+            Value::Null => Ok(default),
+            v => v
+                .as_f64()
+                .filter(|x| x.is_finite())
+                .ok_or_else(|| self.bad(key, "a number")),
+        }
+    }
+
+    fn channels(&self, key: &str, default: [f64; CHANNELS]) -> Result<[f32; CHANNELS]> {
+        let wrong = || self.bad(key, "three numbers");
+        let values = match &self.value[key] {
+            Value::Null => return Ok(default.map(|x| x as f32)),
+            Value::Number(n) => vec![n.as_f64(); CHANNELS],
+            Value::Array(list) => list.iter().map(Value::as_f64).collect(),
+            _ => return Err(wrong()),
+        };
+        let values: Option<Vec<f32>> = values.into_iter().map(|x| x.map(|x| x as f32)).collect();
+        values
+            .and_then(|v| <[f32; CHANNELS]>::try_from(v).ok())
+            .filter(|v| v.iter().all(|x| x.is_finite()))
+            .ok_or_else(wrong)
+    }
+}
+
+const CLIP_MEAN: [f64; CHANNELS] = [0.48145466, 0.4578275, 0.40821073];
+const CLIP_STD: [f64; CHANNELS] = [0.26862954, 0.26130258, 0.27577711];
+
+impl Preprocessor {
+    /// The settings in `value`, the content of `path` (`preprocessor_config.json`). Absent keys
+    /// take the family's defaults; `min_pixels`/`max_pixels` beside `size` override it, and are
+    /// read inside `size` too.
+    ///
+    /// # Errors
+    /// [`Error::Format`] naming the key whose value is of another type or out of range;
+    /// [`Error::Unsupported`] for an unknown `resample`.
+    pub fn from_json(path: &Path, value: &Value) -> Result<Self> {
+        if !value.is_object() {
+            return Err(Error::format(path, "top level", "a JSON object expected"));
+        }
+        let top = Settings { path, value };
+        let size = Settings {
+            path,
+            value: &value["size"],
+        };
+        let pixels = |short: &str, edge: &str, default: usize| -> Result<usize> {
+            let inner = size.integer(short, default, MAX_PIXELS)?;
+            let inner = size.integer(edge, inner, MAX_PIXELS)?;
+            top.integer(short, inner, MAX_PIXELS)
+        };
+        let mean = top.channels("image_mean", CLIP_MEAN)?;
+        let std = top.channels("image_std", CLIP_STD)?;
+        if std.contains(&0.0) {
+            return Err(top.bad("image_std", "three numbers other than zero"));
+        }
+        let normalise = std::array::from_fn(|c| MeanStd {
+            mean: mean[c],
+            std: std[c],
+        });
+        let rescale = top.number("rescale_factor", 1.0 / 255.0)?;
+        Ok(Self {
+            min_pixels: pixels("min_pixels", "shortest_edge", 56 * 56)?,
+            max_pixels: pixels("max_pixels", "longest_edge", 28 * 28 * 1280)?,
+            patch_size: top.integer("patch_size", 14, MAX_PATCH)?,
+            temporal_patch_size: top.integer("temporal_patch_size", 2, MAX_PATCH)?,
+            merge_size: top.integer("merge_size", 2, MAX_PATCH)?,
+            filter: Filter::from_pillow(top.integer("resample", 3, 255)? as u64)?,
+            resizes: top.flag("do_resize")?,
+            rescale: top.flag("do_rescale")?.then_some(rescale),
+            normalise: top.flag("do_normalize")?.then_some(normalise),
+        })
+    }
+
+    /// Patches per side that are merged into one token.
+    pub fn merge_size(&self) -> usize {
+        self.merge_size
+    }
+
+    /// The patches of `image`, bit-identical to transformers' `pixel_values` in f32.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if the image is empty, its aspect ratio exceeds 200, or `do_resize` is
+    /// off and its sides are no multiples of `patch_size · merge_size`.
+    pub fn vision_input(&self, image: &RgbImage) -> Result<VisionInput> {
+        image.check()?;
+        let factor = self.patch_size * self.merge_size;
+        let image = if self.resizes {
+            let size = Size {
+                height: image.height,
+                width: image.width,
+            };
+            let to = smart_resize(size, factor, self.min_pixels, self.max_pixels)?;
+            &resize(image, to.width, to.height, self.filter)?
+        } else {
+            image
+        };
+        if !image.width.is_multiple_of(factor) || !image.height.is_multiple_of(factor) {
+            return Err(Error::Invalid {
+                what: format!("image of {}x{} pixels", image.width, image.height),
+                why: format!("do_resize is off, so multiples of {factor} are expected"),
+            });
+        }
+        self.patchify(image)
+    }
+
+    fn patchify(&self, image: &RgbImage) -> Result<VisionInput> {
+        let (patch, merge, frames) = (self.patch_size, self.merge_size, self.temporal_patch_size);
+        let (grid_h, grid_w) = (image.height / patch, image.width / patch);
+        let table = self.value_table();
+        let mut data = Vec::with_capacity(image.data.len() * frames);
+        for index in 0..grid_h * grid_w {
+            let within = index % (merge * merge);
+            let group = index / (merge * merge);
+            let groups_per_row = grid_w / merge;
+            let y = (group / groups_per_row * merge + within / merge) * patch;
+            let x = (group % groups_per_row * merge + within % merge) * patch;
+            for (channel, values) in table.iter().enumerate() {
+                for _ in 0..frames {
+                    for row in y..y + patch {
+                        let start = (row * image.width + x) * CHANNELS;
+                        let pixels = image.data[start..start + patch * CHANNELS].chunks_exact(3);
+                        data.extend(pixels.map(|p| values[usize::from(p[channel])]));
+                    }
+                }
+            }
+        }
+        let cols = CHANNELS * frames * patch * patch;
+        Ok(VisionInput {
+            patches: Matrix::from_vec("image patches", grid_h * grid_w, cols, data)?,
+            grid_thw: [1, grid_h, grid_w],
+        })
+    }
+
+    /// The network's input for each byte, per channel: rescaled in f64, rounded to f32,
+    /// normalised in f32.
+    fn value_table(&self) -> [[f32; 256]; CHANNELS] {
+        std::array::from_fn(|channel| {
+            std::array::from_fn(|byte| {
+                let value = (byte as f64 * self.rescale.unwrap_or(1.0)) as f32;
+                match self.normalise {
+                    Some(by) => (value - by[channel].mean) / by[channel].std,
+                    None => value,
+                }
+            })
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::processor::image::{crc32, lcg_image};
+    use proptest::prelude::*;
+
+    fn preprocessor(value: &Value) -> Preprocessor {
+        Preprocessor::from_json(Path::new("preprocessor_config.json"), value).unwrap()
+    }
+
+    #[derive(serde::Deserialize)]
+    struct Case {
+        settings: usize,
+        size: [usize; 2],
+        grid_thw: [usize; 3],
+        crc32: u32,
+        head: Vec<f32>,
+    }
+
+    #[test]
+    fn pixel_values_are_bit_identical_to_transformers() {
+        let golden = include_str!("../../testdata/processor/pixel_values.json");
+        let golden: Value = serde_json::from_str(golden).unwrap();
+        let cases: Vec<Case> = serde_json::from_value(golden["cases"].clone()).unwrap();
+        assert!(cases.len() >= 30);
+        for case in cases {
+            let processor = preprocessor(&golden["settings"][case.settings]);
+            let image = lcg_image(case.size[0], case.size[1]);
+            let out = processor.vision_input(&image).unwrap();
+            assert_eq!(out.grid_thw, case.grid_thw, "{:?}", case.size);
+            assert_eq!(&out.patches.data()[..case.head.len()], case.head);
+            let bytes: Vec<u8> = out
+                .patches
+                .data()
+                .iter()
+                .flat_map(|v| v.to_le_bytes())
+                .collect();
+            assert_eq!(
+                crc32(&bytes),
+                case.crc32,
+                "{:?} settings {}",
+                case.size,
+                case.settings
+            );
+        }
+    }
+
+    #[test]
+    fn smart_resize_equals_transformers() {
+        let golden = include_str!("../../testdata/processor/pixel_values.json");
+        let golden: Value = serde_json::from_str(golden).unwrap();
+        let cases: Vec<[usize; 7]> =
+            serde_json::from_value(golden["smart_resize"].clone()).unwrap();
+        assert!(cases.len() >= 100);
+        for [height, width, factor, min, max, to_height, to_width] in cases {
+            let out = smart_resize(Size { height, width }, factor, min, max).unwrap();
+            assert_eq!((out.height, out.width), (to_height, to_width));
+        }
+    }
+
+    #[test]
+    fn extreme_and_empty_shapes_are_refused() {
+        let size = |height, width| Size { height, width };
+        assert!(smart_resize(size(1, 201), 28, 3136, 1_003_520).is_err());
+        assert!(smart_resize(size(1, 200), 28, 3136, 1_003_520).is_ok());
+        assert!(smart_resize(size(0, 5), 28, 3136, 1_003_520).is_err());
+        let empty = RgbImage {
+            width: 0,
+            height: 0,
+            data: Vec::new(),
+        };
+        let processor = preprocessor(&serde_json::json!({}));
+        assert!(processor.vision_input(&empty).is_err());
+    }
+
+    #[test]
+    fn both_spellings_of_the_size_are_read() {
+        let top = preprocessor(&serde_json::json!({"min_pixels": 784, "max_pixels": 7840,
+            "size": {"shortest_edge": 1, "longest_edge": 2}}));
+        let edges = preprocessor(&serde_json::json!({
+            "size": {"shortest_edge": 784, "longest_edge": 7840}}));
+        let inner = preprocessor(&serde_json::json!({
+            "size": {"min_pixels": 784, "max_pixels": 7840}}));
+        assert_eq!(top, edges);
+        assert_eq!(top, inner);
+    }
+
+    #[test]
+    fn settings_of_a_wrong_type_name_the_key() {
+        for (key, value) in [
+            ("patch_size", serde_json::json!("14")),
+            ("merge_size", serde_json::json!(0)),
+            ("image_std", serde_json::json!([1.0, 0.0, 1.0])),
+            ("image_mean", serde_json::json!([1.0, 0.0])),
+            ("do_resize", serde_json::json!(1)),
+        ] {
+            let error =
+                Preprocessor::from_json(Path::new("p.json"), &serde_json::json!({key: value}));
+            let message = error.unwrap_err().to_string();
+            assert!(
+                message.contains(key) && message.contains("p.json"),
+                "{message}"
+            );
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(256))]
+        #[test]
+        fn sizes_are_multiples_within_bounds(h in 1usize..3000, w in 1usize..3000) {
+            prop_assume!(h.max(w) <= 200 * h.min(w));
+            let out = smart_resize(Size { height: h, width: w }, 28, 3136, 1_003_520).unwrap();
+            prop_assert!(out.height.is_multiple_of(28) && out.width.is_multiple_of(28));
+            prop_assert!(out.height >= 28 && out.width >= 28);
+            prop_assert!(out.height * out.width >= 3136);
+        }
+    }
+}
