@@ -2,7 +2,9 @@
 #![deny(missing_docs)]
 #![cfg_attr(not(test), deny(clippy::unwrap_used))]
 
+pub mod checkpoint;
 pub mod error;
+pub mod export;
 pub mod matrix;
 pub mod plan;
 
