@@ -2,9 +2,12 @@
 #![deny(missing_docs)]
 #![cfg_attr(not(test), deny(clippy::unwrap_used))]
 
+pub mod checkpoint;
 pub mod dataset;
 pub mod error;
+pub mod export;
 pub mod matrix;
+pub mod model;
 pub mod plan;
 pub mod processor;
 

@@ -1,0 +1,84 @@
+//! A dense bitstream of small codes in 32-bit words, least significant bit first: code `i` of
+//! `bits` bits begins at bit `i * bits` of the stream and may straddle two words.
+
+/// Words that `n` codes of `bits` bits take; `None` on overflow.
+pub(crate) fn words_for(n: usize, bits: u8) -> Option<usize> {
+    Some(n.checked_mul(usize::from(bits))?.div_ceil(32))
+}
+
+/// Packs `codes` (each below 2^bits) into as few words as hold them; spare bits are zero.
+pub(crate) fn pack(codes: &[u8], bits: u8) -> Vec<u32> {
+    let mut words = Vec::with_capacity((codes.len() * usize::from(bits)).div_ceil(32));
+    let (mut pending, mut n_pending) = (0u64, 0u32);
+    for code in codes {
+        pending |= u64::from(*code) << n_pending;
+        n_pending += u32::from(bits);
+        if n_pending >= 32 {
+            words.push(pending as u32);
+            pending >>= 32;
+            n_pending -= 32;
+        }
+    }
+    if n_pending > 0 {
+        words.push(pending as u32);
+    }
+    words
+}
+
+/// The first `n` codes of the stream, and whether every bit after them is zero; words that are
+/// missing read as zero.
+pub(crate) fn unpack(words: &[u32], bits: u8, n: usize) -> Unpacked {
+    let mask = (1u64 << bits) - 1;
+    let mut words = words.iter();
+    let (mut pending, mut n_pending) = (0u64, 0u32);
+    let mut codes = Vec::with_capacity(n);
+    for _ in 0..n {
+        if n_pending < u32::from(bits) {
+            pending |= u64::from(words.next().copied().unwrap_or(0)) << n_pending;
+            n_pending += 32;
+        }
+        codes.push((pending & mask) as u8);
+        pending >>= bits;
+        n_pending -= u32::from(bits);
+    }
+    let padding_is_zero = pending == 0 && words.all(|w| *w == 0);
+    Unpacked {
+        codes,
+        padding_is_zero,
+    }
+}
+
+/// What [`unpack`] found.
+pub(crate) struct Unpacked {
+    pub(crate) codes: Vec<u8>,
+    pub(crate) padding_is_zero: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn three_bit_codes_straddle_words() {
+        let words = pack(&[7; 11], 3);
+        assert_eq!(words, [u32::MAX, 1]);
+        assert!(unpack(&words, 3, 11).padding_is_zero);
+        assert!(!unpack(&words, 3, 10).padding_is_zero);
+    }
+
+    proptest! {
+        #[test]
+        fn unpack_inverts_pack(
+            bits in prop::sample::select(vec![2u8, 3, 4, 8]),
+            raw in prop::collection::vec(any::<u8>(), 0..100),
+        ) {
+            let codes: Vec<u8> = raw.iter().map(|c| c & ((1u16 << bits) - 1) as u8).collect();
+            let words = pack(&codes, bits);
+            prop_assert_eq!(Some(words.len()), words_for(codes.len(), bits));
+            let back = unpack(&words, bits, codes.len());
+            prop_assert_eq!(back.codes, codes);
+            prop_assert!(back.padding_is_zero);
+        }
+    }
+}

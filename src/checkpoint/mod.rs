@@ -1,0 +1,389 @@
+//! A Hugging Face model folder: `config.json`, safetensors files, and the files beside them.
+//!
+//! Weights are mapped, not read: opening a checkpoint costs its headers, and a tensor costs
+//! memory only when it is asked for. Nothing in the folder is trusted; what is wrong with it is
+//! reported with the file, the tensor, what was expected and what was found. **The files must not
+//! be changed by others while a [`Checkpoint`] is open**: a mapped file that is cut short ends the
+//! process, as with every program that maps files.
+//!
+//! [`write::ShardedWriter`] and [`PendingFolder`] are the way back to disk.
+
+mod bitstream;
+mod dtype;
+mod folder;
+mod quantization;
+mod shard;
+pub mod write;
+
+pub(crate) use bitstream::{pack, words_for};
+pub use dtype::DType;
+pub use folder::PendingFolder;
+pub use quantization::{PackedModule, QuantizationConfig, QuantizationGroup};
+
+use crate::{Error, Matrix, Result};
+use serde_json::Value;
+use shard::Shard;
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::{Component, Path, PathBuf};
+
+/// Name of the model configuration in every folder.
+pub const CONFIG_FILE: &str = "config.json";
+/// Name of the weights when they are in one file.
+pub const WEIGHTS_FILE: &str = "model.safetensors";
+/// Name of the table that says which shard holds which tensor.
+pub const INDEX_FILE: &str = "model.safetensors.index.json";
+
+/// Largest JSON side file that is read, in bytes; a 700 B model's index has 10 MB.
+const MAX_JSON_BYTES: u64 = 256 << 20;
+
+/// Endings of files that hold weights in some other form, or tables of such files.
+const WEIGHT_ENDINGS: [&str; 11] = [
+    ".safetensors",
+    ".safetensors.index.json",
+    ".bin",
+    ".bin.index.json",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".h5",
+    ".msgpack",
+    ".gguf",
+    ".onnx",
+];
+
+/// An open model folder. See the module's documentation for what it promises and asks.
+pub struct Checkpoint {
+    dir: PathBuf,
+    config: Value,
+    config_text: String,
+    quantization: Option<QuantizationConfig>,
+    shards: Vec<Shard>,
+    tensors: BTreeMap<String, TensorInfo>,
+}
+
+/// Where a tensor is and what it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorInfo {
+    /// Element type.
+    pub dtype: DType,
+    /// Sides, outermost first.
+    pub shape: Vec<usize>,
+    /// Size in the file, in bytes.
+    pub n_bytes: usize,
+    /// Which of the folder's weight files holds it, counted from 0 in order of their names.
+    pub shard: usize,
+    range: Range<usize>,
+}
+
+impl Checkpoint {
+    /// Opens the folder: `config.json` and `model.safetensors`, or the shards that
+    /// `model.safetensors.index.json` names. No tensor is converted.
+    ///
+    /// # Errors
+    /// [`Error::Missing`] for an absent file, [`Error::Io`] for an unreadable one,
+    /// [`Error::Format`] for a damaged one, [`Error::Unsupported`] if the weights are quantized in
+    /// a form that is not compressed-tensors `pack-quantized`.
+    pub fn open(dir: &Path) -> Result<Self> {
+        let config_path = require(dir, CONFIG_FILE)?;
+        let config_text = read_text(&config_path)?;
+        let config = parse_object(&config_path, &config_text)?;
+        let quantization = QuantizationConfig::from_config(&config_path, &config)?;
+        let mut checkpoint = Self {
+            dir: dir.to_path_buf(),
+            config,
+            config_text,
+            quantization,
+            shards: Vec::new(),
+            tensors: BTreeMap::new(),
+        };
+        if dir.join(WEIGHTS_FILE).exists() || !dir.join(INDEX_FILE).exists() {
+            checkpoint.add_shard(&require(dir, WEIGHTS_FILE)?)?;
+        } else {
+            checkpoint.add_indexed_shards(&dir.join(INDEX_FILE))?;
+        }
+        Ok(checkpoint)
+    }
+
+    fn add_shard(&mut self, path: &Path) -> Result<()> {
+        let shard = Shard::open(path)?;
+        for (name, entry) in &shard.tensors {
+            let info = TensorInfo {
+                dtype: entry.dtype,
+                shape: entry.shape.clone(),
+                n_bytes: entry.range.len(),
+                shard: self.shards.len(),
+                range: entry.range.clone(),
+            };
+            if let Some(first) = self.tensors.insert(name.clone(), info) {
+                let other = self.shards[first.shard].path().display();
+                let why = format!("is already in {other}");
+                return Err(Error::format(path, format!("tensor {name}"), why));
+            }
+        }
+        self.shards.push(shard);
+        Ok(())
+    }
+
+    fn add_indexed_shards(&mut self, index_path: &Path) -> Result<()> {
+        let weight_map = read_weight_map(index_path)?;
+        let mut files: Vec<&String> = weight_map.values().collect();
+        files.sort();
+        files.dedup();
+        for file in &files {
+            self.add_shard(&require(&self.dir.clone(), file)?)?;
+        }
+        for (name, file) in &weight_map {
+            let holder = self.tensors.get(name).map(|info| files[info.shard]);
+            if holder != Some(file) {
+                let found = holder.map_or("in no shard".to_owned(), |f| format!("in {f}"));
+                let why = format!("expected in {file}, found {found}");
+                return Err(Error::format(index_path, format!("tensor {name}"), why));
+            }
+        }
+        match self.tensors.keys().find(|n| !weight_map.contains_key(*n)) {
+            Some(name) => Err(Error::format(
+                index_path,
+                "weight_map",
+                format!("does not list tensor {name}, which a shard holds"),
+            )),
+            None => Ok(()),
+        }
+    }
+
+    /// The folder.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// `config.json`, always an object, keys in file order.
+    pub fn config(&self) -> &Value {
+        &self.config
+    }
+
+    /// `config.json` as it is written, byte for byte.
+    pub fn config_text(&self) -> &str {
+        &self.config_text
+    }
+
+    /// Names of all tensors, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
+    /// Whether there is a tensor of this name.
+    pub fn contains(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
+    /// Type, shape and size of a tensor.
+    pub fn info(&self, name: &str) -> Option<&TensorInfo> {
+        self.tensors.get(name)
+    }
+
+    /// Size of all tensors in bytes.
+    pub fn total_bytes(&self) -> u64 {
+        self.tensors.values().map(|info| info.n_bytes as u64).sum()
+    }
+
+    /// The weight files, in the order that [`TensorInfo::shard`] counts.
+    pub fn shard_paths(&self) -> impl Iterator<Item = &Path> {
+        self.shards.iter().map(Shard::path)
+    }
+
+    /// The stored bytes of a tensor, row-major, little-endian.
+    ///
+    /// # Errors
+    /// [`Error::Missing`] if there is no such tensor.
+    pub fn bytes(&self, name: &str) -> Result<&[u8]> {
+        let info = self.require_info(name)?;
+        self.shards[info.shard].bytes(&info.range)
+    }
+
+    /// A float tensor (bf16, f16, f32 or f64) as f32, which must have exactly this `shape`.
+    ///
+    /// # Errors
+    /// [`Error::Missing`], [`Error::Shape`], [`Error::Format`] for another element type, and
+    /// [`Error::NotFinite`] for NaN or infinity; each names the tensor.
+    pub fn load(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        let info = self.require_info(name)?;
+        if info.shape != shape {
+            return Err(Error::Shape {
+                module: name.to_owned(),
+                expected: shape.to_vec(),
+                found: info.shape.clone(),
+            });
+        }
+        let values = info.dtype.f32_from_bytes(self.bytes(name)?);
+        let values = values.ok_or_else(|| {
+            let found = info.dtype.name();
+            self.tensor_error(
+                name,
+                format!("expected BF16, F16, F32 or F64, found {found}"),
+            )
+        })?;
+        let count = values.iter().filter(|v| !v.is_finite()).count();
+        if count > 0 {
+            return Err(Error::NotFinite {
+                module: name.to_owned(),
+                stage: "weights".into(),
+                count,
+            });
+        }
+        Ok(values)
+    }
+
+    /// The weight `[out, inp]` of a linear by its checkpoint name without `.weight`; dequantized
+    /// if it is stored quantized.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::load`] and [`Checkpoint::packed_module`].
+    pub fn linear_weight(&self, module: &str, out: usize, inp: usize) -> Result<Matrix> {
+        if !self.is_quantized(module) {
+            let name = format!("{module}.weight");
+            return Matrix::from_vec(&name, out, inp, self.load(&name, &[out, inp])?);
+        }
+        let packed = self.packed_module(module)?;
+        if (packed.rows, packed.cols) != (out, inp) {
+            return Err(Error::Shape {
+                module: module.to_owned(),
+                expected: vec![out, inp],
+                found: vec![packed.rows, packed.cols],
+            });
+        }
+        Ok(packed.dequantize())
+    }
+
+    /// Whether the weight of this linear is stored as packed codes.
+    pub fn is_quantized(&self, module: &str) -> bool {
+        self.quantization.is_some() && self.contains(&format!("{module}.weight_packed"))
+    }
+
+    /// How the folder's weights are quantized, if they are.
+    pub fn quantization(&self) -> Option<&QuantizationConfig> {
+        self.quantization.as_ref()
+    }
+
+    /// Every regular file directly in the folder that holds no weights, sorted, `config.json`
+    /// included. Subfolders are left out.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the folder cannot be listed; [`Error::Invalid`] for a symbolic link that
+    /// leads out of the folder (the `blobs` folder of a download cache excepted), because a copy
+    /// of it would publish a file that is no part of the model.
+    pub fn side_files(&self) -> Result<Vec<PathBuf>> {
+        let list = |e| Error::io(&self.dir, "list", e);
+        let home = self.dir.canonicalize().map_err(list)?;
+        let mut files = Vec::new();
+        for entry in std::fs::read_dir(&self.dir).map_err(list)? {
+            let path = entry.map_err(list)?.path();
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            let holds_weights = WEIGHT_ENDINGS.iter().any(|end| name.ends_with(end));
+            if !holds_weights && path.is_file() {
+                check_inside(&home, &path)?;
+                files.push(path);
+            }
+        }
+        files.sort();
+        Ok(files)
+    }
+
+    fn require_info(&self, name: &str) -> Result<&TensorInfo> {
+        self.tensors.get(name).ok_or_else(|| Error::Missing {
+            what: format!("tensor {name}"),
+            place: self.dir.display().to_string(),
+        })
+    }
+
+    /// An [`Error::Format`] about a tensor, with the file that holds it.
+    fn tensor_error(&self, name: &str, why: impl Into<String>) -> Error {
+        let shard = self.tensors.get(name).map(|info| &self.shards[info.shard]);
+        let path = shard.map_or(self.dir.as_path(), Shard::path);
+        Error::format(path, format!("tensor {name}"), why)
+    }
+}
+
+/// A file's real place must be in `home`, or in the blobs that a cache's snapshot links to.
+fn check_inside(home: &Path, path: &Path) -> Result<()> {
+    let real = path
+        .canonicalize()
+        .map_err(|e| Error::io(path, "resolve", e))?;
+    let snapshots = home.parent().filter(|p| p.ends_with("snapshots"));
+    let blobs = snapshots.and_then(Path::parent).map(|p| p.join("blobs"));
+    let parent = real.parent();
+    if parent == Some(home) || (blobs.is_some() && parent == blobs.as_deref()) {
+        return Ok(());
+    }
+    Err(Error::Invalid {
+        what: path.display().to_string(),
+        why: format!(
+            "links to {}, a file inside the folder expected",
+            real.display()
+        ),
+    })
+}
+
+/// `dir/name` if it is there.
+fn require(dir: &Path, name: &str) -> Result<PathBuf> {
+    let path = dir.join(name);
+    match path.try_exists() {
+        Ok(true) => Ok(path),
+        Ok(false) => Err(Error::Missing {
+            what: name.to_owned(),
+            place: dir.display().to_string(),
+        }),
+        Err(e) => Err(Error::io(&path, "look for", e)),
+    }
+}
+
+fn read_text(path: &Path) -> Result<String> {
+    let metadata = std::fs::metadata(path).map_err(|e| Error::io(path, "inspect", e))?;
+    if !metadata.is_file() || metadata.len() > MAX_JSON_BYTES {
+        let why = format!(
+            "expected a regular file of at most {MAX_JSON_BYTES} bytes, found {} bytes",
+            metadata.len()
+        );
+        return Err(Error::format(path, "file", why));
+    }
+    let bytes = std::fs::read(path).map_err(|e| Error::io(path, "read", e))?;
+    String::from_utf8(bytes).map_err(|e| Error::format(path, "text", format!("not UTF-8: {e}")))
+}
+
+fn parse_object(path: &Path, text: &str) -> Result<Value> {
+    let value: Value =
+        serde_json::from_str(text).map_err(|e| Error::format(path, "JSON", e.to_string()))?;
+    if !value.is_object() {
+        return Err(Error::format(path, "JSON", "expected an object"));
+    }
+    Ok(value)
+}
+
+/// The index's `weight_map`, tensor name to file name, with file names that stay in the folder.
+fn read_weight_map(path: &Path) -> Result<BTreeMap<String, String>> {
+    let index = parse_object(path, &read_text(path)?)?;
+    let fail = |at: String, why: &str| Error::format(path, at, why);
+    let map = index.get("weight_map").and_then(Value::as_object);
+    let map = map.ok_or_else(|| fail("weight_map".into(), "expected an object, found none"))?;
+    let mut weight_map = BTreeMap::new();
+    for (name, file) in map {
+        let at = || format!("weight_map.{name}");
+        let file = file.as_str();
+        let file = file.ok_or_else(|| fail(at(), "expected a file name"))?;
+        if !is_plain_name(file) || !file.ends_with(".safetensors") {
+            let why = format!("found {file:?}, the bare name of a .safetensors file expected");
+            return Err(fail(at(), &why));
+        }
+        weight_map.insert(name.clone(), file.to_owned());
+    }
+    Ok(weight_map)
+}
+
+/// Whether `name` is one path component on every system, so that it cannot leave its folder.
+fn is_plain_name(name: &str) -> bool {
+    let mut parts = Path::new(name).components();
+    matches!((parts.next(), parts.next()), (Some(Component::Normal(p)), None) if p == name)
+        && !name.contains(['/', '\\', ':', '\0'])
+}
+
+#[cfg(test)]
+mod tests;

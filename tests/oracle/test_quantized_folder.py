@@ -1,0 +1,152 @@
+"""A folder that `vlmq quantize` wrote loads in transformers, with an image in the input, and gives
+the logits of vlmq's own forward.
+
+Environment: VLMQ_BIN, the vlmq program (default: target/release/vlmq); VLMQ_MODEL, the model folder
+(default: testbed/model); VLMQ_CALIBRATION (default: testbed/calibration). The folder is loaded in
+float32, so the weights of both sides are the same numbers: codes times stored scales.
+"""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = os.environ.get("VLMQ_BIN", str(ROOT / "target/release/vlmq"))
+MODEL = Path(os.environ.get("VLMQ_MODEL", ROOT / "testbed/model"))
+CALIBRATION = Path(os.environ.get("VLMQ_CALIBRATION", ROOT / "testbed/calibration"))
+PROMPT = "What is in the image?"
+
+# Largest difference over largest value. Both sides compute in f32 with sums in another order.
+LOGITS_TOLERANCE = 1e-3
+FEATURES_TOLERANCE = 1e-4
+
+SCHEMES = [
+    pytest.param((4, 64, "--symmetric"), id="int4-sym-g64"),
+    pytest.param((4, 64, "--asymmetric"), id="int4-asym-g64"),
+    pytest.param((3, 64, "--asymmetric"), id="int3-asym-g64"),
+    pytest.param((3, -1, "--symmetric"), id="int3-sym-channel"),
+    pytest.param((2, 64, "--asymmetric"), id="int2-asym-g64"),
+]
+
+
+def vlmq(*arguments):
+    command = [PROGRAM, *map(str, arguments)]
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=1800)
+
+
+def relative(found, expected):
+    """Largest difference over largest value; NaN is never small."""
+    difference = (found - expected).abs().max() / expected.abs().max()
+    return float(difference.nan_to_num(float("inf")))
+
+
+def module_names(folder, suffix):
+    tensors = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(path)
+    return {name.removesuffix(suffix) for name in tensors if name.endswith(suffix)}
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory):
+    """A colour gradient with a dark rectangle: sides that need resizing, and no symmetry."""
+    width, height = 173, 130
+    picture = Image.new("RGB", (width, height))
+    for y in range(height):
+        for x in range(width):
+            is_dark = 40 < x < 90 and 30 < y < 70
+            picture.putpixel((x, y), (10, 20, 30) if is_dark else (x, 255 - y, (x + 2 * y) % 256))
+    path = tmp_path_factory.mktemp("image") / "image.png"
+    picture.save(path)
+    return path
+
+
+@pytest.fixture(scope="module", params=SCHEMES)
+def quantized(request, tmp_path_factory):
+    bits, group_size, symmetry = request.param
+    output = tmp_path_factory.mktemp("quantized") / "model"
+    vlmq(
+        *("quantize", MODEL, "--calibration", CALIBRATION, "--output", output),
+        *("--method", "rtn", "--samples", 8),
+        *("--bits", bits, f"--group-size={group_size}", symmetry),
+    )
+    return output
+
+
+@pytest.fixture(scope="module")
+def loaded(quantized):
+    model, report = AutoModelForImageTextToText.from_pretrained(
+        quantized, dtype=torch.float32, output_loading_info=True
+    )
+    assert not report["missing_keys"], report["missing_keys"]
+    assert not report["unexpected_keys"], report["unexpected_keys"]
+    return model.eval()
+
+
+def inputs_for(folder, image):
+    processor = AutoProcessor.from_pretrained(folder)
+    content = [{"type": "image"}, {"type": "text", "text": PROMPT}]
+    messages = [{"role": "user", "content": content}]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    picture = Image.open(image).convert("RGB")
+    return processor(text=[text], images=[picture], return_tensors="pt")
+
+
+def test_logits_agree_with_an_image_in_the_input(quantized, loaded, image, tmp_path):
+    trace_path = tmp_path / "trace.safetensors"
+    vlmq("trace", quantized, "--image", image, "--prompt", PROMPT, "--output", trace_path)
+    trace = load_file(trace_path)
+    inputs = inputs_for(quantized, image)
+    ids = inputs["input_ids"]
+    assert trace["input_ids"].flatten().tolist() == ids.flatten().tolist()
+    pixels = inputs["pixel_values"]
+    assert torch.equal(trace["pixel_values"].reshape(pixels.shape).float(), pixels)
+    with torch.no_grad():
+        logits = loaded(**inputs).logits[0]
+    assert int((ids == loaded.config.image_token_id).sum()) > 0
+    found = trace["logits"].float().reshape(-1, logits.shape[-1])
+    # A trace may hold the logits of the last positions only.
+    assert relative(found, logits[-found.shape[0] :]) < LOGITS_TOLERANCE
+
+
+def test_vision_features_agree(quantized, loaded, image, tmp_path):
+    trace_path = tmp_path / "trace.safetensors"
+    vlmq("trace", quantized, "--image", image, "--prompt", PROMPT, "--output", trace_path)
+    found = load_file(trace_path)["image_features"].float()
+    inputs = inputs_for(quantized, image)
+    with torch.no_grad():
+        features = loaded.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
+    features = getattr(features, "pooler_output", features)
+    features = torch.cat(list(features)) if isinstance(features, (list, tuple)) else features
+    found = found.reshape(features.shape)
+    assert relative(found, features) < FEATURES_TOLERANCE
+
+
+def test_only_the_language_model_is_quantized(quantized, loaded):
+    packed = module_names(quantized, ".weight_packed")
+    assert packed
+    assert not [name for name in packed if "visual" in name or "lm_head" in name]
+    schemes = {
+        name.replace("model.language_model.", "model.")
+        for name, module in loaded.named_modules()
+        if getattr(module, "quantization_scheme", None) is not None
+    }
+    assert schemes == packed
+
+
+def test_everything_else_is_the_source(quantized):
+    written = json.loads((quantized / "config.json").read_text())
+    written.pop("quantization_config")
+    assert written == json.loads((MODEL / "config.json").read_text())
+    weights = ("config.json", "model.safetensors.index.json")
+    for path in MODEL.iterdir():
+        is_side_file = path.is_file() and path.suffix != ".safetensors"
+        if is_side_file and path.name not in weights:
+            assert (quantized / path.name).read_bytes() == path.read_bytes(), path.name
