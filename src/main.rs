@@ -1,2 +1,7 @@
 //! The `vlmq` command.
-fn main() {}
+
+mod cli;
+
+fn main() -> std::process::ExitCode {
+    cli::run()
+}

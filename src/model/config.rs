@@ -20,7 +20,11 @@ pub struct ConfigNode<'a> {
 impl<'a> ConfigNode<'a> {
     /// The root object of the configuration of the checkpoint folder `dir`.
     pub fn root(dir: &Path, value: &'a Value) -> Self {
-        Self { file: dir.join("config.json"), at: String::new(), layers: vec![value] }
+        Self {
+            file: dir.join("config.json"),
+            at: String::new(),
+            layers: vec![value],
+        }
     }
 
     /// The object under `key`, falling back to this object's own keys where it lacks one.
@@ -39,12 +43,19 @@ impl<'a> ConfigNode<'a> {
     /// [`Error::Format`] if it is absent.
     pub fn nested(&self, key: &str) -> Result<Self> {
         let inner = self.get(key).ok_or_else(|| self.absent(key))?;
-        Ok(Self { file: self.file.clone(), at: format!("{}{key}.", self.at), layers: vec![inner] })
+        Ok(Self {
+            file: self.file.clone(),
+            at: format!("{}{key}.", self.at),
+            layers: vec![inner],
+        })
     }
 
     /// The value of `key`, unless absent or null.
     pub fn get(&self, key: &str) -> Option<&'a Value> {
-        self.layers.iter().find_map(|layer| layer.get(key)).filter(|v| !v.is_null())
+        self.layers
+            .iter()
+            .find_map(|layer| layer.get(key))
+            .filter(|v| !v.is_null())
     }
 
     /// A positive integer below 2³¹.
@@ -64,7 +75,11 @@ impl<'a> ConfigNode<'a> {
     /// # Errors
     /// As [`Self::size`].
     pub fn size_or(&self, key: &str, default: usize) -> Result<usize> {
-        if self.get(key).is_none() { Ok(default) } else { self.size(key) }
+        if self.get(key).is_none() {
+            Ok(default)
+        } else {
+            self.size(key)
+        }
     }
 
     /// A finite number above zero, or `default` where the key is absent.
@@ -72,7 +87,9 @@ impl<'a> ConfigNode<'a> {
     /// # Errors
     /// [`Error::Format`] if it is anything else.
     pub fn positive_or(&self, key: &str, default: f64) -> Result<f64> {
-        let Some(value) = self.get(key) else { return Ok(default) };
+        let Some(value) = self.get(key) else {
+            return Ok(default);
+        };
         match value.as_f64() {
             Some(x) if x > 0.0 && x.is_finite() => Ok(x),
             _ => Err(self.wrong(key, "a positive number", value)),
@@ -84,8 +101,12 @@ impl<'a> ConfigNode<'a> {
     /// # Errors
     /// [`Error::Format`] if it is anything else.
     pub fn flag_or(&self, key: &str, default: bool) -> Result<bool> {
-        let Some(value) = self.get(key) else { return Ok(default) };
-        value.as_bool().ok_or_else(|| self.wrong(key, "true or false", value))
+        let Some(value) = self.get(key) else {
+            return Ok(default);
+        };
+        value
+            .as_bool()
+            .ok_or_else(|| self.wrong(key, "true or false", value))
     }
 
     /// A string, or `default` where the key is absent.
@@ -93,8 +114,12 @@ impl<'a> ConfigNode<'a> {
     /// # Errors
     /// [`Error::Format`] if it is anything else.
     pub fn text_or(&self, key: &str, default: &'a str) -> Result<&'a str> {
-        let Some(value) = self.get(key) else { return Ok(default) };
-        value.as_str().ok_or_else(|| self.wrong(key, "a string", value))
+        let Some(value) = self.get(key) else {
+            return Ok(default);
+        };
+        value
+            .as_str()
+            .ok_or_else(|| self.wrong(key, "a string", value))
     }
 
     /// A list of positive integers, or `default` where the key is absent.
@@ -102,9 +127,13 @@ impl<'a> ConfigNode<'a> {
     /// # Errors
     /// [`Error::Format`] if it is anything else.
     pub fn sizes_or(&self, key: &str, default: &[usize]) -> Result<Vec<usize>> {
-        let Some(value) = self.get(key) else { return Ok(default.to_vec()) };
+        let Some(value) = self.get(key) else {
+            return Ok(default.to_vec());
+        };
         let sizes = value.as_array().and_then(|list| {
-            list.iter().map(|v| v.as_u64().filter(|&n| n < 1 << 31).map(|n| n as usize)).collect()
+            list.iter()
+                .map(|v| v.as_u64().filter(|&n| n < 1 << 31).map(|n| n as usize))
+                .collect()
         });
         sizes.ok_or_else(|| self.wrong(key, "a list of integers", value))
     }
@@ -162,10 +191,16 @@ impl DecoderConfig {
         let n_heads = text.size("num_attention_heads")?;
         let n_kv_heads = text.size_or("num_key_value_heads", n_heads)?;
         if hidden_size % n_heads != 0 {
-            return Err(text.invalid("num_attention_heads", format!("{n_heads} does not divide hidden_size {hidden_size}")));
+            return Err(text.invalid(
+                "num_attention_heads",
+                format!("{n_heads} does not divide hidden_size {hidden_size}"),
+            ));
         }
         if n_heads % n_kv_heads != 0 {
-            return Err(text.invalid("num_key_value_heads", format!("{n_kv_heads} does not divide {n_heads} heads")));
+            return Err(text.invalid(
+                "num_key_value_heads",
+                format!("{n_kv_heads} does not divide {n_heads} heads"),
+            ));
         }
         refuse_sliding_window(&text)?;
         let head_dim = hidden_size / n_heads;
@@ -204,7 +239,9 @@ fn refuse_sliding_window(text: &ConfigNode) -> Result<()> {
 /// `rope_theta` and `mrope_section`, which stand at the top level, in `rope_scaling` (hub files)
 /// or in `rope_parameters` (transformers 5).
 fn rope(text: &ConfigNode, head_dim: usize) -> Result<(f64, Vec<usize>)> {
-    let scaling = text.nested_or_flat("rope_scaling").nested_or_flat("rope_parameters");
+    let scaling = text
+        .nested_or_flat("rope_scaling")
+        .nested_or_flat("rope_parameters");
     let kind = scaling.text_or("rope_type", scaling.text_or("type", "default")?)?;
     if !matches!(kind, "default" | "mrope") {
         return Err(Error::Unsupported {
@@ -215,7 +252,10 @@ fn rope(text: &ConfigNode, head_dim: usize) -> Result<(f64, Vec<usize>)> {
     if section.len() != 3 || section.iter().sum::<usize>() * 2 != head_dim {
         return Err(scaling.invalid(
             "mrope_section",
-            format!("expected three numbers that sum to {} (head_dim / 2), found {section:?}", head_dim / 2),
+            format!(
+                "expected three numbers that sum to {} (head_dim / 2), found {section:?}",
+                head_dim / 2
+            ),
         ));
     }
     Ok((scaling.positive_or("rope_theta", 1e6)?, section))

@@ -8,11 +8,11 @@
 //! Calibration walks these stages one by one, so that no part of a forward is ever run twice.
 //! All activations are `[n_tokens, width]`, one sample at a time; no padding exists.
 
+use crate::Result;
 use crate::checkpoint::Checkpoint;
 use crate::model::config::DecoderConfig;
 use crate::model::linear::{Linear, load_tensor};
 use crate::model::rope::Rope;
-use crate::Result;
 use candle_core::{D, Device, Tensor};
 use candle_nn::ops::{rms_norm, silu, softmax_last_dim};
 
@@ -37,8 +37,15 @@ pub enum Projection {
 
 impl Projection {
     /// All of a layer, in solve order.
-    pub const ALL: [Self; 7] =
-        [Self::Q, Self::K, Self::V, Self::O, Self::Gate, Self::Up, Self::Down];
+    pub const ALL: [Self; 7] = [
+        Self::Q,
+        Self::K,
+        Self::V,
+        Self::O,
+        Self::Gate,
+        Self::Up,
+        Self::Down,
+    ];
 
     /// Name inside a layer of a checkpoint.
     pub fn name(self) -> &'static str {
@@ -56,7 +63,10 @@ impl Projection {
     /// Shape `[out, in]` of the weight.
     pub fn shape(self, config: &DecoderConfig) -> [usize; 2] {
         let (hidden, inter) = (config.hidden_size, config.intermediate_size);
-        let (q, kv) = (config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim);
+        let (q, kv) = (
+            config.n_heads * config.head_dim,
+            config.n_kv_heads * config.head_dim,
+        );
         match self {
             Self::Q => [q, hidden],
             Self::K | Self::V => [kv, hidden],
@@ -97,7 +107,10 @@ impl KvCache {
 
     fn extend(&mut self, k: Tensor, v: Tensor) -> Result<(Tensor, Tensor)> {
         let (k, v) = match &self.keys_values {
-            Some((past_k, past_v)) => (Tensor::cat(&[past_k, &k], 1)?, Tensor::cat(&[past_v, &v], 1)?),
+            Some((past_k, past_v)) => (
+                Tensor::cat(&[past_k, &k], 1)?,
+                Tensor::cat(&[past_v, &v], 1)?,
+            ),
             None => (k, v),
         };
         self.keys_values = Some((k.clone(), v.clone()));
@@ -136,7 +149,12 @@ impl DecoderLayer {
             Linear::load(checkpoint, &module, p.shape(config), p.has_bias(), device)
         };
         let norm = |name: &str| {
-            load_tensor(checkpoint, &format!("{prefix}.{name}.weight"), &[config.hidden_size], device)
+            load_tensor(
+                checkpoint,
+                &format!("{prefix}.{name}.weight"),
+                &[config.hidden_size],
+                device,
+            )
         };
         let [q, k, v, o, gate, up, down] = Projection::ALL;
         Ok(Self {
@@ -173,7 +191,11 @@ impl DecoderLayer {
     /// # Errors
     /// A tensor error if shapes disagree.
     pub fn qkv_input(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(rms_norm(&x.contiguous()?, &self.input_norm, self.rms_norm_eps)?)
+        Ok(rms_norm(
+            &x.contiguous()?,
+            &self.input_norm,
+            self.rms_norm_eps,
+        )?)
     }
 
     /// Causal attention over one whole sample from n₁, with everything a backward pass needs.
@@ -211,9 +233,17 @@ impl DecoderLayer {
             scores
         };
         let probabilities = self.group_rows(&softmax_last_dim(&scores)?)?;
-        let heads = probabilities.matmul(&values)?.reshape((self.n_heads, n, self.head_dim))?;
+        let heads = probabilities
+            .matmul(&values)?
+            .reshape((self.n_heads, n, self.head_dim))?;
         let output = merge_heads(&heads)?;
-        Ok(AttentionTrace { queries, keys, values, probabilities, output })
+        Ok(AttentionTrace {
+            queries,
+            keys,
+            values,
+            probabilities,
+            output,
+        })
     }
 
     /// y, the residual stream after attention, from x and the input `a` of `o_proj`.
@@ -229,7 +259,11 @@ impl DecoderLayer {
     /// # Errors
     /// A tensor error if shapes disagree.
     pub fn gate_up_input(&self, y: &Tensor) -> Result<Tensor> {
-        Ok(rms_norm(&y.contiguous()?, &self.post_attention_norm, self.rms_norm_eps)?)
+        Ok(rms_norm(
+            &y.contiguous()?,
+            &self.post_attention_norm,
+            self.rms_norm_eps,
+        )?)
     }
 
     /// h, the input of down, from n₂.
@@ -254,7 +288,9 @@ impl DecoderLayer {
     /// # Errors
     /// A tensor error if shapes disagree.
     pub fn forward(&self, x: &Tensor, rope: &Rope, cache: &mut KvCache) -> Result<Tensor> {
-        let a = self.attention_cached(&self.qkv_input(x)?, rope, cache)?.output;
+        let a = self
+            .attention_cached(&self.qkv_input(x)?, rope, cache)?
+            .output;
         let y = self.after_attention(x, &a)?;
         let h = self.down_input(&self.gate_up_input(&y)?)?;
         self.after_mlp(&y, &h)
@@ -263,7 +299,9 @@ impl DecoderLayer {
     /// `[n, heads · head_dim]` → `[heads, n, head_dim]`, for queries or for keys and values.
     pub fn split_heads(&self, x: &Tensor) -> Result<Tensor> {
         let n = x.dim(0)?;
-        Ok(x.reshape((n, (), self.head_dim))?.transpose(0, 1)?.contiguous()?)
+        Ok(x.reshape((n, (), self.head_dim))?
+            .transpose(0, 1)?
+            .contiguous()?)
     }
 
     /// `[heads, n, m]` → `[kv_heads, groups · n, m]`, a view: the heads of a group are neighbours.
@@ -289,14 +327,17 @@ impl DecoderLayer {
 /// A tensor error if `x` has not three axes.
 pub fn merge_heads(x: &Tensor) -> Result<Tensor> {
     let (heads, n, head_dim) = x.dims3()?;
-    Ok(x.transpose(0, 1)?.contiguous()?.reshape((n, heads * head_dim))?)
+    Ok(x.transpose(0, 1)?
+        .contiguous()?
+        .reshape((n, heads * head_dim))?)
 }
 
 /// 0 where new token `i` may see token `j ≤ n_past + i`, −∞ elsewhere; `[n, n_past + n]`.
 fn causal_mask(n: usize, n_past: usize, device: &Device) -> Result<Tensor> {
     let width = n_past + n;
     let hidden = |i: usize| i % width > n_past + i / width;
-    let mask: Vec<f32> =
-        (0..n * width).map(|i| if hidden(i) { f32::NEG_INFINITY } else { 0.0 }).collect();
+    let mask: Vec<f32> = (0..n * width)
+        .map(|i| if hidden(i) { f32::NEG_INFINITY } else { 0.0 })
+        .collect();
     Ok(Tensor::from_vec(mask, (n, width), device)?)
 }

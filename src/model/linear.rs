@@ -31,7 +31,12 @@ impl Linear {
         let weight = checkpoint.linear_weight(module, shape[0], shape[1])?;
         let weight = Tensor::from_vec(weight.into_vec(), &shape, device)?;
         let bias = match has_bias {
-            true => Some(load_tensor(checkpoint, &format!("{module}.bias"), &shape[..1], device)?),
+            true => Some(load_tensor(
+                checkpoint,
+                &format!("{module}.bias"),
+                &shape[..1],
+                device,
+            )?),
             false => None,
         };
         Ok(Self { weight, bias })
@@ -68,7 +73,10 @@ impl Linear {
     /// A tensor error if the device refuses the memory.
     pub fn with_weight(&self, weight: &Matrix) -> Result<Self> {
         let weight = tensor_from_matrix(weight, self.weight.device())?;
-        Ok(Self { weight, bias: self.bias.clone() })
+        Ok(Self {
+            weight,
+            bias: self.bias.clone(),
+        })
     }
 }
 
@@ -82,7 +90,11 @@ pub fn load_tensor(
     shape: &[usize],
     device: &Device,
 ) -> Result<Tensor> {
-    Ok(Tensor::from_vec(checkpoint.load(name, shape)?, shape, device)?)
+    Ok(Tensor::from_vec(
+        checkpoint.load(name, shape)?,
+        shape,
+        device,
+    )?)
 }
 
 /// A rank-2 f32 tensor as a matrix.
@@ -99,5 +111,9 @@ pub fn matrix_from_tensor(tensor: &Tensor) -> Result<Matrix> {
 /// # Errors
 /// A tensor error if the device refuses the memory.
 pub fn tensor_from_matrix(matrix: &Matrix, device: &Device) -> Result<Tensor> {
-    Ok(Tensor::from_slice(matrix.data(), (matrix.rows(), matrix.cols()), device)?)
+    Ok(Tensor::from_slice(
+        matrix.data(),
+        (matrix.rows(), matrix.cols()),
+        device,
+    )?)
 }

@@ -36,7 +36,9 @@ pub fn multimodal_positions(
             token += 1;
             continue;
         }
-        let [t, h, w] = *grids.next().ok_or_else(|| mismatch(input_ids, image_token_id, grids_thw, merge_size))?;
+        let [t, h, w] = *grids
+            .next()
+            .ok_or_else(|| mismatch(input_ids, image_token_id, grids_thw, merge_size))?;
         let (h, w) = (h / merge_size, w / merge_size);
         let n_tokens = t * h * w;
         let run = input_ids[token..].iter().take(n_tokens);
@@ -92,8 +94,16 @@ mod tests {
     #[test]
     fn image_tokens_must_match_the_images() {
         let ids = [1, IMAGE, IMAGE, 2];
-        for grids in [&[][..], &[[1, 2, 2]], &[[1, 4, 4]], &[[1, 2, 2], [1, 2, 2], [1, 2, 2]]] {
-            assert!(matches!(multimodal_positions(&ids, IMAGE, grids, 2), Err(Error::Shape { .. })));
+        for grids in [
+            &[][..],
+            &[[1, 2, 2]],
+            &[[1, 4, 4]],
+            &[[1, 2, 2], [1, 2, 2], [1, 2, 2]],
+        ] {
+            assert!(matches!(
+                multimodal_positions(&ids, IMAGE, grids, 2),
+                Err(Error::Shape { .. })
+            ));
         }
         assert!(multimodal_positions(&ids, IMAGE, &[[1, 2, 4]], 2).is_ok());
     }

@@ -36,7 +36,10 @@ impl Rope {
         let angles: Vec<f32> = (0..n)
             .flat_map(|t| {
                 let axis_of = &axis_of;
-                freqs.iter().zip(axis_of).map(move |(f, &axis)| positions[axis][t] as f32 * f)
+                freqs
+                    .iter()
+                    .zip(axis_of)
+                    .map(move |(f, &axis)| positions[axis][t] as f32 * f)
             })
             .collect();
         Self::from_angles(&angles, n, device)
@@ -64,7 +67,10 @@ impl Rope {
             let values = Tensor::from_vec(values, (n, half), device)?;
             Ok(Tensor::cat(&[&values, &values], 1)?)
         };
-        Ok(Self { cos: table(f32::cos)?, sin: table(f32::sin)? })
+        Ok(Self {
+            cos: table(f32::cos)?,
+            sin: table(f32::sin)?,
+        })
     }
 
     /// The tables of tokens `start..start + len`.
@@ -72,7 +78,10 @@ impl Rope {
     /// # Errors
     /// A tensor error if the range is not inside.
     pub fn narrow(&self, start: usize, len: usize) -> Result<Self> {
-        Ok(Self { cos: self.cos.narrow(0, start, len)?, sin: self.sin.narrow(0, start, len)? })
+        Ok(Self {
+            cos: self.cos.narrow(0, start, len)?,
+            sin: self.sin.narrow(0, start, len)?,
+        })
     }
 
     /// Rotates `x [heads, n, head_dim]`.
@@ -95,7 +104,10 @@ impl Rope {
 
 /// theta^(−2i/dim) for i in 0..dim/2.
 fn inverse_frequencies(dim: usize, theta: f32) -> Vec<f32> {
-    (0..dim).step_by(2).map(|i| 1.0 / theta.powf(i as f32 / dim as f32)).collect()
+    (0..dim)
+        .step_by(2)
+        .map(|i| 1.0 / theta.powf(i as f32 / dim as f32))
+        .collect()
 }
 
 /// (−x₂, x₁) of the two halves of the last axis.
@@ -113,7 +125,10 @@ mod tests {
     #[test]
     fn rotating_back_undoes_rotating() {
         let rope = Rope::axial(8, &[(0, 1), (3, 2), (5, 7)], &Device::Cpu).unwrap();
-        let x = Tensor::arange(0f32, 48.0, &Device::Cpu).unwrap().reshape((2, 3, 8)).unwrap();
+        let x = Tensor::arange(0f32, 48.0, &Device::Cpu)
+            .unwrap()
+            .reshape((2, 3, 8))
+            .unwrap();
         let back = rope.rotate_back(&rope.rotate(&x).unwrap()).unwrap();
         let worst: f32 = ((back - &x).unwrap().abs().unwrap())
             .flatten_all()

@@ -1,0 +1,41 @@
+//! `vlmq generate`
+
+use super::prompt::PromptArgs;
+use super::{ModelArg, SCHEMA, open_model, print_json};
+use std::process::ExitCode;
+use vlmq::model::LoadedModel;
+use vlmq::processor::Processor;
+
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    model: ModelArg,
+    #[command(flatten)]
+    prompt: PromptArgs,
+    /// Longest answer, in tokens
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    max_new_tokens: usize,
+}
+
+pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
+    let source = open_model(&args.model.model)?;
+    let processor = Processor::open(&args.model.model)?;
+    let input = args.prompt.encode(&processor)?;
+    let model = LoadedModel::load(source)?;
+    let features = input.images.iter().map(|image| model.image_features(image));
+    let features = features.collect::<vlmq::Result<Vec<_>>>()?;
+    let ids = model.generate(&input, &features, processor.eos_ids(), args.max_new_tokens)?;
+    let text = processor.decode(&ids)?;
+    if json {
+        print_json(serde_json::json!({
+            "schema": SCHEMA,
+            "command": "generate",
+            "n_prompt_tokens": input.input_ids.len(),
+            "output_ids": ids,
+            "text": text,
+        }))?;
+    } else {
+        println!("{text}");
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,84 @@
+//! Flags to plans, results to text. Data goes to stdout, everything else to stderr; the exit code
+//! is 0 for done, 1 for a quality gate missed, 2 for an error.
+
+mod generate;
+mod prompt;
+mod trace;
+
+use anyhow::Context;
+use clap::{Parser, Subcommand};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use vlmq::checkpoint::Checkpoint;
+use vlmq::model::Qwen2Vl;
+
+/// Version of the objects that `--json` prints.
+const SCHEMA: u32 = 1;
+
+#[derive(Parser)]
+#[command(name = "vlmq", version, about, propagate_version = true)]
+struct Cli {
+    /// Print one JSON object on stdout
+    #[arg(long, global = true)]
+    json: bool,
+    /// Threads to compute with; all cores if absent
+    #[arg(long, global = true, value_name = "N")]
+    threads: Option<usize>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Answer one prompt about images
+    Generate(generate::Args),
+    /// Write the tensors of one forward pass, to hold them against another implementation
+    Trace(trace::Args),
+}
+
+/// Runs the command line and says how it ended.
+pub fn run() -> ExitCode {
+    let cli = Cli::parse();
+    match dispatch(cli) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            let known = error.downcast_ref::<vlmq::Error>();
+            eprintln!("hint: {}", known.map_or("see `vlmq help`", |e| e.hint()));
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
+    if let Some(n) = cli.threads {
+        rayon::ThreadPoolBuilder::new()
+            .num_threads(n)
+            .build_global()
+            .context("--threads")?;
+    }
+    match cli.command {
+        Command::Generate(args) => generate::run(&args, cli.json),
+        Command::Trace(args) => trace::run(&args, cli.json),
+    }
+}
+
+fn open_model(dir: &Path) -> anyhow::Result<Qwen2Vl> {
+    Ok(Qwen2Vl::new(
+        Checkpoint::open(dir)?,
+        candle_core::Device::Cpu,
+    )?)
+}
+
+fn print_json(value: serde_json::Value) -> anyhow::Result<()> {
+    println!("{}", serde_json::to_string(&value)?);
+    Ok(())
+}
+
+/// The folder of a model, shared by all commands that read one.
+#[derive(clap::Args)]
+struct ModelArg {
+    /// Folder with config.json, *.safetensors, tokenizer.json and the processor's files
+    #[arg(value_name = "MODEL")]
+    model: PathBuf,
+}

@@ -1,0 +1,40 @@
+//! One prompt from flags: images first, then the text.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use vlmq::dataset::ImageSource;
+use vlmq::processor::chat::{ContentPart, Message, Role};
+use vlmq::processor::{ModelInput, Processor};
+
+#[derive(clap::Args)]
+pub struct PromptArgs {
+    /// Image file; repeat it for several
+    #[arg(long, value_name = "FILE")]
+    pub image: Vec<PathBuf>,
+    /// Text that follows the images
+    #[arg(long, value_name = "TEXT")]
+    pub prompt: String,
+}
+
+impl PromptArgs {
+    /// The user's message: all images, then the text.
+    fn message(&self) -> Message {
+        let images = self.image.iter().map(|_| ContentPart::Image);
+        Message {
+            role: Role::User,
+            content: images
+                .chain([ContentPart::Text(self.prompt.clone())])
+                .collect(),
+        }
+    }
+
+    /// The prompt as the model takes it.
+    pub fn encode(&self, processor: &Processor) -> vlmq::Result<ModelInput> {
+        let images = self.image.iter().map(|path| {
+            let image = ImageSource::File(path.clone()).load()?;
+            processor.vision_input(&image).map(Arc::new)
+        });
+        let images = images.collect::<vlmq::Result<Vec<_>>>()?;
+        processor.encode_prompt(&[self.message()], &images)
+    }
+}

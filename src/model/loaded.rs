@@ -1,0 +1,167 @@
+//! A model with all its layers in memory, to answer questions and to score answers.
+
+use crate::model::decoder::{DecoderLayer, KvCache};
+use crate::model::head::Head;
+use crate::model::positions::Positions;
+use crate::model::qwen2_vl::Qwen2Vl;
+use crate::model::rope::Rope;
+use crate::model::vision::qwen2::VisionTower;
+use crate::processor::{ModelInput, VisionInput};
+use crate::{Error, Result};
+use candle_core::{D, Tensor};
+
+/// All parts of a model.
+pub struct LoadedModel {
+    source: Qwen2Vl,
+    tower: VisionTower,
+    layers: Vec<DecoderLayer>,
+    head: Head,
+}
+
+impl LoadedModel {
+    /// Loads everything; quantized weights are dequantized to f32.
+    ///
+    /// # Errors
+    /// Those of [`crate::checkpoint::Checkpoint::load`].
+    pub fn load(source: Qwen2Vl) -> Result<Self> {
+        let layers = (0..source.decoder().n_layers).map(|i| source.load_layer(i));
+        Ok(Self {
+            tower: source.load_tower()?,
+            layers: layers.collect::<Result<_>>()?,
+            head: source.load_head()?,
+            source,
+        })
+    }
+
+    /// The checkpoint that it came from.
+    pub fn source(&self) -> &Qwen2Vl {
+        &self.source
+    }
+
+    /// The same model with other decoder layers; the tower and the head are shared memory.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if there are more or fewer layers.
+    pub fn set_layers(&mut self, layers: Vec<DecoderLayer>) -> Result<()> {
+        if layers.len() != self.layers.len() {
+            return Err(Error::Shape {
+                module: "decoder layers".into(),
+                expected: vec![self.layers.len()],
+                found: vec![layers.len()],
+            });
+        }
+        self.layers = layers;
+        Ok(())
+    }
+
+    /// Embeddings of one image, `[n_tokens, hidden]`.
+    ///
+    /// # Errors
+    /// As [`VisionTower::forward`].
+    pub fn image_features(&self, image: &VisionInput) -> Result<Tensor> {
+        self.tower.forward(image)
+    }
+
+    /// The last layer's output `[n, hidden]` for embeddings `x [n, hidden]` that follow what
+    /// `caches`, one per layer, hold.
+    ///
+    /// # Errors
+    /// A tensor error if shapes disagree.
+    pub fn hidden_states(&self, x: &Tensor, rope: &Rope, caches: &mut [KvCache]) -> Result<Tensor> {
+        let mut x = x.clone();
+        for (layer, cache) in self.layers.iter().zip(caches) {
+            x = layer.forward(&x, rope, cache)?;
+        }
+        Ok(x)
+    }
+
+    /// Logits `[n_tokens, vocab]` of a whole input.
+    ///
+    /// # Errors
+    /// As [`Qwen2Vl::embed`].
+    pub fn logits(&self, input: &ModelInput, features: &[Tensor]) -> Result<Tensor> {
+        let positions = self.source.positions(input)?;
+        let (x, _) = self.prefill(input, features, &positions)?;
+        self.head.logits(&x)
+    }
+
+    /// Logits `[end − start, vocab]` at the tokens `start..end`, which predict the ones after.
+    ///
+    /// # Errors
+    /// As [`Qwen2Vl::embed`], and a tensor error if the range is not inside.
+    pub fn logits_at(
+        &self,
+        input: &ModelInput,
+        features: &[Tensor],
+        tokens: std::ops::Range<usize>,
+    ) -> Result<Tensor> {
+        let positions = self.source.positions(input)?;
+        let (x, _) = self.prefill(input, features, &positions)?;
+        self.head.logits(&x.narrow(0, tokens.start, tokens.len())?)
+    }
+
+    /// The most likely continuation, token by token, until an end token (which is not returned)
+    /// or `max_new_tokens`.
+    ///
+    /// # Errors
+    /// As [`Qwen2Vl::embed`]; [`Error::NotFinite`] if the logits are not numbers.
+    pub fn generate(
+        &self,
+        input: &ModelInput,
+        features: &[Tensor],
+        eos_ids: &[u32],
+        max_new_tokens: usize,
+    ) -> Result<Vec<u32>> {
+        let positions = self.source.positions(input)?;
+        let (x, mut caches) = self.prefill(input, features, &positions)?;
+        let mut last = x.narrow(0, x.dim(0)? - 1, 1)?;
+        let mut answer = Vec::new();
+        while answer.len() < max_new_tokens {
+            let id = most_likely(&self.head.logits(&last)?)?;
+            if eos_ids.contains(&id) {
+                break;
+            }
+            let position = positions.next + answer.len() as u32;
+            answer.push(id);
+            let ids = std::array::from_fn(|_| vec![position]);
+            let rope = self.source.rope(&Positions {
+                ids,
+                next: position + 1,
+            })?;
+            last = self.hidden_states(&self.source.embed_text(&[id])?, &rope, &mut caches)?;
+        }
+        Ok(answer)
+    }
+
+    fn prefill(
+        &self,
+        input: &ModelInput,
+        features: &[Tensor],
+        positions: &Positions,
+    ) -> Result<(Tensor, Vec<KvCache>)> {
+        if input.input_ids.is_empty() {
+            return Err(Error::Invalid {
+                what: "prompt".into(),
+                why: "it has no tokens".into(),
+            });
+        }
+        let x = self.source.embed(&input.input_ids, features)?;
+        let mut caches = vec![KvCache::default(); self.layers.len()];
+        let x = self.hidden_states(&x, &self.source.rope(positions)?, &mut caches)?;
+        Ok((x, caches))
+    }
+}
+
+/// Index of the largest of the logits `[1, vocab]`; the first one among equals.
+fn most_likely(logits: &Tensor) -> Result<u32> {
+    let values: Vec<f32> = logits.flatten_all()?.to_vec1()?;
+    let count = values.iter().filter(|v| !v.is_finite()).count();
+    if count > 0 {
+        return Err(Error::NotFinite {
+            module: "head".into(),
+            stage: "logits".into(),
+            count,
+        });
+    }
+    Ok(logits.argmax(D::Minus1)?.to_vec1::<u32>()?[0])
+}
