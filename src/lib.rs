@@ -6,6 +6,7 @@ pub mod checkpoint;
 pub mod dataset;
 pub mod error;
 pub mod export;
+pub mod importance;
 pub mod matrix;
 pub mod model;
 pub mod plan;

@@ -266,6 +266,22 @@ impl DecoderLayer {
         )?)
     }
 
+    /// Carries `d = ∂L/∂n₂` `[n, hidden]` back through the norm to y:
+    /// r·(γ∘d) − r³·y·mean(γ∘d∘y) with r = 1/√(mean y² + ε).
+    ///
+    /// # Errors
+    /// A tensor error if shapes disagree.
+    pub fn gate_up_norm_backward(&self, y: &Tensor, d: &Tensor) -> Result<Tensor> {
+        let d = d.broadcast_mul(&self.post_attention_norm)?;
+        let mean_square = y.sqr()?.mean_keepdim(D::Minus1)?;
+        let r = (mean_square + f64::from(self.rms_norm_eps))?
+            .sqrt()?
+            .recip()?;
+        let mean = (&d * y)?.mean_keepdim(D::Minus1)?;
+        let pull = y.broadcast_mul(&(mean * r.powf(3.0)?)?)?;
+        Ok((d.broadcast_mul(&r)? - pull)?)
+    }
+
     /// h, the input of down, from n₂.
     ///
     /// # Errors
