@@ -443,3 +443,57 @@ fn any_number_of_threads_gives_the_same_codes() {
     assert_eq!(one.weight, three.weight);
     assert_eq!(one.loss, three.loss);
 }
+
+/// Losses of the independent implementation (testdata/solver, by tests/oracle/solver_golden.py).
+const GOLDEN_LOSS_TOLERANCE: f64 = 1e-3;
+
+#[test]
+fn an_independent_implementation_finds_the_same() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata/solver");
+    let bytes = std::fs::read(folder.join("layer.safetensors")).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let matrix = |name: &str| {
+        let view = tensors.tensor(name).unwrap();
+        let values = view.data().chunks_exact(4);
+        let values = values
+            .map(|b| f32::from_le_bytes(b.try_into().unwrap()))
+            .collect();
+        let rows = view.shape()[0];
+        let cols = view.shape().get(1).copied().unwrap_or(1);
+        Matrix::from_vec(name, rows, cols, values).unwrap()
+    };
+    let (w, u, f) = (matrix("w"), matrix("u"), matrix("f"));
+    let mut s = Statistics::new(w.cols(), true);
+    s.add("golden", &u, Some(&f), Some(matrix("token_weights").data()))
+        .unwrap();
+    let cases = std::fs::read(folder.join("cases.json")).unwrap();
+    let cases: serde_json::Value = serde_json::from_slice(&cases).unwrap();
+    for (i, case) in cases.as_array().unwrap().iter().enumerate() {
+        let scheme = scheme(
+            case["bits"].as_u64().unwrap() as u8,
+            Some(case["group"].as_u64().unwrap() as usize),
+            case["symmetric"].as_bool().unwrap(),
+        );
+        let settings = settings(
+            case["act_order"].as_bool().unwrap(),
+            case["alpha"].as_f64().unwrap() as f32,
+        );
+        let solved = gptq("golden", &w, &s, scheme, &settings).unwrap();
+        let loss = case["loss"].as_f64().unwrap();
+        let off = (solved.loss / loss - 1.0).abs();
+        assert!(
+            off <= GOLDEN_LOSS_TOLERANCE,
+            "case {i}: {} for {loss}",
+            solved.loss
+        );
+        let golden = tensors.tensor(&format!("codes.{i}")).unwrap();
+        let equal = solved
+            .weight
+            .codes()
+            .iter()
+            .zip(golden.data())
+            .filter(|(a, b)| a == b);
+        let share = equal.count() as f64 / golden.data().len() as f64;
+        assert!(share >= 0.995, "case {i}: {share} of the codes");
+    }
+}
