@@ -133,6 +133,8 @@ def counting(r, held):
     for colour, shape, row, col in items[:2]:
         q.append(("look", f"what color is the shape in {place(row, col)}?", colour))
         q.append(("look", f"what shape is in {place(row, col)}?", shape))
+    in_order = sorted(items, key=lambda i: i[2:])
+    q.append(("list", "list the shapes.", " ".join(f"{c} {s}" for c, s, _, _ in in_order)))
     row = r.choice(items)[2]
     q.append(("row", f"how many shapes are in row {row + 1}?", str(n(lambda i: i[2] == row))))
     return Scene(image, labels, q)
@@ -190,6 +192,7 @@ def reading(r, held):
         q.append(("letter", f"what is the first letter in {where}?", word[0]))
         q.append(("letter", f"what is the last letter in {where}?", word[-1]))
         q.append(("length", f"how many letters are in {where}?", str(len(word))))
+    q.append(("list", "list the words.", " ".join(words)))
     q.append(("lines", "how many words are there?", str(len(words))))
     q.append(("read top", "read the first word.", words[0]))
     q.append(("read top", "read the last word.", words[-1]))
@@ -231,6 +234,7 @@ def charts(r, held):
         q.append(("value", f"what is the value of the {colour} bar?", str(value)))
         q.append(("look", f"what color is bar {name}?", colour))
         q.append(("look", f"which bar is {colour}?", name))
+    q.append(("list", "list the bars.", " ".join(f"{n}{v}" for n, v in zip(names, values))))
     top, low = values.index(max(values)), values.index(min(values))
     q += [("extreme", "which bar is the highest?", names[top]),
           ("extreme", "which bar is the lowest?", names[low]),
@@ -299,6 +303,7 @@ def emoji(r, held):
         q.append(("count", f"how many {plural(name)} are there?", str(there.count(name))))
     for name in (r.choice(there), r.choice([e for e in EMOJI if e not in there])):
         q.append(("exists", f"is there a {name}?", "yes" if name in there else "no"))
+    q.append(("list", "list the emoji.", " ".join(grid[at] for at in sorted(grid))))
     q.append(("count", "how many emoji are there?", str(len(there))))
     q.append(("kinds", "how many kinds of emoji are there?", str(len(set(there)))))
     return Scene(image, labels, q)

@@ -22,7 +22,7 @@ from transformers import Qwen2VLForConditionalGeneration
 from data import IGNORE, LABELS, TASKS, scenes
 from network import Pack, image_features, make_config, make_tokenizer, hidden_states, patches
 
-SLOT, N_SLOTS = 32, 6
+SLOT, N_SLOTS = 24, 6
 EVAL_IMAGES = 120
 
 
@@ -128,6 +128,14 @@ def compute_features(args):
         print(name, len(found), flush=True)
 
 
+def rebuild_questions(args):
+    """The questions of `features` again, after a change to them that leaves the images alone."""
+    for name, n, held in [("train", args.images, False), ("eval", EVAL_IMAGES, True)]:
+        found = build_scenes(args, n, held)
+        rows = [dict(task=task, questions=scene.questions) for task, scene in found]
+        (args.work / f"{name}.json").write_text(json.dumps(rows))
+
+
 def load_features(args, name):
     features = np.load(args.work / f"{name}.npy", mmap_mode="r")
     return features, json.loads((args.work / f"{name}.json").read_text())
@@ -158,6 +166,17 @@ def answers_right(model, pack, features, rows):
     return {k: round(100 * sum(v) / len(v), 1) for k, v in sorted(right.items())}
 
 
+def choose_questions(rng, questions, list_share):
+    """Some of an image's questions. A list of everything in the picture has many answer tokens,
+    so it teaches the decoder to see before single answers can."""
+    lists = [q for q in questions if q[0] == "list"]
+    rest = [q for q in questions if q[0] != "list"]
+    first = lists if lists and rng.random() < list_share else []
+    n = N_SLOTS - len(first)
+    chosen = rng.sample(rest, n) if len(rest) >= n else rng.choices(rest, k=n)
+    return [(q, a) for _, q, a in first + chosen]
+
+
 def train_decoder(args):
     features, rows = load_features(args, "train")
     test_features, test = load_features(args, "eval")
@@ -182,9 +201,7 @@ def train_decoder(args):
         for group in optimizer.param_groups:
             group["lr"] = rate(args, step, share)
         picked = [rng.choice(by_task[t]) for t in rng.choices(TASKS, mix.values(), k=args.batch)]
-        asked = [[(q, a) for _, q, a in rng.sample(rows[i]["questions"], N_SLOTS)]
-                 if len(rows[i]["questions"]) >= N_SLOTS
-                 else [(q, a) for _, q, a in rng.choices(rows[i]["questions"], k=N_SLOTS)]
+        asked = [choose_questions(rng, rows[i]["questions"], 0.8 if share < 0.6 else 0.2)
                  for i in picked]
         ids, labels = pack.batch(asked)
         f = torch.from_numpy(np.stack([features[i] for i in picked])).float()
@@ -216,7 +233,7 @@ def train_decoder(args):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument("stage", choices=["tower", "features", "decoder"])
+    p.add_argument("stage", choices=["tower", "features", "questions", "decoder"])
     p.add_argument("work", type=Path)
     p.add_argument("--minutes", type=float, default=6)
     p.add_argument("--images", type=int, default=3000, help="training images of each task")
@@ -231,7 +248,8 @@ def main():
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args()
     torch.set_num_threads(2)
-    dict(tower=train_tower, features=compute_features, decoder=train_decoder)[args.stage](args)
+    dict(tower=train_tower, features=compute_features,
+         questions=rebuild_questions, decoder=train_decoder)[args.stage](args)
 
 
 if __name__ == "__main__":
