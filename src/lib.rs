@@ -9,8 +9,11 @@ pub mod export;
 pub mod importance;
 pub mod matrix;
 pub mod model;
+pub(crate) mod pack;
 pub mod plan;
 pub mod processor;
+pub mod solver;
+pub mod statistics;
 
 pub use error::{Error, Result};
 pub use matrix::Matrix;

@@ -8,14 +8,12 @@
 //!
 //! [`write::ShardedWriter`] and [`PendingFolder`] are the way back to disk.
 
-mod bitstream;
 mod dtype;
 mod folder;
 mod quantization;
 mod shard;
 pub mod write;
 
-pub(crate) use bitstream::{pack, words_for};
 pub use dtype::DType;
 pub use folder::PendingFolder;
 pub use quantization::{PackedModule, QuantizationConfig, QuantizationGroup};

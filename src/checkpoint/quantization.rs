@@ -10,8 +10,8 @@
 //! A weight is (code − zero point) · scale. Dense 3-bit words are what compressed-tensors 0.18 and
 //! later write; older files pad them and are refused by their shape.
 
-use super::bitstream::{unpack, words_for};
 use super::{Checkpoint, DType};
+use crate::pack::{unpack, words_for};
 use crate::plan::{ScaleDtype, Scheme};
 use crate::{Error, Matrix, Result};
 use regex::Regex;

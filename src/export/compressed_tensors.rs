@@ -14,7 +14,7 @@
 use super::{ModulePlan, PackedSource};
 use crate::checkpoint::write::{MAX_SHARD_BYTES, ShardedWriter, TensorSpec};
 use crate::checkpoint::{CONFIG_FILE, Checkpoint, DType, PackedModule, PendingFolder};
-use crate::checkpoint::{pack, words_for};
+use crate::pack::{pack, words_for};
 use crate::plan::{ScaleDtype, Scheme};
 use crate::{Error, Matrix, Result};
 use serde_json::{Value, json};

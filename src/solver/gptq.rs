@@ -1,0 +1,341 @@
+//! GPTQ and GPTAQ, blocked and parallel.
+//!
+//! Rows of W never meet, so chunks of rows are solved side by side; the height of a chunk depends
+//! on the number of rows only, hence the same bytes for any number of threads. A chunk is held
+//! column after column, each column contiguous over its rows, so that rounding and passing on
+//! errors run along vectors.
+//!
+//! Within a chunk the recurrence is w_j ← w_j − e_q U'_qj + w_q P_qj for each q and all j > q, with
+//! e_q = w_q − q_q and w_q the value of column q just before it is rounded. It is solved by halving:
+//! solve the left half of a range of columns, add what it passes on to the right half as one matrix
+//! product, solve the right half. All but the smallest ranges are then products. The outermost
+//! ranges are `col_block` wide and update everything after them.
+//!
+//! Differs from the references: (1) GPTAQ's code uses the rounded w_q in the update of later
+//! blocks and the unrounded one within a block; here it is the unrounded one throughout, so that
+//! the width of a block changes nothing. (2) Without `act_order` each group's grid is fitted when
+//! the group is reached, on weights that have received *all* earlier updates; the reference misses
+//! those of the current block. (3) With `act_order` grids are fitted on the original weight
+//! ("static groups"). (4) Dead columns are rounded to nearest, see [`factor`](super::factor).
+//!
+//! Source: arXiv:2210.17323 §3.4, IST-DASLab/gptq@2d65066 gptq.py; arXiv:2504.02692,
+//! Intelligent-Computing-Lab-Yale/GPTAQ@883afc6 gptaq_utils.py.
+
+use super::factor::Factor;
+use super::grid::{Grid, Grids, steps};
+use super::{QuantizedWeight, Solved, SolverSettings, check_weight, layer_loss};
+use crate::plan::Scheme;
+use crate::statistics::Statistics;
+use crate::{Error, Matrix, Result};
+use faer::linalg::matmul::matmul;
+use faer::{Accum, MatMut, MatRef, Par};
+use rayon::prelude::*;
+use std::ops::Range;
+
+/// Columns solved without a matrix product.
+const LEAF_COLS: usize = 16;
+
+/// `w` quantized so that its outputs on the calibration data change least: GPTQ, or GPTAQ if
+/// [`SolverSettings::alpha`] is positive.
+///
+/// Shapes: `w [out, in]`, statistics of the same `in`.
+/// # Errors
+/// [`Error::Shape`] if they differ; [`Error::Invalid`] for a setting outside its range or a group
+/// size that does not divide; [`Error::NotFinite`] for NaN or infinity in weights or statistics;
+/// [`Error::Singular`] if no damping makes H positive definite, or H is zero because no token had
+/// a positive weight: such a layer is never rounded or zeroed on the quiet; [`Error::Missing`] if
+/// α > 0 and the statistics have no cross moments.
+pub fn gptq(
+    module: &str,
+    w: &Matrix,
+    statistics: &Statistics,
+    scheme: Scheme,
+    settings: &SolverSettings,
+) -> Result<Solved> {
+    settings.check()?;
+    let group_len = scheme.group_len(module, w.cols())?;
+    if statistics.in_features() != w.cols() {
+        return Err(Error::Shape {
+            module: format!("statistics of {module}"),
+            expected: vec![w.cols(), w.cols()],
+            found: vec![statistics.in_features(), statistics.in_features()],
+        });
+    }
+    check_weight(module, w)?;
+    let factor = Factor::new(module, statistics, settings)?;
+    let grids = if settings.act_order {
+        Some(Grids::fit(module, w, group_len, scheme, settings.clip)?)
+    } else {
+        None
+    };
+    let problem = Problem {
+        w,
+        scheme,
+        settings,
+        group_len,
+        factor: &factor,
+        grids: grids.as_ref(),
+    };
+    let weight = problem.solve(module)?;
+    let loss = layer_loss(w, &weight.dequantize(), statistics.hessian_lower());
+    Ok(Solved {
+        weight,
+        loss,
+        dampening_frac: factor.dampening_frac,
+        dampening_steps: factor.dampening_steps,
+        n_dead_columns: factor.n_dead_columns,
+    })
+}
+
+/// What all chunks share.
+struct Problem<'a> {
+    w: &'a Matrix,
+    scheme: Scheme,
+    settings: &'a SolverSettings,
+    group_len: usize,
+    factor: &'a Factor,
+    /// Grids fitted beforehand; absent if they are fitted on the way.
+    grids: Option<&'a Grids>,
+}
+
+impl Problem<'_> {
+    fn solve(&self, module: &str) -> Result<QuantizedWeight> {
+        let (rows, cols) = (self.w.rows(), self.w.cols());
+        let n_groups = cols / self.group_len;
+        let height = rows.div_ceil(16).clamp(16, 128);
+        let starts: Vec<usize> = (0..rows).step_by(height).collect();
+        let chunks: Vec<Chunk> = starts
+            .into_par_iter()
+            .map(|start| self.solve_chunk(start..rows.min(start + height)))
+            .collect();
+        let count = chunks.iter().map(|chunk| chunk.n_not_finite).sum();
+        if count > 0 {
+            return Err(Error::NotFinite {
+                module: module.to_owned(),
+                stage: "weights after compensation".into(),
+                count,
+            });
+        }
+        let mut codes = Vec::with_capacity(rows * cols);
+        let mut scales = Vec::with_capacity(rows * n_groups);
+        let mut zero_points = Vec::with_capacity(rows * n_groups);
+        for chunk in &chunks {
+            codes.extend_from_slice(&chunk.codes);
+            for row in 0..chunk.n_rows {
+                let column = chunk.scales.iter().skip(row).step_by(chunk.n_rows);
+                scales.extend(column.copied());
+                let column = chunk.zero_points.iter().skip(row).step_by(chunk.n_rows);
+                zero_points.extend(column.map(|zero| *zero as u8));
+            }
+        }
+        let scales = Matrix::from_vec(module, rows, n_groups, scales)?;
+        let shape = [rows, cols];
+        QuantizedWeight::new(module, self.scheme, shape, codes, scales, zero_points)
+    }
+
+    fn solve_chunk(&self, rows: Range<usize>) -> Chunk {
+        let n_cols = self.w.cols();
+        let mut chunk = Chunk::new(self, rows);
+        let mut start = 0;
+        while start < n_cols {
+            let end = self.block_end(start);
+            let starts_group = start.is_multiple_of(self.group_len);
+            if self.grids.is_none() && starts_group && end - start < self.group_len {
+                chunk.fit_group(self, start);
+            }
+            chunk.solve(self, start..end, start);
+            chunk.pass_on(self, start..end, end..n_cols, start);
+            start = end;
+        }
+        chunk.finish(self);
+        chunk
+    }
+
+    /// End of the outermost range that begins at `start`: whole groups if a group fits into
+    /// `col_block`, else at most `col_block` columns of one group.
+    fn block_end(&self, start: usize) -> usize {
+        let (group_len, block) = (self.group_len, self.settings.col_block);
+        if group_len <= block {
+            return self.w.cols().min(start + block / group_len * group_len);
+        }
+        let group_end = (start / group_len + 1) * group_len;
+        group_end.min(start + block)
+    }
+}
+
+/// Some rows being solved. All buffers but the final codes run down the rows first.
+struct Chunk {
+    n_rows: usize,
+    /// `[in]` columns in solving order; a solved column keeps its value before rounding.
+    weights: Vec<f32>,
+    /// Rounding errors of the columns of the current outermost range.
+    errors: Vec<f32>,
+    /// `[n_groups]` columns.
+    scales: Vec<f32>,
+    zero_points: Vec<f32>,
+    /// `[in]` columns in solving order; after [`Chunk::finish`] `[rows, in]` in original order.
+    codes: Vec<u8>,
+    n_not_finite: usize,
+}
+
+impl Chunk {
+    fn new(problem: &Problem<'_>, rows: Range<usize>) -> Self {
+        let (n_rows, n_cols) = (rows.len(), problem.w.cols());
+        let n_groups = n_cols / problem.group_len;
+        let mut weights = vec![0.0; n_rows * n_cols];
+        for (position, column) in problem.factor.order.iter().enumerate() {
+            for (i, row) in rows.clone().enumerate() {
+                weights[position * n_rows + i] = problem.w[(row, *column)];
+            }
+        }
+        let mut chunk = Self {
+            n_rows,
+            weights,
+            errors: vec![0.0; n_rows * problem.settings.col_block.min(n_cols)],
+            scales: vec![1.0; n_rows * n_groups],
+            zero_points: vec![0.0; n_rows * n_groups],
+            codes: vec![0; n_rows * n_cols],
+            n_not_finite: 0,
+        };
+        if let Some(grids) = problem.grids {
+            for (i, row) in rows.enumerate() {
+                for group in 0..n_groups {
+                    let index = row * n_groups + group;
+                    chunk.scales[group * n_rows + i] = grids.scales.data()[index];
+                    chunk.zero_points[group * n_rows + i] = grids.zero_points[index].into();
+                }
+            }
+        }
+        chunk
+    }
+
+    /// Fits the grids of the group that begins at `start`, whose columns are up to date.
+    fn fit_group(&mut self, problem: &Problem<'_>, start: usize) {
+        let group = start / problem.group_len;
+        let mut values = vec![0.0; problem.group_len];
+        for row in 0..self.n_rows {
+            let column = self.weights[start * self.n_rows + row..].iter();
+            for (value, weight) in values.iter_mut().zip(column.step_by(self.n_rows)) {
+                *value = *weight;
+            }
+            let grid = Grid::fit(&values, problem.scheme, problem.settings.clip);
+            self.scales[group * self.n_rows + row] = grid.scale;
+            self.zero_points[group * self.n_rows + row] = grid.zero_point.into();
+        }
+    }
+
+    /// Solves `range`, which has received all updates from columns before it. `base` is the
+    /// column that the first column of `errors` belongs to.
+    fn solve(&mut self, problem: &Problem<'_>, range: Range<usize>, base: usize) {
+        let group_len = problem.group_len;
+        let is_group = range.len() == group_len && range.start.is_multiple_of(group_len);
+        if is_group && problem.grids.is_none() {
+            self.fit_group(problem, range.start);
+        }
+        if range.len() <= LEAF_COLS && range.len() <= group_len {
+            for column in range.clone() {
+                self.round(problem, column, base);
+                self.pass_on_one(problem, column, range.end, base);
+            }
+            return;
+        }
+        let middle = range.start
+            + if range.len() > group_len {
+                (range.len() / group_len).div_ceil(2) * group_len
+            } else {
+                range.len() / 2
+            };
+        self.solve(problem, range.start..middle, base);
+        self.pass_on(problem, range.start..middle, middle..range.end, base);
+        self.solve(problem, middle..range.end, base);
+    }
+
+    /// Rounds one column to its grid and notes codes and errors.
+    fn round(&mut self, problem: &Problem<'_>, column: usize, base: usize) {
+        let n = self.n_rows;
+        let group = problem.factor.order[column] / problem.group_len;
+        let max_code = f32::from(problem.scheme.max_code());
+        let weights = &self.weights[column * n..][..n];
+        let scales = &self.scales[group * n..][..n];
+        let zero_points = &self.zero_points[group * n..][..n];
+        let codes = &mut self.codes[column * n..][..n];
+        let errors = &mut self.errors[(column - base) * n..][..n];
+        for i in 0..n {
+            let steps = steps(weights[i], scales[i], zero_points[i], max_code);
+            errors[i] = weights[i] - steps * scales[i];
+            codes[i] = (steps + zero_points[i]) as u8;
+        }
+    }
+
+    /// Updates the columns after `column` and before `end`.
+    fn pass_on_one(&mut self, problem: &Problem<'_>, column: usize, end: usize, base: usize) {
+        let n = self.n_rows;
+        let (before, after) = self.weights.split_at_mut((column + 1) * n);
+        let own = &before[column * n..];
+        let errors = &self.errors[(column - base) * n..][..n];
+        let factors = &problem.factor.unit_upper.row(column)[column + 1..end];
+        for (weights, factor) in after.chunks_exact_mut(n).zip(factors) {
+            for (weight, error) in weights.iter_mut().zip(errors) {
+                *weight -= error * factor;
+            }
+        }
+        let Some(pull) = &problem.factor.pull else {
+            return;
+        };
+        let factors = &pull.row(column)[column + 1..end];
+        for (weights, factor) in after.chunks_exact_mut(n).zip(factors) {
+            for (weight, own) in weights.iter_mut().zip(own) {
+                *weight += own * factor;
+            }
+        }
+    }
+
+    /// Updates the columns `to`, all after the solved columns `from`.
+    fn pass_on(
+        &mut self,
+        problem: &Problem<'_>,
+        from: Range<usize>,
+        to: Range<usize>,
+        base: usize,
+    ) {
+        let n = self.n_rows;
+        if to.is_empty() {
+            return;
+        }
+        let (before, after) = self.weights.split_at_mut(to.start * n);
+        let target = &mut after[..to.len() * n];
+        let mut target = MatMut::from_column_major_slice_mut(target, n, to.len());
+        let errors = &self.errors[(from.start - base) * n..][..from.len() * n];
+        let own = &before[from.start * n..][..from.len() * n];
+        let view = |values| MatRef::from_column_major_slice(values, n, from.len());
+        let unit = problem.factor.unit_upper.as_faer();
+        let unit = unit.submatrix(from.start, to.start, from.len(), to.len());
+        matmul(
+            target.as_mut(),
+            Accum::Add,
+            view(errors),
+            unit,
+            -1.0,
+            Par::Seq,
+        );
+        if let Some(pull) = &problem.factor.pull {
+            let pull = pull.as_faer();
+            let pull = pull.submatrix(from.start, to.start, from.len(), to.len());
+            matmul(target, Accum::Add, view(own), pull, 1.0, Par::Seq);
+        }
+    }
+
+    /// Puts the codes into rows of original order and counts what is not a number.
+    fn finish(&mut self, problem: &Problem<'_>) {
+        let n_cols = problem.w.cols();
+        let mut codes = vec![0; self.codes.len()];
+        let columns = self.codes.chunks_exact(self.n_rows);
+        for (column, original) in columns.zip(&problem.factor.order) {
+            for (row, code) in column.iter().enumerate() {
+                codes[row * n_cols + original] = *code;
+            }
+        }
+        self.codes = codes;
+        self.n_not_finite = self.weights.iter().filter(|w| !w.is_finite()).count();
+    }
+}

@@ -1,0 +1,181 @@
+//! The grid that a group of weights is rounded to: w ≈ (code − zero_point) · scale.
+//!
+//! Asymmetric: the range of the group, widened to hold 0, is spread over the 2^b codes and the
+//! zero point is an integer among them, so that 0 stays exactly 0. Symmetric: the zero point is
+//! 2^(b−1) and the scale is max|w| / ((2^b − 1) / 2), compressed-tensors' convention: codes use the
+//! full range, and the largest weight is half a step beyond the largest code.
+//!
+//! The scale is rounded to its storage type first and everything else follows from the rounded
+//! one. A group whose scale would be zero or subnormal (all weights zero, or too small for the
+//! storage type) gets scale 1 and thus only zeros: no division can overflow.
+//!
+//! Source: IST-DASLab/gptq@2d65066 quant.py. Differs: rounded scales, the symmetric convention.
+
+use super::Clip;
+use crate::plan::Scheme;
+use crate::{Error, Matrix, Result};
+use rayon::prelude::*;
+
+/// Adding and subtracting 1.5 · 2^23 rounds a small f32 to the nearest integer, ties to even, with
+/// two additions that vectorise on every CPU; codes are far below the 2^22 where this ends.
+const ROUND: f32 = 12_582_912.0;
+
+/// Shrink factors tried by [`Clip::Mse`] are 1 − i/100 for i below this.
+const N_SHRINKS: u32 = 80;
+
+/// Scale and zero point of one group.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Grid {
+    pub(crate) scale: f32,
+    pub(crate) zero_point: u8,
+}
+
+/// Scales and zero points `[rows, n_groups]`.
+pub(crate) struct Grids {
+    pub(crate) scales: Matrix,
+    pub(crate) zero_points: Vec<u8>,
+}
+
+impl Grid {
+    /// The grid of one group of finite weights.
+    pub(crate) fn fit(weights: &[f32], scheme: Scheme, clip: Clip) -> Self {
+        let (low, high) = range(weights);
+        match clip {
+            Clip::None => Self::of_range(low, high, scheme),
+            Clip::Mse => Self::search(weights, low, high, scheme),
+        }
+    }
+
+    /// Code of `weight`: clamp(round(weight / scale) + zero_point), ties to even.
+    pub(crate) fn code(self, weight: f32, max_code: u8) -> u8 {
+        let zero = f32::from(self.zero_point);
+        (self.steps(weight, max_code) + zero) as u8
+    }
+
+    /// Signed number of steps from zero, within the codes.
+    fn steps(self, weight: f32, max_code: u8) -> f32 {
+        steps(weight, self.scale, self.zero_point.into(), max_code.into())
+    }
+
+    fn of_range(low: f32, high: f32, scheme: Scheme) -> Self {
+        let n_steps = f32::from(scheme.max_code());
+        let middle = scheme.max_code() / 2 + 1;
+        let raw = if scheme.symmetric() {
+            high.max(-low) / (n_steps / 2.0)
+        } else {
+            high / n_steps - low / n_steps
+        };
+        let scale = scheme.scale_dtype().round(raw);
+        if scale < f32::MIN_POSITIVE {
+            let zero_point = if scheme.symmetric() { middle } else { 0 };
+            return Self {
+                scale: 1.0,
+                zero_point,
+            };
+        }
+        let zero_point = if scheme.symmetric() {
+            middle
+        } else {
+            (-low / scale).round_ties_even().clamp(0.0, n_steps) as u8
+        };
+        Self { scale, zero_point }
+    }
+
+    /// Shrinks the range step by step and keeps the first factor of least Σ|error|^2.4.
+    fn search(weights: &[f32], low: f32, high: f32, scheme: Scheme) -> Self {
+        let mut best = Self::of_range(low, high, scheme);
+        let mut least = f64::INFINITY;
+        for i in 0..N_SHRINKS {
+            let factor = 1.0 - i as f32 / 100.0;
+            let grid = Self::of_range(low * factor, high * factor, scheme);
+            if let Some(error) = grid.error_below(weights, scheme.max_code(), least) {
+                (best, least) = (grid, error);
+            }
+        }
+        best
+    }
+
+    /// Σ|rounding error|^2.4 if it is below `limit`. The sum only grows, so it stops early.
+    fn error_below(self, weights: &[f32], max_code: u8, limit: f64) -> Option<f64> {
+        const STRIDE: usize = 64;
+        let unit = f64::from(power_2_4(self.scale));
+        let (zero, max_code) = (f32::from(self.zero_point), f32::from(max_code));
+        let mut sum = 0.0f64;
+        for part in weights.chunks(STRIDE) {
+            let mut errors = [0.0f32; STRIDE];
+            for (error, weight) in errors.iter_mut().zip(part) {
+                let distance = weight / self.scale - steps(*weight, self.scale, zero, max_code);
+                *error = power_2_4(distance);
+            }
+            sum += unit * f64::from(errors.iter().sum::<f32>());
+            if sum >= limit {
+                return None;
+            }
+        }
+        Some(sum)
+    }
+}
+
+impl Grids {
+    /// One grid for each row and each `group_len` consecutive columns of `w`.
+    ///
+    /// # Errors
+    /// [`Error::NotFinite`] if a scale does not fit its storage type.
+    pub(crate) fn fit(
+        module: &str,
+        w: &Matrix,
+        group_len: usize,
+        scheme: Scheme,
+        clip: Clip,
+    ) -> Result<Self> {
+        let groups = w.data().par_chunks(group_len);
+        let grids: Vec<Grid> = groups.map(|g| Grid::fit(g, scheme, clip)).collect();
+        let scales = grids.iter().map(|g| g.scale).collect();
+        let scales = Matrix::from_vec(module, w.rows(), w.cols() / group_len, scales)?;
+        check_scales(module, &scales)?;
+        Ok(Self {
+            scales,
+            zero_points: grids.iter().map(|g| g.zero_point).collect(),
+        })
+    }
+}
+
+/// # Errors
+/// [`Error::NotFinite`] if a scale overflowed its storage type.
+pub(crate) fn check_scales(module: &str, scales: &Matrix) -> Result<()> {
+    let count = scales.count_not_finite();
+    if count == 0 {
+        return Ok(());
+    }
+    Err(Error::NotFinite {
+        module: module.to_owned(),
+        stage: "scales, after rounding to their storage type".into(),
+        count,
+    })
+}
+
+/// round(weight / scale), clamped so that adding `zero` stays within `[0, max_code]`. Clamping
+/// before rounding gives the same, since the bounds are integers, and bounds what is rounded.
+pub(crate) fn steps(weight: f32, scale: f32, zero: f32, max_code: f32) -> f32 {
+    ((weight / scale).max(-zero).min(max_code - zero) + ROUND) - ROUND
+}
+
+/// Least and greatest weight, widened to hold zero.
+fn range(weights: &[f32]) -> (f32, f32) {
+    weights
+        .iter()
+        .fold((0.0, 0.0), |(low, high), w| (w.min(low), w.max(high)))
+}
+
+/// |x|^2.4 to a few f32 roundings: x² times its fifth root, found by Newton's method from a guess
+/// that divides the exponent bits by five. `powf` would take most of the clip search's time.
+fn power_2_4(x: f32) -> f32 {
+    const BIAS: u32 = 852_282_573; // 4/5 of the bits of 1.0
+    let square = x * x;
+    let mut root = f32::from_bits(square.to_bits() / 5 + BIAS);
+    for _ in 0..3 {
+        let root2 = root * root;
+        root = 0.8 * root + 0.2 * square / (root2 * root2);
+    }
+    square * root
+}
