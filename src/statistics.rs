@@ -330,3 +330,199 @@ fn add_elements(target: &mut Matrix, other: &Matrix) {
     let pairs = target.data_mut().iter_mut().zip(other.data());
     pairs.for_each(|(target, other)| *target += other);
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use rand::{Rng, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+
+    fn random(rows: usize, cols: usize, seed: u64) -> Matrix {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        Matrix::from_fn(rows, cols, |_, _| rng.random_range(-1.0f32..1.0))
+    }
+
+    fn filled(u: &Matrix, f: &Matrix, weights: Option<&[f32]>) -> Statistics {
+        let mut statistics = Statistics::new(u.cols(), true);
+        statistics.add("layer", u, Some(f), weights).unwrap();
+        statistics
+    }
+
+    /// Largest difference over the largest entry.
+    fn distance(a: &Matrix, b: &Matrix) -> f32 {
+        let pairs = a.data().iter().zip(b.data());
+        let largest = a
+            .data()
+            .iter()
+            .fold(f32::MIN_POSITIVE, |m, v| m.max(v.abs()));
+        pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max) / largest
+    }
+
+    /// f32 sums over `n` tokens in another order.
+    fn tolerance(n: usize) -> f32 {
+        f32::EPSILON * n as f32
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(24))]
+
+        #[test]
+        fn moments_follow_their_definition(
+            seed: u64,
+            n_tokens in 1usize..40,
+            cols in prop::sample::select(vec![1usize, 3, 31, 70, 150]),
+            is_weighted: bool,
+        ) {
+            let (u, f) = (random(n_tokens, cols, seed), random(n_tokens, cols, seed ^ 1));
+            let omega: Vec<f32> = (0..n_tokens).map(|t| (t % 4) as f32 * 0.7).collect();
+            let statistics = filled(&u, &f, is_weighted.then_some(&omega[..]));
+            let moment = |left: &dyn Fn(usize, usize) -> f32| {
+                Matrix::from_fn(cols, cols, |a, b| {
+                    let term = |t: usize| {
+                        let weight = if is_weighted { omega[t] } else { 1.0 };
+                        f64::from(weight) * f64::from(left(t, a)) * f64::from(u[(t, b)])
+                    };
+                    (0..n_tokens).map(term).sum::<f64>() as f32
+                })
+            };
+            let hessian = moment(&|t, a| u[(t, a)]);
+            let cross = moment(&|t, a| f[(t, a)] - u[(t, a)]);
+            let largest = tolerance(n_tokens + 4);
+            prop_assert!(distance(&hessian, &statistics.hessian()) < largest);
+            prop_assert!(distance(&cross, statistics.cross().unwrap()) < largest);
+            prop_assert_eq!(statistics.n_tokens(), n_tokens as u64);
+        }
+
+        #[test]
+        fn weight_two_is_the_token_twice(seed: u64) {
+            let (u, f) = (random(20, 33, seed), random(20, 33, seed ^ 1));
+            let weights: Vec<f32> = (0..20).map(|t| if t < 10 { 2.0 } else { 1.0 }).collect();
+            let weighted = filled(&u, &f, Some(&weights));
+            let twice = |m: &Matrix| Matrix::from_fn(30, 33, |t, j| m[(t % 20, j)]);
+            let twice = filled(&twice(&u), &twice(&f), None);
+            prop_assert!(distance(&weighted.hessian(), &twice.hessian()) < tolerance(30));
+            let crosses = (weighted.cross().unwrap(), twice.cross().unwrap());
+            prop_assert!(distance(crosses.0, crosses.1) < tolerance(30));
+            prop_assert_eq!(weighted.weight_sum(), twice.weight_sum());
+        }
+
+        #[test]
+        fn merging_is_adding(seed: u64) {
+            let (u, f) = (random(20, 33, seed), random(20, 33, seed ^ 1));
+            let part = |m: &Matrix, rows: std::ops::Range<usize>| {
+                Matrix::from_fn(rows.len(), 33, |t, j| m[(rows.start + t, j)])
+            };
+            let mut merged = filled(&part(&u, 0..7), &part(&f, 0..7), None);
+            merged.merge(&filled(&part(&u, 7..20), &part(&f, 7..20), None)).unwrap();
+            let whole = filled(&u, &f, None);
+            prop_assert!(distance(&merged.hessian(), &whole.hessian()) < tolerance(20));
+            prop_assert_eq!(merged.n_tokens(), 20);
+            prop_assert_eq!(merged.effective_sample_size(), 20.0);
+        }
+
+        /// ‖ŵU − wF‖² has its minimum at w* = w + w C H⁻¹, and rises from there by δHδᵀ: this ties
+        /// the orientation of C to the objective that GPTAQ serves.
+        #[test]
+        fn cross_moments_point_at_the_least_squares_target(seed: u64) {
+            const N: usize = 6;
+            let (u, f) = (random(40, N, seed), random(40, N, seed ^ 1));
+            let statistics = filled(&u, &f, None);
+            let (w, delta) = (random(1, N, seed ^ 2), random(1, N, seed ^ 3));
+            let hessian = statistics.hessian();
+            let share = |a: usize, b: usize| f64::from(w[(0, a)]) * cross_entry(&statistics, a, b);
+            let drift = |b: usize| (0..N).map(|a| share(a, b)).sum();
+            let drift: Vec<f64> = (0..N).map(drift).collect();
+            let shift = solve_symmetric(&hessian, drift);
+            let target: Vec<f64> =
+                w.row(0).iter().zip(&shift).map(|(w, s)| f64::from(*w) + s).collect();
+            let objective = |row: &[f64]| -> f64 {
+                let dot = |row: &[f64], x: &[f32]| -> f64 {
+                    row.iter().zip(x).map(|(r, x)| r * f64::from(*x)).sum()
+                };
+                let w: Vec<f64> = w.row(0).iter().map(|v| f64::from(*v)).collect();
+                (0..40).map(|t| (dot(row, u.row(t)) - dot(&w, f.row(t))).powi(2)).sum()
+            };
+            let moved: Vec<f64> =
+                target.iter().zip(delta.row(0)).map(|(t, d)| t + f64::from(*d)).collect();
+            let rise = objective(&moved) - objective(&target);
+            let expected = {
+                let term = |i: usize, j: usize| {
+                    f64::from(delta[(0, i)]) * f64::from(hessian[(i, j)]) * f64::from(delta[(0, j)])
+                };
+                (0..N * N).map(|k| term(k / N, k % N)).sum::<f64>()
+            };
+            // f32 moments of 40 tokens; the objective itself is of the order of tens.
+            prop_assert!((rise - expected).abs() < 1e-3 * (1.0 + expected), "{rise} {expected}");
+        }
+    }
+
+    fn cross_entry(statistics: &Statistics, a: usize, b: usize) -> f64 {
+        statistics.cross().unwrap()[(a, b)].into()
+    }
+
+    /// x with x H = `right`, by elimination.
+    fn solve_symmetric(hessian: &Matrix, mut right: Vec<f64>) -> Vec<f64> {
+        let n = right.len();
+        let mut rows: Vec<Vec<f64>> = (0..n)
+            .map(|i| hessian.row(i).iter().map(|v| f64::from(*v)).collect())
+            .collect();
+        for pivot in 0..n {
+            for row in (0..n).filter(|row| *row != pivot) {
+                let factor = rows[row][pivot] / rows[pivot][pivot];
+                let source = rows[pivot].clone();
+                rows[row]
+                    .iter_mut()
+                    .zip(&source)
+                    .for_each(|(v, s)| *v -= factor * s);
+                right[row] -= factor * right[pivot];
+            }
+        }
+        (0..n).map(|i| right[i] / rows[i][i]).collect()
+    }
+
+    #[test]
+    fn effective_sample_size_counts_even_weights() {
+        let u = random(4, 2, 0);
+        let size = |weights: [f32; 4]| filled(&u, &u, Some(&weights)).effective_sample_size();
+        assert_eq!(size([3.0; 4]), 4.0);
+        assert_eq!(size([1.0, 1.0, 0.0, 0.0]), 2.0);
+        assert_eq!(size([0.0; 4]), 0.0);
+        assert_eq!(filled(&u, &u, None).effective_sample_size(), 4.0);
+    }
+
+    #[test]
+    fn bad_batches_are_errors_and_change_nothing() {
+        let mut statistics = Statistics::new(3, true);
+        let good = random(4, 3, 0);
+        let mut bad = good.clone();
+        bad[(2, 1)] = f32::NAN;
+        let add = |s: &mut Statistics, u: &Matrix, f: Option<&Matrix>, w: Option<&[f32]>| {
+            s.add("layer", u, f, w).unwrap_err()
+        };
+        let error = add(&mut statistics, &bad, Some(&good), None);
+        assert!(matches!(error, Error::NotFinite { count: 1, .. }));
+        let error = add(&mut statistics, &good, Some(&bad), None);
+        assert!(matches!(error, Error::NotFinite { .. }));
+        let error = add(&mut statistics, &good, None, None);
+        assert!(matches!(error, Error::Missing { .. }));
+        let error = add(&mut statistics, &random(4, 2, 0), Some(&good), None);
+        assert!(matches!(error, Error::Shape { .. }));
+        let error = add(&mut statistics, &good, Some(&random(5, 3, 0)), None);
+        assert!(matches!(error, Error::Shape { .. }));
+        let error = add(&mut statistics, &good, Some(&good), Some(&[1.0; 3]));
+        assert!(matches!(error, Error::Shape { .. }));
+        for weight in [-1.0, f32::NAN, f32::INFINITY] {
+            let weights = [1.0, 1.0, weight, 1.0];
+            let error = add(&mut statistics, &good, Some(&good), Some(&weights));
+            assert!(matches!(error, Error::Invalid { .. }));
+        }
+        let error = Statistics::new(3, false).add("layer", &good, Some(&good), None);
+        assert!(matches!(error, Err(Error::Invalid { .. })));
+        let error = statistics.merge(&Statistics::new(4, true));
+        assert!(matches!(error, Err(Error::Shape { .. })));
+        let error = statistics.merge(&Statistics::new(3, false));
+        assert!(matches!(error, Err(Error::Invalid { .. })));
+        assert_eq!(statistics, Statistics::new(3, true));
+    }
+}

@@ -179,3 +179,141 @@ fn power_2_4(x: f32) -> f32 {
     }
     square * root
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::ScaleDtype;
+    use proptest::prelude::*;
+
+    fn any_scheme() -> impl Strategy<Value = Scheme> {
+        let bits = prop::sample::select(Scheme::BITS.to_vec());
+        let dtype = prop::sample::select(vec![ScaleDtype::Bf16, ScaleDtype::F16, ScaleDtype::F32]);
+        (bits, dtype, any::<bool>())
+            .prop_map(|(bits, dtype, symmetric)| Scheme::new(bits, None, symmetric, dtype).unwrap())
+    }
+
+    fn value(grid: Grid, code: u8) -> f32 {
+        (f32::from(code) - f32::from(grid.zero_point)) * grid.scale
+    }
+
+    proptest! {
+        #[test]
+        fn rounding_errs_by_half_a_step_inside_the_range(
+            scheme in any_scheme(),
+            weights in prop::collection::vec(-3.0f32..3.0, 1..40),
+            exponent in -12i32..4,
+        ) {
+            let weights: Vec<f32> = weights.iter().map(|w| w * 2f32.powi(exponent)).collect();
+            let grid = Grid::fit(&weights, scheme, Clip::None);
+            let max_code = scheme.max_code();
+            prop_assert_eq!(scheme.scale_dtype().round(grid.scale), grid.scale);
+            prop_assert_eq!(grid.code(0.0, max_code), grid.zero_point);
+            let (low, high) = (value(grid, 0), value(grid, max_code));
+            for weight in weights {
+                let code = grid.code(weight, max_code);
+                prop_assert!(code <= max_code);
+                let error = (weight - value(grid, code)).abs();
+                let beyond = (weight - high).max(low - weight).max(0.0);
+                // One f32 rounding of the quotient, which is at most 2^8.
+                let slack = 256.0 * f32::EPSILON * grid.scale;
+                prop_assert!(error <= (grid.scale / 2.0).max(beyond) + slack);
+            }
+        }
+
+        /// Nothing is clipped by more than half a step, the rounding of the scale (at most 2^-8 of
+        /// the range) and, asymmetric, the rounding of the zero point.
+        #[test]
+        fn unclipped_ranges_hold_all_weights(
+            scheme in any_scheme(),
+            weights in prop::collection::vec(-3.0f32..3.0, 1..40),
+        ) {
+            let grid = Grid::fit(&weights, scheme, Clip::None);
+            let reach = f32::from(scheme.max_code()) * grid.scale;
+            for weight in weights {
+                let error = (weight - value(grid, grid.code(weight, scheme.max_code()))).abs();
+                prop_assert!(error <= 0.5001 * grid.scale + reach / 256.0, "{weight} {grid:?}");
+            }
+        }
+
+        #[test]
+        fn clip_search_minimises_its_norm(
+            scheme in any_scheme(),
+            weights in prop::collection::vec(-3.0f32..3.0, 1..150),
+        ) {
+            let found = Grid::fit(&weights, scheme, Clip::Mse);
+            let norm = |grid: Grid| -> f64 {
+                let distance = |w: f32| value(grid, grid.code(w, scheme.max_code())) - w;
+                weights.iter().map(|w| f64::from(distance(*w)).abs().powf(2.4)).sum()
+            };
+            let (low, high) = range(&weights);
+            let tried = (0..N_SHRINKS).map(|i| 1.0 - i as f32 / 100.0);
+            let least = tried.map(|p| norm(Grid::of_range(low * p, high * p, scheme)));
+            let least = least.fold(f64::INFINITY, f64::min);
+            // f32 errors of the distances, which 8-bit grids make small against the weights.
+            prop_assert!(norm(found) <= least * 1.001 + 1e-15);
+        }
+    }
+
+    #[test]
+    fn ties_round_to_even() {
+        let grid = Grid {
+            scale: 0.5,
+            zero_point: 3,
+        };
+        let codes = [-0.75, -0.25, 0.25, 0.75, 1.25].map(|w| grid.code(w, 15));
+        assert_eq!(codes, [1, 3, 3, 5, 5]);
+    }
+
+    #[test]
+    fn groups_too_small_for_a_scale_become_zero() {
+        for symmetric in [true, false] {
+            let scheme = Scheme::new(4, None, symmetric, ScaleDtype::F16).unwrap();
+            for weights in [[0.0; 8], [1e-9; 8], [-1e-40; 8]] {
+                for clip in [Clip::None, Clip::Mse] {
+                    let grid = Grid::fit(&weights, scheme, clip);
+                    let zero_point = if symmetric { 8 } else { 0 };
+                    assert_eq!(
+                        grid,
+                        Grid {
+                            scale: 1.0,
+                            zero_point
+                        }
+                    );
+                    assert_eq!(grid.code(weights[0], 15), zero_point);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn symmetric_scale_spans_the_full_range() {
+        let scheme = Scheme::new(2, None, true, ScaleDtype::F32).unwrap();
+        let grid = Grid::fit(&[-3.0, 1.0], scheme, Clip::None);
+        assert_eq!(
+            grid,
+            Grid {
+                scale: 2.0,
+                zero_point: 2
+            }
+        );
+        assert_eq!(
+            [-3.0f32, -2.0, 1.5, 3.0].map(|w| grid.code(w, 3)),
+            [0, 1, 3, 3]
+        );
+    }
+
+    #[test]
+    fn power_is_accurate() {
+        for exponent in -30..30 {
+            for mantissa in [1.0f32, 1.1, 1.4, 1.9] {
+                let x = mantissa * 2f32.powi(exponent);
+                let exact = f64::from(x).powf(2.4);
+                // A handful of f32 roundings and Newton's last step.
+                let tolerance = 8.0 * f64::from(f32::EPSILON) * exact;
+                assert!((f64::from(power_2_4(-x)) - exact).abs() < tolerance, "{x}");
+            }
+        }
+        assert_eq!(power_2_4(0.0), 0.0);
+    }
+}

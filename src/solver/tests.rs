@@ -1,1 +1,579 @@
+//! Laws of the solver, its reference, and the independent numpy results in `testdata/solver`.
 
+use super::*;
+use crate::plan::{ScaleDtype, Scheme};
+use crate::statistics::Statistics;
+use proptest::prelude::*;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+/// Share of codes that may differ between two evaluations of one recurrence in other orders of
+/// summation: a weight within f32 error of a rounding tie may fall either way, and with it the
+/// later columns of its row move a little.
+const TIE_SHARE: f64 = 0.005;
+
+/// What such a flip may change in the loss, relatively.
+const TIE_LOSS: f64 = 1e-3;
+
+fn random(rows: usize, cols: usize, rng: &mut ChaCha8Rng) -> Matrix {
+    Matrix::from_fn(rows, cols, |_, _| {
+        (0..4).map(|_| rng.random_range(-0.87f32..0.87)).sum()
+    })
+}
+
+/// Correlated inputs whose columns differ in size, and the same with drift and noise.
+fn streams(n_tokens: usize, cols: usize, rng: &mut ChaCha8Rng) -> (Matrix, Matrix) {
+    let mixing = random(cols, cols, rng);
+    let raw = random(n_tokens, cols, rng);
+    let noise = random(n_tokens, cols, rng);
+    let size: Vec<f32> = (0..cols).map(|_| rng.random_range(0.2f32..2.0)).collect();
+    let strength = 1.5 / (cols as f32).sqrt();
+    let f = Matrix::from_fn(n_tokens, cols, |t, j| {
+        let mixed: f32 = (0..cols).map(|k| raw[(t, k)] * mixing[(k, j)]).sum();
+        size[j] * (raw[(t, j)] + strength * mixed)
+    });
+    let u = Matrix::from_fn(n_tokens, cols, |t, j| {
+        f[(t, j)] * 1.05 + 0.1 * size[j] * noise[(t, j)] + 0.05 * f[(t, (j + 1) % cols)]
+    });
+    (u, f)
+}
+
+struct Layer {
+    w: Matrix,
+    u: Matrix,
+    f: Matrix,
+    statistics: Statistics,
+}
+
+fn layer(rows: usize, cols: usize, n_tokens: usize, seed: u64) -> Layer {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let w = random(rows, cols, &mut rng);
+    let (u, f) = streams(n_tokens, cols, &mut rng);
+    let mut statistics = Statistics::new(cols, true);
+    statistics.add("layer", &u, Some(&f), None).unwrap();
+    Layer {
+        w,
+        u,
+        f,
+        statistics,
+    }
+}
+
+fn scheme(bits: u8, group_size: Option<usize>, symmetric: bool) -> Scheme {
+    Scheme::new(bits, group_size, symmetric, ScaleDtype::Bf16).unwrap()
+}
+
+fn with(act_order: bool, alpha: f32) -> SolverSettings {
+    SolverSettings {
+        act_order,
+        alpha,
+        ..Default::default()
+    }
+}
+
+fn share_of_different(a: &QuantizedWeight, b: &QuantizedWeight) -> f64 {
+    let n_different = a.codes().iter().zip(b.codes()).filter(|(a, b)| a != b);
+    n_different.count() as f64 / a.codes().len() as f64
+}
+
+/// tr(D M Dᵀ) with D = w − q, in f64.
+fn exact_loss(w: &Matrix, q: &Matrix, m: &[Vec<f64>]) -> f64 {
+    let row_loss = |row: usize| -> f64 {
+        let pairs = w.row(row).iter().zip(q.row(row));
+        let d: Vec<f64> = pairs.map(|(w, q)| f64::from(*w) - f64::from(*q)).collect();
+        let products = m
+            .iter()
+            .map(|m| m.iter().zip(&d).map(|(m, d)| m * d).sum::<f64>());
+        products.zip(&d).map(|(p, d)| p * d).sum()
+    };
+    (0..w.rows()).map(row_loss).sum()
+}
+
+fn any_scheme() -> impl Strategy<Value = Scheme> {
+    let bits = prop::sample::select(vec![2u8, 3, 4]);
+    let group = prop::sample::select(vec![Some(8), Some(16), None]);
+    (bits, group, any::<bool>()).prop_map(|(b, g, s)| scheme(b, g, s))
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    /// Houses' law (a): the errors of the steps add up to the damped loss.
+    #[test]
+    fn step_losses_add_up(seed: u64, scheme in any_scheme(), act_order: bool) {
+        let layer = layer(3, 16, 24, seed);
+        let settings = with(act_order, 0.0);
+        let solved =
+            reference::gptq("layer", &layer.w, &layer.statistics, scheme, &settings).unwrap();
+        let damped = reference::damped(&layer.statistics.hessian(), 0.01).unwrap();
+        let loss = exact_loss(&layer.w, &solved.weight.dequantize(), &damped);
+        // Dequantized values are exact (bf16 scale times a small integer), so only the f64
+        // inverses err, by about eps · condition.
+        prop_assert!((solved.step_loss - loss).abs() < 1e-9 * loss);
+    }
+
+    #[test]
+    fn fast_path_follows_the_reference(
+        seed: u64,
+        scheme in any_scheme(),
+        act_order: bool,
+        alpha in prop::sample::select(vec![0.0f32, 0.25, 1.0]),
+    ) {
+        let layer = layer(40, 32, 64, seed);
+        let settings = SolverSettings { col_block: 16, ..with(act_order, alpha) };
+        let fast = gptq("layer", &layer.w, &layer.statistics, scheme, &settings).unwrap();
+        let slow =
+            reference::gptq("layer", &layer.w, &layer.statistics, scheme, &settings).unwrap();
+        let different = share_of_different(&fast.weight, &slow.weight);
+        prop_assert!(different < TIE_SHARE, "{different} of the codes differ");
+        let loss =
+            layer_loss(&layer.w, &slow.weight.dequantize(), &layer.statistics.hessian());
+        prop_assert!((fast.loss - loss).abs() < TIE_LOSS * loss, "{} {loss}", fast.loss);
+    }
+
+    /// Law (b): the width of the lazy updates is a matter of speed.
+    #[test]
+    fn block_width_changes_nothing(seed: u64, scheme in any_scheme(), act_order: bool) {
+        let layer = layer(24, 48, 96, seed);
+        let solve = |col_block| {
+            let settings = SolverSettings { col_block, ..with(act_order, 0.25) };
+            gptq("layer", &layer.w, &layer.statistics, scheme, &settings).unwrap()
+        };
+        let whole = solve(128);
+        for col_block in [1, 7, 8, 16, 24, 40] {
+            let other = solve(col_block);
+            let different = share_of_different(&whole.weight, &other.weight);
+            prop_assert!(different < TIE_SHARE, "{col_block}: {different}");
+            prop_assert!((whole.loss - other.loss).abs() < TIE_LOSS * whole.loss);
+        }
+    }
+
+    /// Law (c), for powers of two exactly: the scale of H is nothing.
+    #[test]
+    fn hessian_scale_changes_nothing(seed: u64, scheme in any_scheme(), power in -20i32..20) {
+        let layer = layer(9, 32, 64, seed);
+        let settings = with(true, 0.25);
+        let factor = 2f32.powi(power);
+        let scaled = |m: &Matrix| Matrix::from_fn(32, 32, |i, j| m[(i, j)] * factor);
+        let hessian = scaled(&layer.statistics.hessian());
+        let cross = layer.statistics.cross().map(scaled);
+        let scaled = Statistics::from_moments(&hessian, cross.as_ref());
+        let one = gptq("layer", &layer.w, &layer.statistics, scheme, &settings).unwrap();
+        let two = gptq("layer", &layer.w, &scaled, scheme, &settings).unwrap();
+        prop_assert_eq!(&one.weight, &two.weight);
+        prop_assert_eq!(one.loss * f64::from(factor), two.loss);
+    }
+
+    /// Law (d): without correlations there is nothing to compensate.
+    #[test]
+    fn identity_hessian_rounds_to_nearest(
+        seed: u64,
+        scheme in any_scheme(),
+        act_order: bool,
+        c in 1e-6f32..1e6,
+    ) {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let w = random(5, 48, &mut rng);
+        let identity = Matrix::from_fn(48, 48, |i, j| if i == j { c } else { 0.0 });
+        let statistics = Statistics::from_moments(&identity, None);
+        let settings = with(act_order, 0.0);
+        let nearest = rtn("layer", &w, scheme, Clip::None).unwrap();
+        let fast = gptq("layer", &w, &statistics, scheme, &settings).unwrap();
+        let slow = reference::gptq("layer", &w, &statistics, scheme, &settings).unwrap();
+        prop_assert_eq!(&fast.weight, &nearest);
+        prop_assert_eq!(&slow.weight, &nearest);
+    }
+}
+
+#[test]
+fn uniform_weights_and_no_drift_are_plain_gptq() {
+    let layer = layer(10, 32, 64, 1);
+    let solve = |weights: Option<&[f32]>, alpha| {
+        let mut statistics = Statistics::new(32, true);
+        statistics
+            .add("layer", &layer.u, Some(&layer.u), weights)
+            .unwrap();
+        assert!(statistics.cross().unwrap().data().iter().all(|v| *v == 0.0));
+        gptq(
+            "layer",
+            &layer.w,
+            &statistics,
+            scheme(3, Some(8), false),
+            &with(true, alpha),
+        )
+        .unwrap()
+    };
+    let plain = solve(None, 0.0);
+    assert_eq!(plain.weight, solve(None, 0.25).weight);
+    assert_eq!(plain.weight, solve(Some(&[1.0; 64]), 0.25).weight);
+    assert_eq!(plain.weight, solve(Some(&[4.0; 64]), 0.0).weight);
+}
+
+#[test]
+fn zero_alpha_ignores_drift() {
+    let layer = layer(10, 32, 64, 2);
+    let mut without = Statistics::new(32, false);
+    without.add("layer", &layer.u, None, None).unwrap();
+    let scheme = scheme(3, Some(8), false);
+    let one = gptq(
+        "layer",
+        &layer.w,
+        &layer.statistics,
+        scheme,
+        &with(true, 0.0),
+    )
+    .unwrap();
+    let two = gptq("layer", &layer.w, &without, scheme, &with(true, 0.0)).unwrap();
+    assert_eq!(one, two);
+    let missing = gptq("layer", &layer.w, &without, scheme, &with(true, 0.25));
+    assert!(matches!(missing, Err(Error::Missing { .. })));
+}
+
+/// A mean, not a theorem: houses.md (e).
+#[test]
+fn gptq_beats_rounding_and_gptaq_follows_the_full_precision_stream_on_the_mean() {
+    let (mut rounding, mut plain, mut drift_plain, mut drift_pulled) = (0.0, 0.0, 0.0, 0.0);
+    for seed in 0..12 {
+        let layer = layer(16, 64, 256, seed);
+        let scheme = scheme(3, Some(16), false);
+        let nearest = rtn("layer", &layer.w, scheme, Clip::None).unwrap();
+        let hessian = layer.statistics.hessian();
+        rounding += layer_loss(&layer.w, &nearest.dequantize(), &hessian);
+        let solve = |alpha| {
+            gptq(
+                "layer",
+                &layer.w,
+                &layer.statistics,
+                scheme,
+                &with(true, alpha),
+            )
+            .unwrap()
+        };
+        let (gptq, gptaq) = (solve(0.0), solve(0.25));
+        plain += gptq.loss;
+        drift_plain += stream_loss(&layer, &gptq.weight);
+        drift_pulled += stream_loss(&layer, &gptaq.weight);
+    }
+    assert!(plain < 0.7 * rounding, "{plain} {rounding}");
+    assert!(
+        drift_pulled < 0.97 * drift_plain,
+        "{drift_pulled} {drift_plain}"
+    );
+}
+
+/// ‖ŴU − WF‖², GPTAQ's objective.
+fn stream_loss(layer: &Layer, weight: &QuantizedWeight) -> f64 {
+    let q = weight.dequantize();
+    let dot = |a: &[f32], b: &[f32]| -> f64 {
+        a.iter()
+            .zip(b)
+            .map(|(a, b)| f64::from(*a) * f64::from(*b))
+            .sum()
+    };
+    let mut sum = 0.0;
+    for token in 0..layer.u.rows() {
+        for row in 0..q.rows() {
+            let target = dot(layer.w.row(row), layer.f.row(token));
+            sum += (dot(q.row(row), layer.u.row(token)) - target).powi(2);
+        }
+    }
+    sum
+}
+
+#[test]
+fn singular_hessians_are_damped_and_the_steps_recorded() {
+    let layer = layer(8, 32, 5, 3);
+    let scheme = scheme(4, Some(16), true);
+    let solve = |dampening_frac, ladder: &[f64]| {
+        let settings = SolverSettings {
+            dampening_frac,
+            dampening_ladder: ladder.to_vec(),
+            ..Default::default()
+        };
+        gptq("layer", &layer.w, &layer.statistics, scheme, &settings)
+    };
+    let solved = solve(0.01, &[]).unwrap();
+    assert_eq!(
+        (solved.dampening_frac, solved.dampening_steps),
+        (0.01, vec![])
+    );
+    let solved = solve(0.0, &[1e-12, 0.02, 0.5]).unwrap();
+    assert_eq!(solved.dampening_frac, 0.02);
+    assert_eq!(solved.dampening_steps, [0.0, 1e-12]);
+    let Err(Error::Singular {
+        module,
+        pivot,
+        dampening_frac,
+    }) = solve(0.0, &[1e-12])
+    else {
+        panic!("a singular H was accepted");
+    };
+    assert_eq!((module.as_str(), dampening_frac), ("layer", 1e-12));
+    assert!(pivot < 32);
+}
+
+#[test]
+fn dead_columns_are_rounded_to_nearest_and_never_zeroed() {
+    for act_order in [true, false] {
+        let mut layer = layer(8, 32, 64, 4);
+        for token in 0..64 {
+            layer.u[(token, 5)] = 0.0;
+            layer.u[(token, 20)] = 0.0;
+        }
+        let mut statistics = Statistics::new(32, true);
+        statistics
+            .add("layer", &layer.u, Some(&layer.f), None)
+            .unwrap();
+        let scheme = scheme(4, None, true);
+        let settings = with(act_order, 0.25);
+        let solved = gptq("layer", &layer.w, &statistics, scheme, &settings).unwrap();
+        let slow = reference::gptq("layer", &layer.w, &statistics, scheme, &settings).unwrap();
+        assert_eq!(solved.n_dead_columns, 2);
+        assert!(share_of_different(&solved.weight, &slow.weight) < TIE_SHARE);
+        let nearest = rtn("layer", &layer.w, scheme, Clip::None).unwrap();
+        for row in 0..8 {
+            for column in [5, 20] {
+                let index = row * 32 + column;
+                assert_eq!(solved.weight.codes()[index], nearest.codes()[index]);
+            }
+        }
+    }
+}
+
+#[test]
+fn vanished_importance_is_an_error() {
+    let layer = layer(8, 32, 64, 5);
+    let mut statistics = Statistics::new(32, false);
+    statistics
+        .add("layer", &layer.u, None, Some(&[0.0; 64]))
+        .unwrap();
+    let solved = gptq(
+        "layer",
+        &layer.w,
+        &statistics,
+        scheme(4, None, true),
+        &with(true, 0.0),
+    );
+    assert!(matches!(solved, Err(Error::Singular { .. })));
+}
+
+#[test]
+fn bad_numbers_shapes_and_settings_are_errors() {
+    let layer = layer(4, 32, 64, 6);
+    let scheme = scheme(4, Some(16), true);
+    let solve = |w: &Matrix, statistics: &Statistics, settings: &SolverSettings| {
+        gptq("layer", w, statistics, scheme, settings)
+    };
+    let settings = with(true, 0.25);
+    let mut w = layer.w.clone();
+    w[(1, 3)] = f32::NAN;
+    let stage = |result: Result<Solved>| match result {
+        Err(Error::NotFinite { stage, .. }) => stage,
+        other => format!("{other:?}"),
+    };
+    assert_eq!(stage(solve(&w, &layer.statistics, &settings)), "weights");
+    let mut hessian = layer.statistics.hessian();
+    hessian[(9, 3)] = f32::NAN;
+    let broken = Statistics::from_moments(&hessian, None);
+    assert_eq!(stage(solve(&layer.w, &broken, &with(true, 0.0))), "hessian");
+    let wide = layer.w.clone().into_vec();
+    let wide = Matrix::from_vec("wide", 2, 64, wide).unwrap();
+    let result = solve(&wide, &layer.statistics, &settings);
+    assert!(matches!(result, Err(Error::Shape { .. })));
+    let narrow = Matrix::from_fn(4, 24, |_, _| 1.0);
+    let result = solve(&narrow, &Statistics::new(24, true), &settings);
+    assert!(matches!(result, Err(Error::Invalid { .. })));
+    let bad = [
+        SolverSettings {
+            dampening_frac: -1.0,
+            ..Default::default()
+        },
+        SolverSettings {
+            dampening_ladder: vec![f64::NAN],
+            ..Default::default()
+        },
+        SolverSettings {
+            alpha: 1.5,
+            ..Default::default()
+        },
+        SolverSettings {
+            alpha: f32::NAN,
+            ..Default::default()
+        },
+        SolverSettings {
+            col_block: 0,
+            ..Default::default()
+        },
+    ];
+    for settings in bad {
+        let result = solve(&layer.w, &layer.statistics, &settings);
+        assert!(matches!(result, Err(Error::Invalid { .. })), "{settings:?}");
+    }
+}
+
+#[test]
+fn huge_weights_overflow_f16_scales_loudly() {
+    let w = Matrix::from_fn(2, 16, |_, j| j as f32 * 1e6);
+    let scheme = Scheme::new(4, None, true, ScaleDtype::F16).unwrap();
+    let result = rtn("layer", &w, scheme, Clip::None);
+    assert!(matches!(result, Err(Error::NotFinite { .. })));
+}
+
+#[test]
+fn same_bytes_for_any_number_of_threads() {
+    let layer = layer(70, 328, 400, 7);
+    let solve = |n_threads| {
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(n_threads)
+            .build()
+            .unwrap();
+        pool.install(|| {
+            let mut statistics = Statistics::new(328, true);
+            let weights: Vec<f32> = (0..400).map(|i| 0.1 + i as f32).collect();
+            let f = Some(&layer.f);
+            statistics
+                .add("layer", &layer.u, f, Some(&weights))
+                .unwrap();
+            let settings = with(true, 0.25);
+            let scheme = scheme(3, Some(8), false);
+            let solved = gptq("layer", &layer.w, &statistics, scheme, &settings).unwrap();
+            let factor = super::factor::Factor::new("layer", &statistics, &settings).unwrap();
+            (statistics, solved, factor.unit_upper, factor.pull)
+        })
+    };
+    let one = solve(1);
+    for n_threads in [2, 3, 8] {
+        assert!(solve(n_threads) == one, "{n_threads} threads");
+    }
+}
+
+#[test]
+fn loss_is_the_weighted_output_error() {
+    let layer = layer(70, 300, 350, 8);
+    let nearest = rtn("layer", &layer.w, scheme(2, None, false), Clip::Mse).unwrap();
+    let q = nearest.dequantize();
+    let mut statistics = Statistics::new(300, false);
+    let weights: Vec<f32> = (0..350).map(|i| (i % 5) as f32).collect();
+    statistics
+        .add("layer", &layer.u, None, Some(&weights))
+        .unwrap();
+    let mut expected = 0.0;
+    for (token, weight) in weights.iter().enumerate() {
+        for row in 0..70 {
+            let differences = layer.w.row(row).iter().zip(q.row(row)).map(|(w, q)| w - q);
+            let products = differences.zip(layer.u.row(token));
+            let error: f64 = products.map(|(d, u)| f64::from(d) * f64::from(*u)).sum();
+            expected += f64::from(*weight) * error * error;
+        }
+    }
+    let loss = layer_loss(&layer.w, &q, &statistics.hessian());
+    // f32 sums of 350 tokens and 300 columns with random signs.
+    assert!(
+        (loss - expected).abs() < 1e-5 * expected,
+        "{loss} {expected}"
+    );
+    assert!(layer_loss(&layer.w, &layer.u, &statistics.hessian()).is_nan());
+}
+
+#[test]
+fn a_weight_is_checked_when_it_is_made() {
+    let make = |codes: Vec<u8>, scales: Vec<f32>, zeros: Vec<u8>, symmetric| {
+        let scales = Matrix::from_vec("scales", 1, scales.len(), scales).unwrap();
+        QuantizedWeight::new(
+            "layer",
+            scheme(2, Some(8), symmetric),
+            [1, 16],
+            codes,
+            scales,
+            zeros,
+        )
+    };
+    let good = make(vec![3; 16], vec![0.5, 2.0], vec![2, 2], true).unwrap();
+    assert_eq!(good.dequantize().row(0)[7..9], [0.5, 2.0]);
+    assert_eq!((good.rows(), good.cols(), good.n_groups()), (1, 16, 2));
+    let bad = [
+        make(vec![3; 15], vec![0.5, 2.0], vec![2, 2], true),
+        make(vec![4; 16], vec![0.5, 2.0], vec![2, 2], true),
+        make(vec![3; 16], vec![0.5, 2.0], vec![2, 1], true),
+        make(vec![3; 16], vec![0.5, 2.0], vec![2, 4], false),
+        make(vec![3; 16], vec![0.5, 2.0], vec![2], false),
+        make(vec![3; 16], vec![0.5], vec![2, 2], false),
+        make(vec![3; 16], vec![0.5, -2.0], vec![2, 2], false),
+        make(vec![3; 16], vec![0.5, 0.0], vec![2, 2], false),
+        make(vec![3; 16], vec![0.5, f32::NAN], vec![2, 2], false),
+        make(vec![3; 16], vec![0.5, 0.1], vec![2, 2], false),
+    ];
+    for (index, weight) in bad.into_iter().enumerate() {
+        assert!(weight.is_err(), "case {index}");
+    }
+}
+
+/// Loss and codes against plain numpy in f64, whose source is `tests/oracle/solver_golden.py`.
+#[test]
+fn agrees_with_numpy() {
+    let file =
+        std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata/solver/cases.safetensors");
+    let bytes = std::fs::read(file).unwrap();
+    let (_, header) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let matrix = |name: &str| {
+        let view = tensors.tensor(name).unwrap();
+        let values = view.data().chunks_exact(4);
+        let values = values
+            .map(|b| f32::from_le_bytes(b.try_into().unwrap()))
+            .collect();
+        let rows = view.shape()[0];
+        let cols = view.shape().get(1).copied().unwrap_or(1);
+        Matrix::from_vec(name, rows, cols, values).unwrap()
+    };
+    let (w, u, f) = (matrix("weight"), matrix("quantized"), matrix("full"));
+    let weights = matrix("token_weights").into_vec();
+    let cases = header.metadata().as_ref().unwrap()["cases"].clone();
+    let cases: Vec<serde_json::Value> = serde_json::from_str(&cases).unwrap();
+    assert_eq!(cases.len(), 15);
+    for (index, case) in cases.iter().enumerate() {
+        let group_size = case["group_size"].as_u64().map(|g| g as usize);
+        let dtype = serde_json::from_value(case["dtype"].clone()).unwrap();
+        let bits = case["bits"].as_u64().unwrap() as u8;
+        let symmetric = case["symmetric"].as_bool().unwrap();
+        let scheme = Scheme::new(bits, group_size, symmetric, dtype).unwrap();
+        let settings: SolverSettings = serde_json::from_value(case.clone()).unwrap();
+        let omega = case["weighted"].as_bool().unwrap().then_some(&weights[..]);
+        let mut statistics = Statistics::new(w.cols(), true);
+        statistics.add("layer", &u, Some(&f), omega).unwrap();
+        let weight = if case["method"] == "rtn" {
+            rtn("layer", &w, scheme, settings.clip).unwrap()
+        } else {
+            gptq("layer", &w, &statistics, scheme, &settings)
+                .unwrap()
+                .weight
+        };
+        let expected = QuantizedWeight::new(
+            "numpy",
+            scheme,
+            [w.rows(), w.cols()],
+            tensors
+                .tensor(&format!("{index}.codes"))
+                .unwrap()
+                .data()
+                .to_vec(),
+            matrix(&format!("{index}.scales")),
+            tensors
+                .tensor(&format!("{index}.zero_points"))
+                .unwrap()
+                .data()
+                .to_vec(),
+        );
+        let different = share_of_different(&weight, &expected.unwrap());
+        assert!(
+            different < TIE_SHARE,
+            "case {index}: {different} of the codes differ"
+        );
+        let loss = layer_loss(&w, &weight.dequantize(), &statistics.hessian());
+        let numpy_loss = case["loss"].as_f64().unwrap();
+        assert!(
+            (loss - numpy_loss).abs() < TIE_LOSS * numpy_loss,
+            "case {index}: {loss}"
+        );
+    }
+}
