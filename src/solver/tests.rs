@@ -7,13 +7,13 @@ use proptest::prelude::*;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-/// Share of codes that may differ between two evaluations of one recurrence in other orders of
-/// summation: a weight within f32 error of a rounding tie may fall either way, and with it the
-/// later columns of its row move a little.
-const TIE_SHARE: f64 = 0.005;
+/// Relative error of a loss computed from the same codes: f32 sums of at most a few hundred terms.
+const SAME_LOSS: f64 = 1e-4;
 
-/// What such a flip may change in the loss, relatively.
-const TIE_LOSS: f64 = 1e-3;
+/// Rows that may differ between two evaluations of one recurrence in other orders of summation: a
+/// weight within f32 error of a rounding tie (about one in 10^5 codes) may fall either way, and
+/// the later columns of its row follow it.
+const MAX_TIED_ROWS: usize = 2;
 
 fn random(rows: usize, cols: usize, rng: &mut ChaCha8Rng) -> Matrix {
     Matrix::from_fn(rows, cols, |_, _| {
@@ -71,9 +71,16 @@ fn with(act_order: bool, alpha: f32) -> SolverSettings {
     }
 }
 
-fn share_of_different(a: &QuantizedWeight, b: &QuantizedWeight) -> f64 {
-    let n_different = a.codes().iter().zip(b.codes()).filter(|(a, b)| a != b);
-    n_different.count() as f64 / a.codes().len() as f64
+fn n_different_rows(a: &QuantizedWeight, b: &QuantizedWeight) -> usize {
+    let rows = a.codes().chunks(a.cols()).zip(b.codes().chunks(b.cols()));
+    rows.filter(|(a, b)| a != b).count()
+}
+
+/// Whether two solutions agree up to ties: few rows differ, and the loss by no more than those.
+fn agree(a: (&QuantizedWeight, f64), b: (&QuantizedWeight, f64)) -> bool {
+    let n_different = n_different_rows(a.0, b.0);
+    let tolerance = SAME_LOSS + n_different as f64 / a.0.rows() as f64;
+    n_different <= MAX_TIED_ROWS && (a.1 - b.1).abs() < tolerance * a.1
 }
 
 /// tr(D M Dᵀ) with D = w − q, in f64.
@@ -124,11 +131,9 @@ proptest! {
         let fast = gptq("layer", &layer.w, &layer.statistics, scheme, &settings).unwrap();
         let slow =
             reference::gptq("layer", &layer.w, &layer.statistics, scheme, &settings).unwrap();
-        let different = share_of_different(&fast.weight, &slow.weight);
-        prop_assert!(different < TIE_SHARE, "{different} of the codes differ");
-        let loss =
-            layer_loss(&layer.w, &slow.weight.dequantize(), &layer.statistics.hessian());
-        prop_assert!((fast.loss - loss).abs() < TIE_LOSS * loss, "{} {loss}", fast.loss);
+        let q = slow.weight.dequantize();
+        let loss = layer_loss(&layer.w, &q, &layer.statistics.hessian());
+        prop_assert!(agree((&fast.weight, fast.loss), (&slow.weight, loss)));
     }
 
     /// Law (b): the width of the lazy updates is a matter of speed.
@@ -142,9 +147,8 @@ proptest! {
         let whole = solve(128);
         for col_block in [1, 7, 8, 16, 24, 40] {
             let other = solve(col_block);
-            let different = share_of_different(&whole.weight, &other.weight);
-            prop_assert!(different < TIE_SHARE, "{col_block}: {different}");
-            prop_assert!((whole.loss - other.loss).abs() < TIE_LOSS * whole.loss);
+            let pair = ((&whole.weight, whole.loss), (&other.weight, other.loss));
+            prop_assert!(agree(pair.0, pair.1), "{col_block}");
         }
     }
 
@@ -181,7 +185,8 @@ proptest! {
         let fast = gptq("layer", &w, &statistics, scheme, &settings).unwrap();
         let slow = reference::gptq("layer", &w, &statistics, scheme, &settings).unwrap();
         prop_assert_eq!(&fast.weight, &nearest);
-        prop_assert_eq!(&slow.weight, &nearest);
+        // The reference divides in f64, which may see another tie.
+        prop_assert!(n_different_rows(&slow.weight, &nearest) <= MAX_TIED_ROWS);
     }
 }
 
@@ -329,7 +334,7 @@ fn dead_columns_are_rounded_to_nearest_and_never_zeroed() {
         let solved = gptq("layer", &layer.w, &statistics, scheme, &settings).unwrap();
         let slow = reference::gptq("layer", &layer.w, &statistics, scheme, &settings).unwrap();
         assert_eq!(solved.n_dead_columns, 2);
-        assert!(share_of_different(&solved.weight, &slow.weight) < TIE_SHARE);
+        assert!(n_different_rows(&solved.weight, &slow.weight) <= MAX_TIED_ROWS);
         let nearest = rtn("layer", &layer.w, scheme, Clip::None).unwrap();
         for row in 0..8 {
             for column in [5, 20] {
@@ -564,15 +569,16 @@ fn agrees_with_numpy() {
                 .data()
                 .to_vec(),
         );
-        let different = share_of_different(&weight, &expected.unwrap());
-        assert!(
-            different < TIE_SHARE,
-            "case {index}: {different} of the codes differ"
-        );
+        let expected = expected.unwrap();
         let loss = layer_loss(&w, &weight.dequantize(), &statistics.hessian());
         let numpy_loss = case["loss"].as_f64().unwrap();
+        eprintln!(
+            "{index} {} {}",
+            n_different_rows(&weight, &expected),
+            loss / numpy_loss - 1.0
+        );
         assert!(
-            (loss - numpy_loss).abs() < TIE_LOSS * numpy_loss,
+            agree((&weight, loss), (&expected, numpy_loss)),
             "case {index}: {loss}"
         );
     }
