@@ -276,7 +276,7 @@ fn weighted_difference(f: &Matrix, u: &Matrix, weights: Option<&[f32]>) -> Matri
 /// Rows of the result that one thread sums: enough bands for many cores, each high enough for a
 /// product to run at full speed. Depends on the shape only, never on the number of threads.
 fn band_rows(n_rows: usize) -> usize {
-    n_rows.div_ceil(16).clamp(32, 256)
+    n_rows.div_ceil(8).clamp(32, 256)
 }
 
 /// `target` += lower triangle of `x`ᵀ`x`, x `[n_tokens, in]`.

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 const BAND: usize = 256;
 
 /// Rows of the weight handled by one thread.
-const CHUNK_ROWS: usize = 64;
+const CHUNK_ROWS: usize = 128;
 
 /// tr((W − Q) H (W − Q)ᵀ) = Σ_n ω_n ‖(W − Q) u_n‖², the squared output error summed over rows and
 /// weighted tokens, divided by nothing.
@@ -37,39 +37,41 @@ pub fn layer_loss(w: &Matrix, q: &Matrix, hessian: &Matrix) -> f64 {
 /// tr(D H Dᵀ) of the rows D: each band of H's rows meets the columns before it twice, by symmetry.
 fn quadratic_form(d: &[f32], n: usize, hessian: &Matrix) -> f64 {
     let n_rows = d.len() / n;
-    let d = MatRef::from_row_major_slice(d, n_rows, n);
+    let view = MatRef::from_row_major_slice(d, n_rows, n);
     let mut sum = 0.0;
     let mut product = vec![0.0f32; n_rows * n];
     for start in (0..n).step_by(BAND) {
         let width = BAND.min(n - start);
-        let own = d.subcols(start, width);
-        let left = hessian.as_faer().submatrix(start, 0, width, start);
-        sum += 2.0 * bilinear(own, left, d.subcols(0, start), &mut product);
-        let corner = symmetric_corner(hessian, start, width);
-        sum += bilinear(own, corner.as_faer(), own, &mut product);
+        let own = view.subcols(start, width);
+        let mut times = |matrix: MatRef<'_, f32>, column: usize| -> f64 {
+            let n_cols = matrix.ncols();
+            let product = &mut product[..n_rows * n_cols];
+            let target = MatMut::from_row_major_slice_mut(product, n_rows, n_cols);
+            matmul(target, Accum::Replace, own, matrix, 1.0, Par::Seq);
+            let pairs = product.chunks_exact(n_cols.max(1)).zip(d.chunks_exact(n));
+            pairs
+                .map(|(product, d)| dot(product, &d[column..][..n_cols]))
+                .sum()
+        };
+        sum += 2.0 * times(hessian.as_faer().submatrix(start, 0, width, start), 0);
+        sum += times(symmetric_corner(hessian, start, width).as_faer(), start);
     }
     sum
 }
 
-/// Σ (a · m) ∘ b.
-fn bilinear(
-    a: MatRef<'_, f32>,
-    m: MatRef<'_, f32>,
-    b: MatRef<'_, f32>,
-    scratch: &mut [f32],
-) -> f64 {
-    let (n_rows, n_cols) = (a.nrows(), m.ncols());
-    let scratch = &mut scratch[..n_rows * n_cols];
-    let product = MatMut::from_row_major_slice_mut(scratch, n_rows, n_cols);
-    matmul(product, Accum::Replace, a, m, 1.0, Par::Seq);
-    let mut sum = 0.0;
-    for (row, values) in scratch.chunks_exact(n_cols.max(1)).enumerate() {
-        let pairs = values.iter().zip(b.row(row).iter());
-        sum += pairs
-            .map(|(p, b)| f64::from(*p) * f64::from(*b))
-            .sum::<f64>();
+/// f64 sum of products, in eight interleaved sums so that it vectorises.
+fn dot(a: &[f32], b: &[f32]) -> f64 {
+    let (a, a_rest) = a.as_chunks::<8>();
+    let (b, b_rest) = b.as_chunks::<8>();
+    let mut sums = [0.0f64; 8];
+    for (a, b) in a.iter().zip(b) {
+        for ((sum, a), b) in sums.iter_mut().zip(a).zip(b) {
+            *sum += f64::from(*a) * f64::from(*b);
+        }
     }
-    sum
+    let rest = a_rest.iter().zip(b_rest);
+    let rest: f64 = rest.map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+    sums.iter().sum::<f64>() + rest
 }
 
 /// The square of H on the diagonal, both triangles filled from the lower.
