@@ -21,6 +21,9 @@ use faer::{Accum, MatMut, Par};
 use rayon::prelude::*;
 use std::borrow::Cow;
 
+/// Rows mirrored together, so that whole cache lines of the lower triangle are read.
+const MIRROR_ROWS: usize = 32;
+
 /// H and, if asked for, C of one linear.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Statistics {
@@ -136,12 +139,22 @@ impl Statistics {
 
     /// H `[in, in]`, both triangles filled.
     pub fn hessian(&self) -> Matrix {
-        let mut full = self.hessian_lower.clone();
-        for row in 0..full.rows() {
-            for col in row + 1..full.cols() {
-                full[(row, col)] = self.hessian_lower[(col, row)];
+        let lower = &self.hessian_lower;
+        let n = lower.cols();
+        let mut full = lower.clone();
+        let bands = full
+            .data_mut()
+            .par_chunks_mut(MIRROR_ROWS * n.max(1))
+            .enumerate();
+        bands.for_each(|(index, band)| {
+            let start = index * MIRROR_ROWS;
+            for col in start + 1..n {
+                let source = &lower.row(col)[start..];
+                for (i, row) in band.chunks_exact_mut(n).enumerate().take(col - start) {
+                    row[col] = source[i];
+                }
             }
-        }
+        });
         full
     }
 

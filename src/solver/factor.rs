@@ -13,8 +13,8 @@
 //! w_q · P_qj with P_q,>q = α · C_q,>q (H_>q,>q)⁻¹, which is α · triu(C Uᵀ, 1) · U for all q at once.
 //!
 //! Dead columns (a zero on H's diagonal) are cut loose from all others and get the mean diagonal:
-//! they neither give nor take errors, and so end up rounded to nearest. Differs from the reference,
-//! which sets such weights to zero and thereby wipes out a layer whose token weights vanish.
+//! they neither give nor take errors, and so end up rounded to nearest. The reference sets such
+//! weights to zero instead, and thereby wipes out a layer whose token weights vanish.
 //!
 //! Cost: n³/3 multiply-adds each for Cholesky and inverse (f64), n³·5/6 for P (f32).
 //! Source: IST-DASLab/gptq@2d65066 gptq.py; arXiv:2504.02692 for P.
@@ -109,7 +109,8 @@ fn check_moments(module: &str, statistics: &Statistics) -> Result<()> {
 
 /// H seen in solving order and in units of its mean diagonal.
 struct OrderedHessian<'a> {
-    lower: &'a Matrix,
+    statistics: &'a Statistics,
+    is_dead: Vec<bool>,
     mean: f64,
     order: Vec<usize>,
 }
@@ -131,23 +132,39 @@ impl<'a> OrderedHessian<'a> {
         if settings.act_order {
             order.sort_by(|a, b| diagonal(b).total_cmp(&diagonal(a)));
         }
-        Ok(Self { lower, mean, order })
-    }
-
-    fn is_dead(&self, column: usize) -> bool {
-        self.lower[(column, column)] == 0.0
+        Ok(Self {
+            statistics,
+            is_dead: (0..lower.rows()).map(|i| lower[(i, i)] == 0.0).collect(),
+            mean,
+            order,
+        })
     }
 
     fn n_dead_columns(&self) -> usize {
-        self.order.iter().filter(|c| self.is_dead(**c)).count()
+        self.is_dead.iter().filter(|is_dead| **is_dead).count()
     }
 
-    /// Undamped entry of two original columns.
-    fn entry(&self, a: usize, b: usize) -> f64 {
-        if self.is_dead(a) || self.is_dead(b) {
-            return if a == b { 1.0 } else { 0.0 };
-        }
-        f64::from(self.lower[(a.max(b), a.min(b))]) / self.mean
+    /// The reversed damped H, lower triangle only.
+    fn reversed(&self, dampening_frac: f64) -> Mat<f64> {
+        let n = self.order.len();
+        let hessian = self.statistics.hessian();
+        let mut reversed = Mat::<f64>::zeros(n, n);
+        let columns = reversed.par_col_iter_mut().enumerate();
+        columns.for_each(|(j, column)| {
+            let own = self.order[n - 1 - j];
+            let source = hessian.row(own);
+            for (i, value) in column.iter_mut().enumerate().skip(j) {
+                let other = self.order[n - 1 - i];
+                let is_loose = self.is_dead[own] || self.is_dead[other];
+                *value = match (i == j, is_loose) {
+                    (true, true) => 1.0 + dampening_frac,
+                    (true, false) => f64::from(source[own]) / self.mean + dampening_frac,
+                    (false, true) => 0.0,
+                    (false, false) => f64::from(source[other]) / self.mean,
+                };
+            }
+        });
+        reversed
     }
 
     /// L⁻¹ of the reversed damped H, the dampings that failed, and the one that did not.
@@ -172,19 +189,7 @@ impl<'a> OrderedHessian<'a> {
     /// L⁻¹, or the index of the first pivot that is not positive.
     fn inverse_of_reversed(&self, dampening_frac: f64) -> std::result::Result<Mat<f64>, usize> {
         let n = self.order.len();
-        let mut lower = Mat::<f64>::zeros(n, n);
-        lower
-            .par_col_iter_mut()
-            .enumerate()
-            .for_each(|(j, column)| {
-                let own = self.order[n - 1 - j];
-                for (i, value) in column.iter_mut().enumerate().skip(j) {
-                    *value = self.entry(self.order[n - 1 - i], own);
-                    if i == j {
-                        *value += dampening_frac;
-                    }
-                }
-            });
+        let mut lower = self.reversed(dampening_frac);
         let diagonal: Vec<f64> = (0..n).map(|i| lower[(i, i)]).collect();
         let parallelism = Par::rayon(0);
         let scratch = cholesky_in_place_scratch::<f64>(n, parallelism, Spec::default());

@@ -5,8 +5,8 @@
 //! column after column, each column contiguous over its rows, so that rounding and passing on
 //! errors run along vectors.
 //!
-//! Within a chunk the recurrence is w_j ← w_j − e_q U'_qj + w_q P_qj for each q and all j > q, with
-//! e_q = w_q − q_q and w_q the value of column q just before it is rounded. It is solved by halving:
+//! Within a chunk the recurrence is w_j ← w_j − e_q U'_qj + w_q P_qj for each q and all j > q,
+//! with e_q = w_q − q_q and w_q column q just before it is rounded. It is solved by halving:
 //! solve the left half of a range of columns, add what it passes on to the right half as one matrix
 //! product, solve the right half. All but the smallest ranges are then products. The outermost
 //! ranges are `col_block` wide and update everything after them.
