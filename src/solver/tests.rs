@@ -580,7 +580,11 @@ impl Golden<'_> {
         let expected = expected.unwrap();
         let loss = layer_loss(&w, &weight.dequantize(), &statistics.hessian());
         let numpy_loss = case["loss"].as_f64().unwrap();
-        assert_eq!(weight.scales(), expected.scales(), "case {index}");
+        let mut scales = weight.scales().data().iter().zip(expected.scales().data());
+        // Ours come from f32 ranges, and numpy's from f64 ones: some roundings, if not stored in 16
+        // bits.
+        let is_close = |(a, b): (&f32, &f32)| (a - b).abs() <= 4.0 * f32::EPSILON * b;
+        assert!(scales.all(is_close), "case {index}");
         assert!(
             agree((&weight, loss), (&expected, numpy_loss)),
             "case {index}: {loss}"
