@@ -10,12 +10,12 @@
 //! compressed-tensors ≥ 0.18, GPTQ (transposed) and MLX all store this stream.
 
 /// Words that `n` codes of `bits` bits take; `None` on overflow.
-pub(crate) fn words_for(n: usize, bits: u8) -> Option<usize> {
+pub fn words_for(n: usize, bits: u8) -> Option<usize> {
     Some(n.checked_mul(usize::from(bits))?.div_ceil(32))
 }
 
 /// Packs `codes` (each below 2^bits) into as few words as hold them; spare bits are zero.
-pub(crate) fn pack(codes: &[u8], bits: u8) -> Vec<u32> {
+pub fn pack(codes: &[u8], bits: u8) -> Vec<u32> {
     let mut words = Vec::with_capacity((codes.len() * usize::from(bits)).div_ceil(32));
     let (mut pending, mut n_pending) = (0u64, 0u32);
     for code in codes {
@@ -35,7 +35,7 @@ pub(crate) fn pack(codes: &[u8], bits: u8) -> Vec<u32> {
 
 /// The first `n` codes of the stream, and whether every bit after them is zero; words that are
 /// missing read as zero.
-pub(crate) fn unpack(words: &[u32], bits: u8, n: usize) -> Unpacked {
+pub fn unpack(words: &[u32], bits: u8, n: usize) -> Unpacked {
     let mask = (1u64 << bits) - 1;
     let mut words = words.iter();
     let (mut pending, mut n_pending) = (0u64, 0u32);
@@ -57,9 +57,12 @@ pub(crate) fn unpack(words: &[u32], bits: u8, n: usize) -> Unpacked {
 }
 
 /// What [`unpack`] found.
-pub(crate) struct Unpacked {
-    pub(crate) codes: Vec<u8>,
-    pub(crate) padding_is_zero: bool,
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unpacked {
+    /// The codes, each below 2^bits.
+    pub codes: Vec<u8>,
+    /// Whether every bit after the last code is zero, as [`pack`] leaves them.
+    pub padding_is_zero: bool,
 }
 
 #[cfg(test)]

@@ -1,8 +1,13 @@
 //! Flags to plans, results to text. Data goes to stdout, everything else to stderr; the exit code
 //! is 0 for done, 1 for a quality gate missed, 2 for an error.
 
+mod compare;
+mod eval;
 mod generate;
+mod inspect;
+mod progress;
 mod prompt;
+mod quantize;
 mod trace;
 
 use anyhow::Context;
@@ -30,6 +35,14 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Show a model, and what each number format would make of it
+    Inspect(inspect::Args),
+    /// Quantize a model into a new folder
+    Quantize(quantize::Args),
+    /// Answer the questions of a task and count right answers
+    Eval(eval::Args),
+    /// Run methods, formats and seeds on one model and make a table
+    Compare(compare::Args),
     /// Answer one prompt about images
     Generate(generate::Args),
     /// Write the tensors of one forward pass, to hold them against another implementation
@@ -58,6 +71,10 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
             .context("--threads")?;
     }
     match cli.command {
+        Command::Inspect(args) => inspect::run(&args, cli.json),
+        Command::Quantize(args) => quantize::run(&args, cli.json),
+        Command::Eval(args) => eval::run(&args, cli.json),
+        Command::Compare(args) => compare::run(&args, cli.json),
         Command::Generate(args) => generate::run(&args, cli.json),
         Command::Trace(args) => trace::run(&args, cli.json),
     }

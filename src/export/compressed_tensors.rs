@@ -135,6 +135,14 @@ impl<'a> Exporter<'a> {
         Ok(())
     }
 
+    /// Adds a file of our own, such as a report.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::Invalid`] for a name that is no plain file name.
+    pub fn write_file(&self, name: &str, bytes: &[u8]) -> Result<()> {
+        self.pending.write_file(name, bytes)
+    }
+
     /// Copies everything else, reads the folder back and compares it, and gives it its name.
     ///
     /// # Errors

@@ -32,30 +32,39 @@ use rayon::prelude::*;
 /// Rows of U gathered together, so that reads of the column-major inverse fill cache lines.
 const BAND: usize = 16;
 
-/// How columns pass on errors, in solving order.
-pub(crate) struct Factor {
+/// What the linears that share statistics share of the solution: how columns pass on errors.
+pub struct Factor<'a> {
     /// Original index of the column solved at each position.
     pub(crate) order: Vec<usize>,
     /// U with each row divided by its diagonal, `[in, in]`; zero below the diagonal.
     pub(crate) unit_upper: Matrix,
     /// P `[in, in]`, strictly upper triangular; absent if α = 0.
     pub(crate) pull: Option<Matrix>,
-    pub(crate) dampening_frac: f64,
-    pub(crate) dampening_steps: Vec<f64>,
-    pub(crate) n_dead_columns: usize,
+    /// H undamped, lower triangle, in original order.
+    pub(crate) hessian_lower: &'a Matrix,
+    pub(crate) act_order: bool,
+    /// The damping that worked, as a fraction of the mean of H's nonzero diagonal entries.
+    pub dampening_frac: f64,
+    /// Dampings that failed before it, in order.
+    pub dampening_steps: Vec<f64>,
+    /// Columns that no token of positive weight excited. Their weights are rounded to nearest.
+    pub n_dead_columns: usize,
 }
 
-impl Factor {
+impl<'a> Factor<'a> {
     /// Factors the damped H, trying the settings' dampings one after the other.
     ///
     /// # Errors
-    /// [`Error::Singular`] if none works or H is zero; [`Error::NotFinite`]; [`Error::Missing`] if
-    /// α > 0 and there are no cross moments.
-    pub(crate) fn new(
+    /// [`Error::Invalid`] for a setting outside its range; [`Error::Singular`] if no damping makes
+    /// H positive definite, or H is zero because no token had a positive weight: such a layer is
+    /// never rounded or zeroed on the quiet; [`Error::NotFinite`]; [`Error::Missing`] if α > 0 and
+    /// there are no cross moments.
+    pub fn new(
         module: &str,
-        statistics: &Statistics,
+        statistics: &'a Statistics,
         settings: &SolverSettings,
     ) -> Result<Self> {
+        settings.check()?;
         check_moments(module, statistics)?;
         let cross = match (settings.alpha > 0.0, statistics.cross()) {
             (false, _) => None,
@@ -83,6 +92,8 @@ impl Factor {
             order: hessian.order,
             unit_upper,
             pull,
+            hessian_lower: statistics.hessian_lower(),
+            act_order: settings.act_order,
             dampening_frac,
             dampening_steps,
         })

@@ -23,7 +23,8 @@
 
 use super::factor::Factor;
 use super::grid::{Grid, Grids, steps};
-use super::{QuantizedWeight, Solved, SolverSettings, check_weight, layer_loss};
+use super::loss::{layer_loss, weighted_energy};
+use super::{QuantizedWeight, Solved, SolverSettings, check_weight};
 use crate::plan::Scheme;
 use crate::statistics::Statistics;
 use crate::{Error, Matrix, Result};
@@ -36,15 +37,11 @@ use std::ops::Range;
 const LEAF_COLS: usize = 16;
 
 /// `w` quantized so that its outputs on the calibration data change least: GPTQ, or GPTAQ if
-/// [`SolverSettings::alpha`] is positive.
+/// [`SolverSettings::alpha`] is positive. [`Factor::new`], then [`solve`].
 ///
 /// Shapes: `w [out, in]`, statistics of the same `in`.
 /// # Errors
-/// [`Error::Shape`] if they differ; [`Error::Invalid`] for a setting outside its range or a group
-/// size that does not divide; [`Error::NotFinite`] for NaN or infinity in weights or statistics;
-/// [`Error::Singular`] if no damping makes H positive definite, or H is zero because no token had
-/// a positive weight: such a layer is never rounded or zeroed on the quiet; [`Error::Missing`] if
-/// α > 0 and the statistics have no cross moments.
+/// Those of the two.
 pub fn gptq(
     module: &str,
     w: &Matrix,
@@ -52,18 +49,30 @@ pub fn gptq(
     scheme: Scheme,
     settings: &SolverSettings,
 ) -> Result<Solved> {
-    settings.check()?;
-    let group_len = scheme.group_len(module, w.cols())?;
-    if statistics.in_features() != w.cols() {
-        return Err(Error::Shape {
-            module: format!("statistics of {module}"),
-            expected: vec![w.cols(), w.cols()],
-            found: vec![statistics.in_features(), statistics.in_features()],
-        });
-    }
-    check_weight(module, w)?;
+    // Before the factor, which costs more than all else.
+    check_fit(module, w, statistics.in_features(), scheme)?;
     let factor = Factor::new(module, statistics, settings)?;
-    let grids = if settings.act_order {
+    solve(module, w, &factor, scheme, settings)
+}
+
+/// `w` quantized with a factor that other linears of the same inputs may share. Dampings, α and
+/// the order of columns are the factor's; `settings` give the clip and the column block.
+///
+/// Shapes: `w [out, in]`, factor of the same `in`.
+/// # Errors
+/// [`Error::Shape`] if they differ; [`Error::Invalid`] for a setting outside its range or a group
+/// size that does not divide; [`Error::NotFinite`] for NaN or infinity among the weights, or a
+/// scale too large for its storage type.
+pub fn solve(
+    module: &str,
+    w: &Matrix,
+    factor: &Factor<'_>,
+    scheme: Scheme,
+    settings: &SolverSettings,
+) -> Result<Solved> {
+    settings.check()?;
+    let group_len = check_fit(module, w, factor.order.len(), scheme)?;
+    let grids = if factor.act_order {
         Some(Grids::fit(module, w, group_len, scheme, settings.clip)?)
     } else {
         None
@@ -73,18 +82,32 @@ pub fn gptq(
         scheme,
         settings,
         group_len,
-        factor: &factor,
+        factor,
         grids: grids.as_ref(),
     };
     let weight = problem.solve(module)?;
-    let loss = layer_loss(w, &weight.dequantize(), statistics.hessian_lower());
     Ok(Solved {
+        loss: layer_loss(w, &weight.dequantize(), factor.hessian_lower),
+        energy: weighted_energy(w, factor.hessian_lower),
         weight,
-        loss,
         dampening_frac: factor.dampening_frac,
-        dampening_steps: factor.dampening_steps,
+        dampening_steps: factor.dampening_steps.clone(),
         n_dead_columns: factor.n_dead_columns,
     })
+}
+
+/// Columns per group, if weight, inputs and scheme fit together.
+fn check_fit(module: &str, w: &Matrix, in_features: usize, scheme: Scheme) -> Result<usize> {
+    let group_len = scheme.group_len(module, w.cols())?;
+    if in_features != w.cols() {
+        return Err(Error::Shape {
+            module: format!("statistics of {module}"),
+            expected: vec![w.cols(), w.cols()],
+            found: vec![in_features, in_features],
+        });
+    }
+    check_weight(module, w)?;
+    Ok(group_len)
 }
 
 /// What all chunks share.
@@ -93,7 +116,7 @@ struct Problem<'a> {
     scheme: Scheme,
     settings: &'a SolverSettings,
     group_len: usize,
-    factor: &'a Factor,
+    factor: &'a Factor<'a>,
     /// Grids fitted beforehand; absent if they are fitted on the way.
     grids: Option<&'a Grids>,
 }

@@ -22,16 +22,22 @@ pub fn layer_loss(w: &Matrix, q: &Matrix, hessian: &Matrix) -> f64 {
     if !fits {
         return f64::NAN;
     }
-    let chunk_len = CHUNK_ROWS * n.max(1);
-    let chunks = w.data().par_chunks(chunk_len);
-    let losses: Vec<f64> = chunks
-        .zip(q.data().par_chunks(chunk_len))
-        .map(|(w, q)| {
-            let difference: Vec<f32> = w.iter().zip(q).map(|(w, q)| w - q).collect();
-            quadratic_form(&difference, n, hessian)
-        })
+    let difference: Vec<f32> = w.data().iter().zip(q.data()).map(|(w, q)| w - q).collect();
+    sum_of_chunks(&difference, n, hessian)
+}
+
+/// tr(W H Wᵀ), the squared output that a loss is to be compared with; units and layout of
+/// [`layer_loss`].
+pub(crate) fn weighted_energy(w: &Matrix, hessian_lower: &Matrix) -> f64 {
+    sum_of_chunks(w.data(), w.cols(), hessian_lower)
+}
+
+fn sum_of_chunks(d: &[f32], n: usize, hessian: &Matrix) -> f64 {
+    let chunks = d.par_chunks(CHUNK_ROWS * n.max(1));
+    let sums: Vec<f64> = chunks
+        .map(|rows| quadratic_form(rows, n, hessian))
         .collect();
-    losses.iter().sum()
+    sums.iter().sum()
 }
 
 /// tr(D H Dᵀ) of the rows D: each band of H's rows meets the columns before it twice, by symmetry.

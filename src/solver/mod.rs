@@ -10,13 +10,14 @@
 //! against. Token weights (VLMQ) live in the statistics alone; no solver knows of them.
 
 mod factor;
-mod gptq;
+pub mod gptq;
 mod grid;
 mod loss;
 pub mod reference;
 mod rtn;
 mod weight;
 
+pub use factor::Factor;
 pub use gptq::gptq;
 pub use loss::layer_loss;
 pub use rtn::rtn;
@@ -109,6 +110,8 @@ pub struct Solved {
     /// tr((W − Q) H (W − Q)ᵀ) with H as accumulated, undamped: squared output error summed over
     /// rows and weighted tokens, divided by nothing. See [`layer_loss`].
     pub loss: f64,
+    /// tr(W H Wᵀ), the squared output that the loss is to be compared with.
+    pub energy: f64,
     /// The damping that worked.
     pub dampening_frac: f64,
     /// Dampings that failed before it, in order.

@@ -444,7 +444,8 @@ fn same_bytes_for_any_number_of_threads() {
             let scheme = scheme(3, Some(8), false);
             let solved = gptq("layer", &layer.w, &statistics, scheme, &settings).unwrap();
             let factor = super::factor::Factor::new("layer", &statistics, &settings).unwrap();
-            (statistics, solved, factor.unit_upper, factor.pull)
+            let (upper, pull) = (factor.unit_upper.clone(), factor.pull.clone());
+            (statistics, solved, upper, pull)
         })
     };
     let one = solve(1);
@@ -472,6 +473,16 @@ fn loss_is_the_weighted_output_error() {
             expected += f64::from(*weight) * error * error;
         }
     }
+    let nothing = Matrix::zeros(70, 300);
+    let energy = layer_loss(&layer.w, &nothing, &statistics.hessian());
+    let solved = gptq(
+        "layer",
+        &layer.w,
+        &statistics,
+        scheme(2, None, false),
+        &with(true, 0.0),
+    );
+    assert_eq!(solved.unwrap().energy, energy);
     let loss = layer_loss(&layer.w, &q, &statistics.hessian());
     // f32 sums of 350 tokens and 300 columns with random signs.
     assert!(

@@ -1,0 +1,176 @@
+//! `vlmq compare`
+
+use super::progress::Progress;
+use super::quantize::scale_dtype;
+use super::{SCHEMA, open_model, print_json};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Instant;
+use vlmq::Error;
+use vlmq::dataset::open_samples;
+use vlmq::eval::open_tasks;
+use vlmq::model::LoadedModel;
+use vlmq::pipeline::{Observer, Unobserved};
+use vlmq::processor::Processor;
+use vlmq::run::SampleChoice;
+use vlmq::sweep::{Sweep, SweepRow, quantize_in_memory, score_original, score_tasks};
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// What to run: model, calibration, tasks, seeds, methods, bits, group_sizes
+    #[arg(value_name = "SWEEP.toml")]
+    sweep: PathBuf,
+    /// File to which each line is added as soon as it is measured; lines that it has are kept
+    #[arg(long, value_name = "FILE.jsonl")]
+    output: PathBuf,
+}
+
+pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
+    let sweep = Sweep::read(&args.sweep)?;
+    let model = open_model(&sweep.model)?;
+    let runs = sweep.runs(scale_dtype(&model))?;
+    let processor = Processor::open(&sweep.model)?;
+    let tasks = open_tasks(&sweep.tasks, &processor, sweep.limit)?;
+    let samples = open_samples(&sweep.calibration)?;
+    let mut rows = read_rows(&args.output)?;
+    let mut loaded = LoadedModel::load(open_model(&sweep.model)?)?;
+    let (original, references) = score_original(&loaded, &tasks)?;
+    if !rows.iter().any(|r| r.method == original.method) {
+        add_row(&args.output, &mut rows, original)?;
+    }
+    let progress = Progress::start()?;
+    let n_runs = runs.len();
+    for (recipe, seed) in runs {
+        progress.step("runs", n_runs);
+        if progress.is_cancelled() {
+            return Err(Error::Interrupted.into());
+        }
+        let scheme = recipe.scheme();
+        let is_done = |r: &SweepRow| {
+            r.method == recipe.method.name()
+                && r.bits == Some(scheme.bits())
+                && r.group_size == scheme.group_size()
+                && r.seed == seed
+        };
+        if rows.iter().any(is_done) {
+            continue;
+        }
+        let choice = seed.map(|seed| SampleChoice {
+            set: samples.clone(),
+            n_samples: sweep.samples,
+            seed,
+        });
+        let began = Instant::now();
+        let layers = quantize_in_memory(&model, &recipe, choice.as_ref(), &Unobserved)?;
+        let seconds = began.elapsed().as_secs_f64();
+        loaded.set_layers(layers)?;
+        let row = SweepRow {
+            method: recipe.method.name().into(),
+            bits: Some(scheme.bits()),
+            group_size: scheme.group_size(),
+            seed,
+            tasks: score_tasks(&loaded, &tasks, &references)?,
+            seconds,
+        };
+        add_row(&args.output, &mut rows, row)?;
+    }
+    progress.finish();
+    match json {
+        true => {
+            print_json(serde_json::json!({"schema": SCHEMA, "command": "compare", "rows": rows}))?
+        }
+        false => print!("{}", table(&rows)),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn read_rows(path: &PathBuf) -> anyhow::Result<Vec<SweepRow>> {
+    if !path.exists() {
+        return Ok(Vec::new());
+    }
+    let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, "read", e))?;
+    let rows = text.lines().enumerate().map(|(i, line)| {
+        serde_json::from_str(line)
+            .map_err(|e| Error::format(path, format!("line {}", i + 1), e.to_string()))
+    });
+    Ok(rows.collect::<vlmq::Result<_>>()?)
+}
+
+fn add_row(path: &PathBuf, rows: &mut Vec<SweepRow>, row: SweepRow) -> anyhow::Result<()> {
+    use std::io::Write;
+    let io = |e| Error::io(path, "add a line", e);
+    let mut file = std::fs::File::options()
+        .create(true)
+        .append(true)
+        .open(path)
+        .map_err(io)?;
+    writeln!(file, "{}", serde_json::to_string(&row)?).map_err(io)?;
+    rows.push(row);
+    Ok(())
+}
+
+/// Mean and, over seeds, lowest to highest of each task, as Markdown.
+fn table(rows: &[SweepRow]) -> String {
+    let mut groups: BTreeMap<(u8, usize, usize), Vec<&SweepRow>> = BTreeMap::new();
+    let mut methods: Vec<&str> = Vec::new();
+    for row in rows {
+        let place = methods
+            .iter()
+            .position(|m| *m == row.method)
+            .unwrap_or_else(|| {
+                methods.push(&row.method);
+                methods.len() - 1
+            });
+        // Falling bits: the original, which has none, comes first.
+        let key = (
+            u8::MAX - row.bits.unwrap_or(u8::MAX),
+            row.group_size.unwrap_or(0),
+            place,
+        );
+        groups.entry(key).or_default().push(row);
+    }
+    let tasks: Vec<&String> = rows
+        .first()
+        .map(|r| r.tasks.keys().collect())
+        .unwrap_or_default();
+    let mut text = String::from("| method | bits | group | seeds |");
+    tasks.iter().for_each(|t| text += &format!(" {t} |"));
+    text += " mean accuracy | mean KL |\n|---|---|---|---|";
+    text += &"---|".repeat(tasks.len() + 2);
+    text.push('\n');
+    for rows in groups.values() {
+        let first = rows[0];
+        let show = |n: Option<usize>| n.map_or(String::new(), |n| n.to_string());
+        text += &format!(
+            "| {} | {} | {} | {} |",
+            first.method,
+            show(first.bits.map(usize::from)),
+            show(first.group_size),
+            rows.len()
+        );
+        for task in &tasks {
+            text += &format!(" {} |", spread(rows, 1, |r| r.tasks[*task].accuracy));
+        }
+        let over = |r: &SweepRow, f: fn(&vlmq::sweep::TaskScore) -> f64| {
+            r.tasks.values().map(f).sum::<f64>() / r.tasks.len().max(1) as f64
+        };
+        text += &format!(
+            " {} | {} |\n",
+            spread(rows, 1, |r| over(r, |t| t.accuracy)),
+            spread(rows, 4, |r| over(r, |t| t.kl))
+        );
+    }
+    text
+}
+
+fn spread(rows: &[&SweepRow], digits: usize, value: impl Fn(&SweepRow) -> f64) -> String {
+    let values: Vec<f64> = rows.iter().map(|r| value(r)).collect();
+    let mean = values.iter().sum::<f64>() / values.len() as f64;
+    let low = values.iter().copied().fold(f64::INFINITY, f64::min);
+    let high = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    match values.len() {
+        1 => format!("{mean:.digits$}"),
+        _ => format!("{mean:.digits$} ({low:.digits$} to {high:.digits$})"),
+    }
+}

@@ -1,0 +1,122 @@
+//! `vlmq inspect`
+
+use super::quantize::scale_dtype;
+use super::{ModelArg, SCHEMA, open_model, print_json};
+use std::process::ExitCode;
+use vlmq::model::Qwen2Vl;
+use vlmq::plan::Scheme;
+
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    model: ModelArg,
+}
+
+/// What a number format would make of the model.
+struct Candidate {
+    scheme: Scheme,
+    bytes: u64,
+    /// Modules that the group size does not divide.
+    misfits: Vec<String>,
+}
+
+pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
+    let model = open_model(&args.model.model)?;
+    let modules = model.modules();
+    let checkpoint = model.checkpoint();
+    let n_weights: usize = modules.iter().map(|m| m.shape[0] * m.shape[1]).sum();
+    let candidates = candidates(&model)?;
+    let quantized: Vec<_> = modules
+        .iter()
+        .filter(|m| checkpoint.is_quantized(&m.name))
+        .collect();
+    if json {
+        let row = |c: &Candidate| serde_json::json!({"scheme": c.scheme, "tensor_bytes": c.bytes, "misfits": c.misfits});
+        print_json(serde_json::json!({
+            "schema": SCHEMA,
+            "command": "inspect",
+            "family": vlmq::model::qwen2_vl::MODEL_TYPE,
+            "n_tensors": checkpoint.names().count(),
+            "tensor_bytes": checkpoint.total_bytes(),
+            "n_modules": modules.len(),
+            "n_module_weights": n_weights,
+            "n_quantized_modules": quantized.len(),
+            "modules": modules.iter()
+                .map(|m| serde_json::json!({"name": m.name, "shape": m.shape}))
+                .collect::<Vec<_>>(),
+            "schemes": candidates.iter().map(row).collect::<Vec<_>>(),
+        }))?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let d = model.decoder();
+    println!("family      {}", vlmq::model::qwen2_vl::MODEL_TYPE);
+    println!(
+        "decoder     {} layers, hidden {}, MLP {}, heads {}/{} of {}",
+        d.n_layers, d.hidden_size, d.intermediate_size, d.n_heads, d.n_kv_heads, d.head_dim
+    );
+    let v = model.vision();
+    println!(
+        "vision      {} layers, width {}, heads {}",
+        v.depth, v.embed_dim, v.n_heads
+    );
+    let megabytes = checkpoint.total_bytes() as f64 / 1e6;
+    println!(
+        "tensors     {}, {megabytes:.1} MB",
+        checkpoint.names().count()
+    );
+    println!(
+        "to quantize {} modules, {:.2} M weights",
+        modules.len(),
+        n_weights as f64 / 1e6
+    );
+    if !quantized.is_empty() {
+        println!("quantized   {} modules already", quantized.len());
+    }
+    println!("\n{:<24} {:>10}", "scheme", "MB");
+    for c in &candidates {
+        let group = c
+            .scheme
+            .group_size()
+            .map_or("channel".into(), |g| format!("g{g}"));
+        let kind = if c.scheme.symmetric() {
+            "symmetric"
+        } else {
+            "asymmetric"
+        };
+        let name = format!("{} bits {group} {kind}", c.scheme.bits());
+        let misfits = match c.misfits.first() {
+            None => String::new(),
+            Some(first) => format!("  cannot hold {} modules, first {first}", c.misfits.len()),
+        };
+        println!("{name:<24} {:>10.1}{misfits}", c.bytes as f64 / 1e6);
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn candidates(model: &Qwen2Vl) -> vlmq::Result<Vec<Candidate>> {
+    let mut all = Vec::new();
+    for bits in [4, 3, 2] {
+        for group_size in [Some(32), Some(64), Some(128), None] {
+            let scheme = Scheme::new(bits, group_size, false, scale_dtype(model))?;
+            let mut candidate = Candidate {
+                scheme,
+                bytes: model.checkpoint().total_bytes(),
+                misfits: Vec::new(),
+            };
+            for module in model.modules() {
+                let cols = module.shape[1];
+                if scheme.group_len(&module.name, cols).is_err() {
+                    candidate.misfits.push(module.name);
+                    continue;
+                }
+                let info = model.checkpoint().info(&format!("{}.weight", module.name));
+                let n_weights = (module.shape[0] * cols) as f64;
+                let packed = (n_weights * scheme.bits_per_weight(cols) / 8.0).ceil() as u64;
+                let plain = info.map_or(packed, |info| info.n_bytes as u64);
+                candidate.bytes = candidate.bytes - plain + packed;
+            }
+            all.push(candidate);
+        }
+    }
+    Ok(all)
+}

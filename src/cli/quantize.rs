@@ -1,0 +1,226 @@
+//! `vlmq quantize`
+
+use super::progress::Progress;
+use super::{ModelArg, SCHEMA, open_model, print_json};
+use anyhow::Context;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use vlmq::Error;
+use vlmq::checkpoint::DType;
+use vlmq::dataset::open_samples;
+use vlmq::memory::{plan_disk, plan_memory};
+use vlmq::model::Qwen2Vl;
+use vlmq::plan::{ScaleDtype, Scheme};
+use vlmq::processor::Processor;
+use vlmq::recipe::{Method, Recipe};
+use vlmq::report::RunReport;
+use vlmq::run::{SampleChoice, module_plan, quantize_folder};
+
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    model: ModelArg,
+    #[command(flatten)]
+    pub recipe: RecipeArgs,
+    /// Samples: LLaVA or chat JSONL, Hugging Face parquet, VLMEvalKit TSV, or a folder of them
+    #[arg(long, value_name = "DATA")]
+    calibration: Option<PathBuf>,
+    /// Folder to make
+    #[arg(long, value_name = "DIR", required_unless_present = "dry_run")]
+    output: Option<PathBuf>,
+    /// How many samples
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    samples: usize,
+    /// Seed of the choice of samples
+    #[arg(long, value_name = "S", default_value_t = 0)]
+    seed: u64,
+    /// Output format
+    #[arg(long, value_parser = ["compressed-tensors"], default_value = "compressed-tensors")]
+    format: String,
+    /// Say what would be done and what it would cost, and do nothing
+    #[arg(long)]
+    dry_run: bool,
+}
+
+/// Method, format and settings, as flags.
+#[derive(clap::Args)]
+pub struct RecipeArgs {
+    /// rtn, gptq, gptaq, vlmq-v1, vlmq-v2; vlmq is vlmq-v1
+    #[arg(long, default_value = "vlmq")]
+    method: String,
+    /// Bits per weight: 2, 3, 4 or 8
+    #[arg(long, default_value_t = 4)]
+    bits: u8,
+    /// Input columns that share a scale; -1 for one scale per output channel
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 128,
+        allow_negative_numbers = true
+    )]
+    group_size: i64,
+    /// Grid centred on zero
+    #[arg(long, conflicts_with = "asymmetric")]
+    symmetric: bool,
+    /// Grid with a zero point (the default)
+    #[arg(long)]
+    asymmetric: bool,
+    /// Rules per module, as TOML
+    #[arg(long, value_name = "FILE")]
+    recipe: Option<PathBuf>,
+    /// Turn a setting; repeat it for several
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
+}
+
+impl RecipeArgs {
+    /// The recipe for a model; scales are stored in the type of its weights.
+    pub fn recipe(&self, model: &Qwen2Vl) -> vlmq::Result<Recipe> {
+        let group_size = match self.group_size {
+            -1 => None,
+            n => Some(usize::try_from(n).map_err(|_| Error::Invalid {
+                what: "--group-size".into(),
+                why: format!("{n} given, a positive multiple of 8 or -1 (per channel) expected"),
+            })?),
+        };
+        let scheme = Scheme::new(self.bits, group_size, self.symmetric, scale_dtype(model))?;
+        let mut recipe = Recipe::new(self.method.parse::<Method>()?, scheme);
+        if let Some(path) = &self.recipe {
+            recipe.read_rules(path)?;
+        }
+        for assignment in &self.set {
+            recipe.set(assignment)?;
+        }
+        Ok(recipe)
+    }
+}
+
+/// The type that the model's weights have, which its readers will give the scales too.
+pub fn scale_dtype(model: &Qwen2Vl) -> ScaleDtype {
+    let module = model.modules().into_iter().next();
+    let name = module
+        .map(|m| format!("{}.weight", m.name))
+        .unwrap_or_default();
+    match model.checkpoint().info(&name).map(|info| info.dtype) {
+        Some(DType::F16) => ScaleDtype::F16,
+        Some(DType::F32 | DType::F64) => ScaleDtype::F32,
+        _ => ScaleDtype::Bf16,
+    }
+}
+
+pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
+    let model = open_model(&args.model.model)?;
+    let recipe = args.recipe.recipe(&model)?;
+    let choice = match (&args.calibration, recipe.needs_calibration()) {
+        (Some(path), true) => Some(SampleChoice {
+            set: open_samples(path)?,
+            n_samples: args.samples,
+            seed: args.seed,
+        }),
+        _ => None,
+    };
+    if args.dry_run {
+        return dry_run(args, &model, &recipe, choice.as_ref(), json);
+    }
+    let output = args.output.as_deref().context("--output DIR is needed")?;
+    let progress = Progress::start()?;
+    let (report, exported) = quantize_folder(&model, &recipe, choice.as_ref(), output, &progress)?;
+    progress.finish();
+    if json {
+        print_json(serde_json::json!({
+            "schema": SCHEMA,
+            "command": "quantize",
+            "output": output,
+            "tensor_bytes": exported.tensor_bytes,
+            "report": report,
+        }))?;
+    } else {
+        print_summary(&report);
+        let megabytes = exported.tensor_bytes as f64 / 1e6;
+        println!("wrote {} ({megabytes:.1} MB of tensors)", output.display());
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn print_summary(report: &RunReport) {
+    println!(
+        "{:<8} {:>14} {:>14}",
+        "layer", "relative loss", "worst module"
+    );
+    let n_layers = report
+        .modules
+        .iter()
+        .map(|m| m.layer_idx + 1)
+        .max()
+        .unwrap_or(0);
+    for layer_idx in 0..n_layers {
+        let modules = report.modules.iter().filter(|m| m.layer_idx == layer_idx);
+        let losses: Vec<_> = modules
+            .filter_map(|m| m.relative_loss.map(|loss| (loss, &m.name)))
+            .collect();
+        let mean = losses.iter().map(|(loss, _)| loss).sum::<f64>() / losses.len().max(1) as f64;
+        if let Some((loss, name)) = losses.iter().max_by(|a, b| a.0.total_cmp(&b.0)) {
+            println!("{layer_idx:<8} {mean:>14.3e} {loss:>14.3e}  {name}");
+        }
+    }
+    for deviation in &report.deviations {
+        println!(
+            "note: {}",
+            serde_json::to_string(deviation).unwrap_or_default()
+        );
+    }
+    let total = report.seconds.get("total").copied().unwrap_or_default();
+    let peak = report
+        .peak_memory_bytes
+        .map_or("?".into(), |b| format!("{:.0}", b as f64 / 1e6));
+    println!("{total:.1} s, peak memory {peak} MB");
+}
+
+fn dry_run(
+    args: &Args,
+    model: &Qwen2Vl,
+    recipe: &Recipe,
+    choice: Option<&SampleChoice>,
+    json: bool,
+) -> anyhow::Result<ExitCode> {
+    let modules = module_plan(model, recipe)?;
+    if let Some(output) = args.output.as_deref().filter(|o| o.exists()) {
+        return Err(Error::Exists {
+            path: output.to_path_buf(),
+        }
+        .into());
+    }
+    let n_tokens = match choice {
+        Some(choice) => {
+            let processor = Processor::open(&args.model.model)?;
+            let chosen = choice.set.choose(choice.n_samples, choice.seed)?;
+            vlmq::calibration::count_tokens(&processor, &chosen)?
+        }
+        None => Vec::new(),
+    };
+    let memory = plan_memory(model, recipe, &n_tokens);
+    let disk = plan_disk(model, recipe);
+    let tokens: usize = n_tokens.iter().sum();
+    if json {
+        print_json(serde_json::json!({
+            "schema": SCHEMA,
+            "command": "quantize --dry-run",
+            "n_modules": modules.len(),
+            "n_samples": n_tokens.len(),
+            "n_tokens": tokens,
+            "memory": memory,
+            "peak_memory_bytes": memory.total(),
+            "disk_bytes": disk,
+        }))?;
+    } else {
+        let mb = |bytes: u64| bytes as f64 / 1e6;
+        println!(
+            "{} modules, {} samples, {tokens} tokens",
+            modules.len(),
+            n_tokens.len()
+        );
+        println!("memory {:>8.0} MB at most", mb(memory.total()));
+        println!("disk   {:>8.1} MB of tensors", mb(disk));
+    }
+    Ok(ExitCode::SUCCESS)
+}

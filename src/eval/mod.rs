@@ -1,0 +1,149 @@
+//! How well a model answers, and how far a quantized one has moved from its original.
+//!
+//! Two measures: exact answers by greedy generation, and the mean Kullback–Leibler divergence from
+//! the original's next-token distributions over the tokens of the right answers, which sees changes
+//! long before an answer flips.
+
+mod score;
+mod task;
+
+pub use score::{AnswerScore, Divergence, Reference, score_answer};
+pub use task::{EvalItem, Task, open_tasks};
+
+use crate::model::LoadedModel;
+use crate::processor::Processor;
+use crate::{Error, Result};
+use rayon::prelude::*;
+use serde::Serialize;
+use std::collections::BTreeMap;
+
+/// Longest answer that is generated, in tokens.
+pub const MAX_ANSWER_TOKENS: usize = 32;
+
+/// One answered question.
+#[derive(Clone, Debug, Serialize)]
+pub struct Prediction {
+    /// Id of the question in its file.
+    pub id: String,
+    /// What kind of question it is, where the file says so.
+    pub category: Option<String>,
+    /// The model's answer.
+    pub answer: String,
+    /// The right answers.
+    pub expected: Vec<String>,
+    /// Whether it is one of the right ones.
+    pub correct: bool,
+}
+
+/// A share with its 95 % interval.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Accuracy {
+    /// Right answers.
+    pub n_correct: usize,
+    /// Questions.
+    pub n: usize,
+    /// Share in percent.
+    pub percent: f64,
+    /// Wilson interval at 95 %, in percent.
+    pub interval: [f64; 2],
+}
+
+impl Accuracy {
+    /// The share of `true`.
+    pub fn of(correct: impl IntoIterator<Item = bool>) -> Self {
+        let (mut n_correct, mut n) = (0, 0);
+        for flag in correct {
+            n += 1;
+            n_correct += usize::from(flag);
+        }
+        let (share, count) = (n_correct as f64 / (n.max(1)) as f64, n.max(1) as f64);
+        // 97.5 % quantile of the normal distribution.
+        let z2 = 1.959_964f64.powi(2);
+        let middle = (share + z2 / (2.0 * count)) / (1.0 + z2 / count);
+        let spread = share * (1.0 - share) / count + z2 / (4.0 * count * count);
+        let half = z2.sqrt() * spread.sqrt() / (1.0 + z2 / count);
+        let bounds = [middle - half, middle + half];
+        Self {
+            n_correct,
+            n,
+            percent: 100.0 * share,
+            interval: bounds.map(|b| 100.0 * b.clamp(0.0, 1.0)),
+        }
+    }
+
+    /// Shares by category.
+    pub fn by_category(predictions: &[Prediction]) -> BTreeMap<String, Self> {
+        let mut flags: BTreeMap<String, Vec<bool>> = BTreeMap::new();
+        for p in predictions {
+            let name = p.category.clone().unwrap_or_default();
+            flags.entry(name).or_default().push(p.correct);
+        }
+        flags
+            .into_iter()
+            .map(|(name, flags)| (name, Self::of(flags)))
+            .collect()
+    }
+}
+
+/// Whether `answer` is one of `expected`, letter case and white space at the ends aside.
+pub fn is_correct(answer: &str, expected: &[String]) -> bool {
+    let plain = |text: &str| text.trim().to_lowercase();
+    expected.iter().any(|e| plain(e) == plain(answer))
+}
+
+/// Answers every question of a task, in order. `on_answer` hears of each one that is done.
+///
+/// # Errors
+/// The model's; [`Error::Missing`] for a question without a right answer.
+pub fn answer_all(
+    model: &LoadedModel,
+    processor: &Processor,
+    task: &Task,
+    on_answer: &(dyn Fn() + Sync),
+) -> Result<Vec<Prediction>> {
+    let one = |item: &EvalItem| {
+        if item.answers.is_empty() {
+            return Err(Error::Missing {
+                what: "right answer".into(),
+                place: item.origin.clone(),
+            });
+        }
+        let features = item.features(model)?;
+        let eos = processor.eos_ids();
+        let ids = model.generate(&item.prompt, &features, eos, MAX_ANSWER_TOKENS)?;
+        let answer = processor.decode(&ids)?;
+        on_answer();
+        Ok(Prediction {
+            id: item.id.clone(),
+            category: item.category.clone(),
+            correct: is_correct(&answer, &item.answers),
+            answer: answer.trim().to_owned(),
+            expected: item.answers.clone(),
+        })
+    };
+    task.items.par_iter().map(one).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answers_are_compared_without_case_and_edges() {
+        let expected = ["Blue".to_owned(), "teal".to_owned()];
+        assert!(is_correct(" blue\n", &expected));
+        assert!(is_correct("teal", &expected));
+        assert!(!is_correct("light blue", &expected));
+        assert!(!is_correct("", &expected));
+    }
+
+    #[test]
+    fn intervals_are_wilsons() {
+        let a = Accuracy::of((0..100).map(|i| i < 90));
+        assert_eq!((a.n_correct, a.n, a.percent), (90, 100, 90.0));
+        // Published values for 90 of 100.
+        assert!((a.interval[0] - 82.56).abs() < 0.01 && (a.interval[1] - 94.48).abs() < 0.01);
+        let none = Accuracy::of(std::iter::empty());
+        assert_eq!(none.percent, 0.0);
+    }
+}

@@ -1,0 +1,148 @@
+//! Right answers under a model, token by token.
+
+use crate::eval::task::EvalItem;
+use crate::model::LoadedModel;
+use crate::{Error, Result};
+
+/// Log probabilities `[n_answer_tokens][vocab]` of the original, with which others are compared.
+#[derive(Clone, Debug)]
+pub struct Reference {
+    log_probabilities: Vec<Vec<f32>>,
+}
+
+/// What a model makes of a right answer that is laid before it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AnswerScore {
+    /// Whether every token of it, end included, is the most likely one: greedy decoding gives it.
+    pub exact: bool,
+    /// −log probability of the answer, in nats, summed over its tokens.
+    pub negative_log_likelihood: f64,
+    /// How far the model is from the original here.
+    pub divergence: Option<Divergence>,
+}
+
+/// Distance from the original over the tokens of an answer.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Divergence {
+    /// Σ KL(original ‖ model) over tokens, in nats.
+    pub kl_sum: f64,
+    /// Tokens where both find the same token most likely.
+    pub n_same_top: usize,
+    /// Tokens.
+    pub n_tokens: usize,
+}
+
+/// Lays the first right answer of `item` before the model; with `reference`, compares.
+/// Returns the score and the log probabilities, to serve as a reference themselves.
+///
+/// # Errors
+/// The model's; [`Error::Missing`] without a right answer; [`Error::NotFinite`] if the model's
+/// logits are not numbers; [`Error::Shape`] if the reference has other tokens.
+pub fn score_answer(
+    model: &LoadedModel,
+    item: &EvalItem,
+    reference: Option<&Reference>,
+) -> Result<(AnswerScore, Reference)> {
+    let (input, start) = item.answered.as_ref().ok_or_else(|| Error::Missing {
+        what: "right answer".into(),
+        place: item.origin.clone(),
+    })?;
+    let n = input.input_ids.len() - start;
+    let features = item.features(model)?;
+    let logits = model.logits_at(input, &features, start - 1..start - 1 + n)?;
+    let mut log_probabilities: Vec<Vec<f32>> = logits.to_vec2()?;
+    log_probabilities
+        .iter_mut()
+        .try_for_each(|row| normalise(row, &item.origin))?;
+    let found = Reference { log_probabilities };
+    let expected = &input.input_ids[*start..];
+    let rows = || found.log_probabilities.iter().zip(expected);
+    let score = AnswerScore {
+        exact: rows().all(|(row, id)| top(row) == *id as usize),
+        negative_log_likelihood: -rows()
+            .map(|(row, id)| f64::from(row[*id as usize]))
+            .sum::<f64>(),
+        divergence: reference.map(|r| divergence(r, &found)).transpose()?,
+    };
+    Ok((score, found))
+}
+
+/// Logits to log probabilities, in place.
+fn normalise(row: &mut [f32], origin: &str) -> Result<()> {
+    let count = row.iter().filter(|v| !v.is_finite()).count();
+    if count > 0 {
+        return Err(Error::NotFinite {
+            module: format!("answer to {origin}"),
+            stage: "logits".into(),
+            count,
+        });
+    }
+    let highest = row.iter().fold(f32::NEG_INFINITY, |m, v| m.max(*v));
+    let sum: f64 = row.iter().map(|v| f64::from(v - highest).exp()).sum();
+    let shift = f64::from(highest) + sum.ln();
+    row.iter_mut()
+        .for_each(|v| *v = (f64::from(*v) - shift) as f32);
+    Ok(())
+}
+
+fn top(row: &[f32]) -> usize {
+    let better = |best: usize, i: usize| if row[i] > row[best] { i } else { best };
+    (0..row.len()).fold(0, better)
+}
+
+fn divergence(reference: &Reference, found: &Reference) -> Result<Divergence> {
+    let (p, q) = (&reference.log_probabilities, &found.log_probabilities);
+    if p.len() != q.len() || p.iter().zip(q).any(|(p, q)| p.len() != q.len()) {
+        return Err(Error::Shape {
+            module: "reference distributions".into(),
+            expected: vec![p.len()],
+            found: vec![q.len()],
+        });
+    }
+    let kl = |(p, q): (&Vec<f32>, &Vec<f32>)| -> f64 {
+        let terms = p.iter().zip(q).map(|(p, q)| {
+            let (p, q) = (f64::from(*p), f64::from(*q));
+            p.exp() * (p - q)
+        });
+        // Rounding of two equal distributions may fall a hair below zero.
+        terms.sum::<f64>().max(0.0)
+    };
+    Ok(Divergence {
+        kl_sum: p.iter().zip(q).map(kl).sum(),
+        n_same_top: p.iter().zip(q).filter(|(p, q)| top(p) == top(q)).count(),
+        n_tokens: p.len(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn reference(logits: &[f32]) -> Reference {
+        let mut row = logits.to_vec();
+        normalise(&mut row, "test").unwrap();
+        Reference {
+            log_probabilities: vec![row],
+        }
+    }
+
+    #[test]
+    fn divergence_of_known_distributions() {
+        // p = (1/2, 1/2), q = (3/4, 1/4): KL = ln 2 − ½·ln 3.
+        let (p, q) = (reference(&[0.0, 0.0]), reference(&[3f32.ln(), 0.0]));
+        let d = divergence(&p, &q).unwrap();
+        let expected = (4f64 / 3.0).ln() / 2.0;
+        assert!((d.kl_sum - expected).abs() < 1e-6, "{}", d.kl_sum);
+        assert_eq!((d.n_same_top, d.n_tokens), (1, 1));
+        assert_eq!(divergence(&p, &p).unwrap().kl_sum, 0.0);
+        assert!(divergence(&p, &reference(&[0.0; 3])).is_err());
+    }
+
+    #[test]
+    fn numbers_only() {
+        assert!(matches!(
+            normalise(&mut [0.0, f32::NAN], "x"),
+            Err(Error::NotFinite { .. })
+        ));
+    }
+}

@@ -1,0 +1,174 @@
+//! Questions ready for the model.
+
+use crate::dataset::{Question, open_questions};
+use crate::model::LoadedModel;
+use crate::processor::chat::{ContentPart, Message, Role};
+use crate::processor::{ModelInput, Processor, VisionInput};
+use crate::{Error, Result};
+use candle_core::Tensor;
+use rayon::prelude::*;
+use std::collections::HashMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, OnceLock};
+
+/// The encoded questions of one file.
+pub struct Task {
+    /// File name without its ending.
+    pub name: String,
+    /// Questions in file order.
+    pub items: Vec<EvalItem>,
+}
+
+/// One question.
+pub struct EvalItem {
+    /// Id in the file.
+    pub id: String,
+    /// File and row, for messages.
+    pub origin: String,
+    /// What kind of question it is, where the file says so.
+    pub category: Option<String>,
+    /// Right answers.
+    pub answers: Vec<String>,
+    /// The prompt up to the place of the answer.
+    pub prompt: ModelInput,
+    /// The prompt with the first right answer after it, end token included, and how many tokens
+    /// of it are the prompt.
+    pub answered: Option<(ModelInput, usize)>,
+    images: Vec<Arc<EvalImage>>,
+}
+
+/// An image that several questions may share. The tower is never quantized, so its features are
+/// computed once for all models of a comparison.
+struct EvalImage {
+    input: Arc<VisionInput>,
+    features: OnceLock<Tensor>,
+}
+
+impl EvalItem {
+    /// Features of the question's images.
+    ///
+    /// # Errors
+    /// As [`LoadedModel::image_features`].
+    pub fn features(&self, model: &LoadedModel) -> Result<Vec<Tensor>> {
+        let one = |image: &Arc<EvalImage>| {
+            if let Some(features) = image.features.get() {
+                return Ok(features.clone());
+            }
+            let features = model.image_features(&image.input)?;
+            Ok(image.features.get_or_init(|| features).clone())
+        };
+        self.images.iter().map(one).collect()
+    }
+}
+
+/// The tasks of a file, or of all files of a folder in order of name; `limit` questions of each.
+///
+/// # Errors
+/// The readers' and the processor's; [`Error::Missing`] for a folder without questions.
+pub fn open_tasks(path: &Path, processor: &Processor, limit: Option<usize>) -> Result<Vec<Task>> {
+    let files = task_files(path)?;
+    files
+        .iter()
+        .map(|file| open_task(file, processor, limit))
+        .collect()
+}
+
+fn task_files(path: &Path) -> Result<Vec<PathBuf>> {
+    if !path.is_dir() {
+        return Ok(vec![path.to_path_buf()]);
+    }
+    let list = |e| Error::io(path, "list", e);
+    let entries = std::fs::read_dir(path).map_err(list)?;
+    let paths = entries.map(|entry| entry.map(|e| e.path()));
+    let mut files: Vec<PathBuf> = paths.collect::<std::io::Result<_>>().map_err(list)?;
+    let known = |f: &PathBuf| {
+        f.extension()
+            .is_some_and(|e| ["parquet", "jsonl", "tsv"].iter().any(|k| e == *k))
+    };
+    files.retain(known);
+    files.sort();
+    match files.is_empty() {
+        true => Err(Error::Missing {
+            what: "a .parquet, .jsonl or .tsv file".into(),
+            place: path.display().to_string(),
+        }),
+        false => Ok(files),
+    }
+}
+
+fn open_task(path: &Path, processor: &Processor, limit: Option<usize>) -> Result<Task> {
+    let mut questions = open_questions(path)?;
+    questions.truncate(limit.unwrap_or(usize::MAX));
+    let images = Mutex::new(HashMap::new());
+    let items = questions.par_iter().map(|q| encode(q, processor, &images));
+    let name = path
+        .file_stem()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned();
+    Ok(Task {
+        name,
+        items: items.collect::<Result<_>>()?,
+    })
+}
+
+type ImageCache = Mutex<HashMap<u64, Arc<EvalImage>>>;
+
+fn encode(question: &Question, processor: &Processor, cache: &ImageCache) -> Result<EvalItem> {
+    let images = question.images.iter().map(|source| {
+        let mut hasher = DefaultHasher::new();
+        let bytes = source.read()?;
+        bytes.hash(&mut hasher);
+        let key = hasher.finish();
+        if let Some(known) = cache.lock().expect("no holder panics").get(&key) {
+            return Ok(known.clone());
+        }
+        let input = Arc::new(processor.vision_input(&source.load()?)?);
+        let image = Arc::new(EvalImage {
+            input,
+            features: OnceLock::new(),
+        });
+        let mut cache = cache.lock().expect("no holder panics");
+        Ok(cache.entry(key).or_insert(image).clone())
+    });
+    let images = images.collect::<Result<Vec<_>>>()?;
+    let inputs: Vec<Arc<VisionInput>> = images.iter().map(|i| i.input.clone()).collect();
+    let parts = inputs.iter().map(|_| ContentPart::Image);
+    let user = Message {
+        role: Role::User,
+        content: parts
+            .chain([ContentPart::Text(question.question.clone())])
+            .collect(),
+    };
+    let prompt = processor.encode_prompt(std::slice::from_ref(&user), &inputs)?;
+    let answered = question
+        .answers
+        .first()
+        .map(|answer| with_answer(processor, &prompt, answer));
+    Ok(EvalItem {
+        id: question.id.clone(),
+        origin: question.origin.clone(),
+        category: question.category.clone(),
+        answers: question.answers.clone(),
+        answered: answered.transpose()?,
+        prompt,
+        images,
+    })
+}
+
+/// The prompt followed by an answer and the end token, as a model that gives it would have it.
+fn with_answer(
+    processor: &Processor,
+    prompt: &ModelInput,
+    answer: &str,
+) -> Result<(ModelInput, usize)> {
+    let mut input = prompt.clone();
+    let answer = processor.encode_text(answer)?;
+    let end = processor.eos_ids().first().copied();
+    for id in answer.into_iter().chain(end) {
+        input.input_ids.push(id);
+        input.classes.push(crate::processor::TokenClass::Answer);
+    }
+    Ok((input, prompt.input_ids.len()))
+}

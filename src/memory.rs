@@ -1,0 +1,87 @@
+//! What a run will hold in memory and write to disk, told before it begins.
+
+use crate::model::qwen2_vl::Qwen2Vl;
+use crate::recipe::Recipe;
+use crate::report::peak_memory_bytes;
+use serde::Serialize;
+
+const F32: u64 = 4;
+const F64: u64 = 8;
+
+/// Bytes by what holds them. Everything else is small or never alive at the same time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct MemoryPlan {
+    /// The process as it stands: code, tokenizer, data files, and what planning itself has held.
+    pub process: u64,
+    /// The tower and the work on one image per thread, before the first layer.
+    pub vision: u64,
+    /// Hidden states and stage inputs of all samples.
+    pub streams: u64,
+    /// One layer twice, full and quantized, as read and as f32.
+    pub layer: u64,
+    /// H and C of the stage that needs most, with their factor.
+    pub solver: u64,
+}
+
+impl MemoryPlan {
+    /// The peak: the vision part is over when the layers begin.
+    pub fn total(&self) -> u64 {
+        self.process + self.vision.max(self.streams + self.layer + self.solver)
+    }
+}
+
+/// Plans a run over samples of these many tokens.
+pub fn plan_memory(model: &Qwen2Vl, recipe: &Recipe, n_tokens: &[usize]) -> MemoryPlan {
+    let decoder = model.decoder();
+    let (hidden, inter) = (decoder.hidden_size as u64, decoder.intermediate_size as u64);
+    let heads = (decoder.n_heads * decoder.head_dim) as u64;
+    let tokens: u64 = n_tokens.iter().map(|n| *n as u64).sum();
+    let schemes: Vec<_> = model
+        .modules()
+        .iter()
+        .filter_map(|m| recipe.scheme_of(&m.name))
+        .collect();
+    let with_full = recipe.needs_full_stream(&schemes);
+    let with_cross = schemes.iter().any(|s| recipe.alpha(*s) != 0.0);
+    let calibrated = u64::from(recipe.needs_calibration());
+    let layer: u64 = model
+        .layer_modules(0)
+        .iter()
+        .map(|m| (m.shape[0] * m.shape[1]) as u64)
+        .sum();
+    let mapped: u64 = model.checkpoint().total_bytes();
+
+    // Per token: U's residual and stage input, rotary tables; F's residual, attention input and y.
+    let own = hidden + inter.max(heads) + 2 * decoder.head_dim as u64;
+    let full = if with_full { 2 * hidden + heads } else { 0 };
+    // One chunk of inputs in both streams, stacked and scaled, on top of the samples' own.
+    let chunk = tokens.min(4096) * inter * if with_cross { 5 } else { 3 };
+    let statistics = |n: u64| n * n * F32 * if with_cross { 3 } else { 2 };
+    let factor = |n: u64| n * n * (F64 * if with_cross { 4 } else { 2 } + 2 * F32);
+    let weighted = if recipe.importance.is_some() { 3 } else { 1 };
+    let qkv = weighted * statistics(hidden) + factor(hidden);
+    let down = statistics(inter) + factor(inter);
+    let vision = model.vision();
+    let tower = 12 * vision.embed_dim * vision.embed_dim * vision.depth;
+    MemoryPlan {
+        process: peak_memory_bytes().unwrap_or(32 << 20),
+        vision: calibrated * tower as u64 * F32,
+        streams: calibrated * (tokens * (own + full) + chunk) * F32,
+        layer: 3 * layer * F32 + mapped,
+        solver: calibrated * qkv.max(down),
+    }
+}
+
+/// Bytes of the tensors that a run will write.
+pub fn plan_disk(model: &Qwen2Vl, recipe: &Recipe) -> u64 {
+    let mut bytes = model.checkpoint().total_bytes();
+    for module in model.modules() {
+        let info = model.checkpoint().info(&format!("{}.weight", module.name));
+        if let (Some(info), Some(scheme)) = (info, recipe.scheme_of(&module.name)) {
+            let n_weights = (module.shape[0] * module.shape[1]) as f64;
+            let packed = (n_weights * scheme.bits_per_weight(module.shape[1]) / 8.0).ceil();
+            bytes = bytes - info.n_bytes as u64 + packed as u64;
+        }
+    }
+    bytes
+}

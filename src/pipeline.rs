@@ -1,0 +1,309 @@
+//! The loop over layers: both streams walk through a layer stage by stage, and at each stage the
+//! linears that see the same inputs are solved before the walk goes on.
+//!
+//! ```text
+//! for each layer:   F, U → one backward per sample → token weights
+//!   for each stage: inputs f (full-precision layer, stream F), u (partly quantized layer, stream U)
+//!                   → H, C → solve → put the quantized linears into the layer
+//!   F ← full-precision layer(F),  U ← quantized layer(U)
+//! ```
+//! Source: arXiv:2508.03351 §3; the order of stages is GPTQ's true-sequential one.
+
+mod stage;
+mod streams;
+
+use crate::calibration::CalibrationSample;
+use crate::importance::LayerImportance;
+use crate::model::decoder::DecoderLayer;
+use crate::model::linear::Linear;
+use crate::model::qwen2_vl::{Module, Qwen2Vl};
+use crate::plan::Scheme;
+use crate::recipe::Recipe;
+use crate::report::{Deviation, ModuleReport};
+use crate::solver::{Factor, QuantizedWeight, gptq, rtn};
+use crate::statistics::Statistics;
+use crate::{Error, Result};
+use stage::Stage;
+use std::collections::BTreeMap;
+use std::time::Instant;
+use streams::{Shared, Streams};
+
+/// What happens around a run.
+pub trait Observer: Sync {
+    /// A layer is about to be done.
+    fn on_layer(&self, layer_idx: usize, n_layers: usize);
+    /// Whether the user asked to stop.
+    fn is_cancelled(&self) -> bool;
+}
+
+/// An observer that looks away.
+pub struct Unobserved;
+
+impl Observer for Unobserved {
+    fn on_layer(&self, _: usize, _: usize) {}
+
+    fn is_cancelled(&self) -> bool {
+        false
+    }
+}
+
+/// What a run has to tell besides the weights.
+#[derive(Clone, Debug, Default)]
+pub struct Outcome {
+    /// One entry per module, in solving order.
+    pub modules: Vec<ModuleReport>,
+    /// Everything that went another way than planned.
+    pub deviations: Vec<Deviation>,
+    /// Wall time per stage in seconds.
+    pub seconds: BTreeMap<String, f64>,
+}
+
+/// Quantizes every linear of the decoder and hands each to `sink` as soon as it is solved.
+///
+/// # Errors
+/// The solver's, the model's and `sink`'s; [`Error::Invalid`] if the recipe needs samples and
+/// there are none; [`Error::Interrupted`] if the observer says so.
+pub fn quantize(
+    model: &Qwen2Vl,
+    samples: Vec<CalibrationSample>,
+    recipe: &Recipe,
+    observer: &dyn Observer,
+    sink: &mut dyn FnMut(&Module, Scheme, &QuantizedWeight) -> Result<()>,
+) -> Result<Outcome> {
+    if recipe.needs_calibration() && samples.is_empty() {
+        return Err(Error::Invalid {
+            what: "calibration".into(),
+            why: format!("{} needs samples, none given", recipe.method.name()),
+        });
+    }
+    let mut run = Run {
+        model,
+        recipe,
+        observer,
+        outcome: Outcome::default(),
+    };
+    let names: Vec<String> = model.modules().into_iter().map(|m| m.name).collect();
+    for pattern in recipe.idle_rules(&names) {
+        let pattern = pattern.to_owned();
+        run.outcome.deviations.push(Deviation::IdleRule { pattern });
+    }
+    let schemes: Vec<Scheme> = names.iter().filter_map(|n| recipe.scheme_of(n)).collect();
+    let mut streams = Streams::new(samples, recipe.needs_full_stream(&schemes));
+    let n_layers = model.decoder().n_layers;
+    for layer_idx in 0..n_layers {
+        observer.on_layer(layer_idx, n_layers);
+        match recipe.needs_calibration() {
+            true => run.calibrated_layer(layer_idx, &mut streams, sink)?,
+            false => run.nearest_layer(layer_idx, sink)?,
+        }
+    }
+    Ok(run.outcome)
+}
+
+struct Run<'a> {
+    model: &'a Qwen2Vl,
+    recipe: &'a Recipe,
+    observer: &'a dyn Observer,
+    outcome: Outcome,
+}
+
+type Sink<'a> = &'a mut dyn FnMut(&Module, Scheme, &QuantizedWeight) -> Result<()>;
+
+impl Run<'_> {
+    fn calibrated_layer(
+        &mut self,
+        layer_idx: usize,
+        streams: &mut Streams,
+        sink: Sink,
+    ) -> Result<()> {
+        let full = self.timed("load", |run| run.model.load_layer(layer_idx))?;
+        let importance = self.timed("importance", |run| {
+            streams.begin_layer(&full, run.recipe.importance)
+        })?;
+        let mut quantized = full.clone();
+        let modules = self.model.layer_modules(layer_idx);
+        for stage in Stage::ALL {
+            self.check_cancelled()?;
+            self.timed("forward", |_| streams.enter(stage, &quantized))?;
+            let shared = self.shared(stage, layer_idx, &modules, importance.as_ref());
+            let shared = self.timed("statistics", |_| streams.accumulate(stage, &full, shared))?;
+            for group in &shared {
+                self.solve_group(&modules, group, &mut quantized, sink)?;
+            }
+        }
+        self.timed("forward", |_| streams.end_layer(&full, &quantized))
+    }
+
+    /// RTN needs neither streams nor a forward.
+    fn nearest_layer(&mut self, layer_idx: usize, sink: Sink) -> Result<()> {
+        for module in self.model.layer_modules(layer_idx) {
+            self.check_cancelled()?;
+            let Some(scheme) = self.scheme_or_skip(&module) else {
+                continue;
+            };
+            let [out, inp] = module.shape;
+            let clip = self.recipe.solver.clip;
+            let weight = self.timed("solve", |run| {
+                let w = run
+                    .model
+                    .checkpoint()
+                    .linear_weight(&module.name, out, inp)?;
+                rtn(&module.name, &w, scheme, clip)
+            })?;
+            self.timed("write", |_| sink(&module, scheme, &weight))?;
+            self.outcome
+                .modules
+                .push(blank_report(&module, Some(scheme)));
+        }
+        Ok(())
+    }
+
+    /// The statistics that a stage needs: one for all linears with the same token weights.
+    fn shared(
+        &mut self,
+        stage: Stage,
+        layer_idx: usize,
+        modules: &[Module],
+        importance: Option<&LayerImportance>,
+    ) -> Vec<Shared> {
+        let mut all: Vec<Shared> = Vec::new();
+        for &projection in stage.projections() {
+            let module = &modules[projection as usize];
+            let Some(scheme) = self.scheme_or_skip(module) else {
+                continue;
+            };
+            let weights = match importance.map(|i| i.token_weights(projection)) {
+                None | Some(Ok(None)) => None,
+                Some(Ok(Some(weights))) => Some(weights),
+                Some(Err(reason)) => {
+                    let entry = Deviation::uniform(layer_idx, projection, reason);
+                    self.outcome.deviations.push(entry);
+                    None
+                }
+            };
+            let with_cross = self.recipe.alpha(scheme) != 0.0;
+            let alike = all
+                .iter_mut()
+                .find(|s| s.weights.is_none() && weights.is_none());
+            match alike {
+                Some(shared) => {
+                    shared.projections.push(projection);
+                    shared.with_cross |= with_cross;
+                }
+                None => all.push(Shared::new(projection, module, weights, with_cross)),
+            }
+        }
+        all
+    }
+
+    fn solve_group(
+        &mut self,
+        modules: &[Module],
+        group: &Shared,
+        quantized: &mut DecoderLayer,
+        sink: Sink,
+    ) -> Result<()> {
+        let mut factor: Option<(f32, Factor)> = None;
+        for &projection in &group.projections {
+            self.check_cancelled()?;
+            let module = &modules[projection as usize];
+            let Some(scheme) = self.recipe.scheme_of(&module.name) else {
+                continue;
+            };
+            let mut settings = self.recipe.solver.clone();
+            settings.alpha = self.recipe.alpha(scheme);
+            // Modules of one group differ in α only where their bit widths differ.
+            let kept = factor.take().filter(|(alpha, _)| *alpha == settings.alpha);
+            let (_, factored) = factor.insert(match kept {
+                Some(kept) => kept,
+                None => (
+                    settings.alpha,
+                    self.timed("factor", |_| {
+                        Factor::new(&module.name, &group.statistics, &settings)
+                    })?,
+                ),
+            });
+            let linear = quantized.linear(projection);
+            let w = linear.weight_matrix()?;
+            let solved = self.timed("solve", |_| {
+                gptq::solve(&module.name, &w, factored, scheme, &settings)
+            })?;
+            let linear: Linear = linear.with_weight(&solved.weight.dequantize())?;
+            quantized.replace(projection, linear);
+            self.timed("write", |_| sink(module, scheme, &solved.weight))?;
+            self.note_deviations(module, factored, &group.statistics);
+            self.outcome.modules.push(ModuleReport {
+                loss: Some(solved.loss),
+                relative_loss: Some(solved.loss / solved.energy.max(f64::MIN_POSITIVE)),
+                dampening_frac: Some(factored.dampening_frac),
+                alpha: Some(settings.alpha),
+                n_dead_columns: Some(factored.n_dead_columns),
+                effective_sample_size: Some(group.statistics.effective_sample_size()),
+                weight_share: group.weight_share.clone(),
+                ..blank_report(module, Some(scheme))
+            });
+        }
+        Ok(())
+    }
+
+    fn note_deviations(&mut self, module: &Module, factor: &Factor, statistics: &Statistics) {
+        let name = || module.name.clone();
+        if !factor.dampening_steps.is_empty() {
+            self.outcome.deviations.push(Deviation::DampingRaised {
+                module: name(),
+                tried: factor.dampening_steps.clone(),
+                used: factor.dampening_frac,
+            });
+        }
+        let effective_sample_size = statistics.effective_sample_size();
+        if effective_sample_size < module.shape[1] as f64 {
+            self.outcome.deviations.push(Deviation::FewTokens {
+                module: name(),
+                effective_sample_size,
+                in_features: module.shape[1],
+            });
+        }
+    }
+
+    fn scheme_or_skip(&mut self, module: &Module) -> Option<Scheme> {
+        let scheme = self.recipe.scheme_of(&module.name);
+        if scheme.is_none() {
+            let name = module.name.clone();
+            self.outcome
+                .deviations
+                .push(Deviation::Skipped { module: name });
+            self.outcome.modules.push(blank_report(module, None));
+        }
+        scheme
+    }
+
+    fn check_cancelled(&self) -> Result<()> {
+        match self.observer.is_cancelled() {
+            true => Err(Error::Interrupted),
+            false => Ok(()),
+        }
+    }
+
+    fn timed<T>(&mut self, stage: &str, work: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
+        let began = Instant::now();
+        let result = work(self);
+        let spent = self.outcome.seconds.entry(stage.to_owned()).or_default();
+        *spent += began.elapsed().as_secs_f64();
+        result
+    }
+}
+
+fn blank_report(module: &Module, scheme: Option<Scheme>) -> ModuleReport {
+    ModuleReport {
+        name: module.name.clone(),
+        layer_idx: module.layer_idx,
+        scheme,
+        relative_loss: None,
+        loss: None,
+        dampening_frac: None,
+        alpha: None,
+        n_dead_columns: None,
+        effective_sample_size: None,
+        weight_share: None,
+    }
+}

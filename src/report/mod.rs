@@ -1,0 +1,131 @@
+//! What a run did, as data: every module with its loss, every deviation from the plan, time and
+//! memory. Written beside the model as JSON; nothing is decided from it.
+
+mod memory;
+
+pub use memory::peak_memory_bytes;
+
+use crate::importance::Uniform;
+use crate::model::Projection;
+use crate::plan::Scheme;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// Version of [`RunReport`]'s form.
+pub const SCHEMA: u32 = 1;
+
+/// Name of the report in an output folder.
+pub const REPORT_FILE: &str = "vlmq_report.json";
+
+/// A whole run.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct RunReport {
+    /// Version of this form.
+    pub schema: u32,
+    /// Version of vlmq.
+    pub vlmq: String,
+    /// Method by its name on the command line.
+    pub method: String,
+    /// Every setting that had a part in it.
+    pub settings: serde_json::Value,
+    /// What was calibrated on; absent without calibration.
+    pub calibration: Option<CalibrationReport>,
+    /// One entry per module, in solving order.
+    pub modules: Vec<ModuleReport>,
+    /// Everything that went another way than planned.
+    pub deviations: Vec<Deviation>,
+    /// Wall time per stage in seconds.
+    pub seconds: BTreeMap<String, f64>,
+    /// Highest resident memory of the process, where the system tells it.
+    pub peak_memory_bytes: Option<u64>,
+}
+
+/// The calibration data of a run.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct CalibrationReport {
+    /// Number of samples.
+    pub n_samples: usize,
+    /// Seed of their choice.
+    pub seed: u64,
+    /// Tokens by class.
+    pub n_tokens: BTreeMap<String, u64>,
+}
+
+/// One module.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ModuleReport {
+    /// Checkpoint name.
+    pub name: String,
+    /// Layer it belongs to.
+    pub layer_idx: usize,
+    /// Number format; absent if it was left as it was.
+    pub scheme: Option<Scheme>,
+    /// tr(ΔW·H·ΔWᵀ) / tr(W·H·Wᵀ): the share of the weighted output energy that is lost.
+    pub relative_loss: Option<f64>,
+    /// The numerator: squared output error, summed over weighted tokens and rows.
+    pub loss: Option<f64>,
+    /// λ / mean(diag H) that was used.
+    pub dampening_frac: Option<f64>,
+    /// α that was used.
+    pub alpha: Option<f32>,
+    /// Inputs that were zero in all tokens.
+    pub n_dead_columns: Option<usize>,
+    /// (Σω)² / Σω² over tokens.
+    pub effective_sample_size: Option<f64>,
+    /// Share of Σω by token class, where tokens are weighted.
+    pub weight_share: Option<BTreeMap<String, f64>>,
+}
+
+/// Something that went another way than planned.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Deviation {
+    /// A module's Hessian needed more damping.
+    DampingRaised {
+        /// Module.
+        module: String,
+        /// Values that failed.
+        tried: Vec<f64>,
+        /// Value that was used.
+        used: f64,
+    },
+    /// A layer's tokens could not be weighted.
+    UniformWeights {
+        /// Layer.
+        layer_idx: usize,
+        /// Role of the module.
+        projection: String,
+        /// Why.
+        reason: Uniform,
+    },
+    /// A rule left a module as it was.
+    Skipped {
+        /// Module.
+        module: String,
+    },
+    /// Fewer effective tokens than inputs: the solution rests on damping.
+    FewTokens {
+        /// Module.
+        module: String,
+        /// Effective sample size.
+        effective_sample_size: f64,
+        /// Input features.
+        in_features: usize,
+    },
+    /// A rule of the recipe matched no module.
+    IdleRule {
+        /// Its pattern.
+        pattern: String,
+    },
+}
+
+impl Deviation {
+    /// [`Deviation::UniformWeights`] of one module.
+    pub fn uniform(layer_idx: usize, projection: Projection, reason: Uniform) -> Self {
+        Self::UniformWeights {
+            layer_idx,
+            projection: projection.name().to_owned(),
+            reason,
+        }
+    }
+}

@@ -1,0 +1,170 @@
+//! One run from a model folder to a quantized folder, and its plan beforehand.
+//!
+//! Everything that can be wrong is looked at before any work: names, group sizes, samples, the
+//! place of the output.
+
+use crate::calibration::{self, CalibrationSample};
+use crate::dataset::{Sample, SampleSet};
+use crate::export::compressed_tensors::{Exported, Exporter};
+use crate::export::{ModulePlan, PackedSource};
+use crate::model::qwen2_vl::{Module, Qwen2Vl};
+use crate::pipeline::{self, Observer};
+use crate::plan::Scheme;
+use crate::processor::Processor;
+use crate::recipe::Recipe;
+use crate::report::{CalibrationReport, REPORT_FILE, RunReport, SCHEMA, peak_memory_bytes};
+use crate::solver::QuantizedWeight;
+use crate::{Error, Result};
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::Instant;
+
+/// Which samples to calibrate on.
+#[derive(Clone, Debug)]
+pub struct SampleChoice {
+    /// All there are.
+    pub set: SampleSet,
+    /// How many of them.
+    pub n_samples: usize,
+    /// Seed of the choice.
+    pub seed: u64,
+}
+
+/// The formats of all modules, those left as they are aside.
+///
+/// # Errors
+/// [`Error::Invalid`] naming every module whose columns its group size does not divide;
+/// [`Error::Invalid`] if no module is left.
+pub fn module_plan(model: &Qwen2Vl, recipe: &Recipe) -> Result<Vec<ModulePlan>> {
+    let mut plan = Vec::new();
+    let mut problems: Vec<Error> = Vec::new();
+    for module in model.modules() {
+        let Some(scheme) = recipe.scheme_of(&module.name) else {
+            continue;
+        };
+        problems.extend(scheme.group_len(&module.name, module.shape[1]).err());
+        plan.push(ModulePlan {
+            name: module.name,
+            scheme,
+        });
+    }
+    let n_problems = problems.len();
+    match problems.into_iter().next() {
+        Some(Error::Invalid { what, why }) if n_problems > 1 => Err(Error::Invalid {
+            what,
+            why: format!("{why} (and {} modules more)", n_problems - 1),
+        }),
+        Some(first) => Err(first),
+        None if plan.is_empty() => Err(Error::Invalid {
+            what: "recipe".into(),
+            why: "it leaves no module to quantize".into(),
+        }),
+        None => Ok(plan),
+    }
+}
+
+/// Quantizes `model` into the new folder `output`.
+///
+/// # Errors
+/// Those of every stage; nothing is left behind then.
+pub fn quantize_folder(
+    model: &Qwen2Vl,
+    recipe: &Recipe,
+    choice: Option<&SampleChoice>,
+    output: &Path,
+    observer: &dyn Observer,
+) -> Result<(RunReport, Exported)> {
+    let began = Instant::now();
+    let plan = module_plan(model, recipe)?;
+    let mut exporter = Exporter::create(model.checkpoint(), &plan, output)?;
+    let samples = load_samples(model, recipe, choice)?;
+    let calibration = choice.filter(|_| recipe.needs_calibration());
+    let calibration = calibration.map(|c| calibration_report(c, &samples));
+    let prepared = began.elapsed().as_secs_f64();
+    let mut sink = |module: &Module, _: Scheme, weight: &QuantizedWeight| {
+        exporter.write_module(&module.name, source_of(weight))
+    };
+    let outcome = pipeline::quantize(model, samples, recipe, observer, &mut sink)?;
+    let mut seconds = outcome.seconds;
+    seconds.insert("samples".into(), prepared);
+    seconds.insert("total".into(), began.elapsed().as_secs_f64());
+    let report = RunReport {
+        schema: SCHEMA,
+        vlmq: env!("CARGO_PKG_VERSION").into(),
+        method: recipe.method.name().into(),
+        settings: settings(recipe),
+        calibration,
+        modules: outcome.modules,
+        deviations: outcome.deviations,
+        seconds,
+        peak_memory_bytes: peak_memory_bytes(),
+    };
+    exporter.write_file(REPORT_FILE, &json_bytes(&report))?;
+    Ok((report, exporter.finish()?))
+}
+
+/// The samples of a run, ready for the first layer; none for a method without calibration.
+///
+/// # Errors
+/// [`Error::Missing`] if the method needs samples and no choice is given; else as
+/// [`calibration::prepare`].
+pub fn load_samples(
+    model: &Qwen2Vl,
+    recipe: &Recipe,
+    choice: Option<&SampleChoice>,
+) -> Result<Vec<CalibrationSample>> {
+    if !recipe.needs_calibration() {
+        return Ok(Vec::new());
+    }
+    let choice = choice.ok_or_else(|| Error::Missing {
+        what: "--calibration DATA".into(),
+        place: format!("the arguments; {} needs samples", recipe.method.name()),
+    })?;
+    let processor = Processor::open(model.checkpoint().dir())?;
+    let chosen: Vec<&Sample> = choice.set.choose(choice.n_samples, choice.seed)?;
+    calibration::prepare(model, &model.load_tower()?, &processor, &chosen)
+}
+
+fn calibration_report(choice: &SampleChoice, samples: &[CalibrationSample]) -> CalibrationReport {
+    let mut n_tokens = BTreeMap::new();
+    for class in samples.iter().flat_map(|s| &s.classes) {
+        *n_tokens
+            .entry(format!("{class:?}").to_lowercase())
+            .or_insert(0) += 1;
+    }
+    CalibrationReport {
+        n_samples: samples.len(),
+        seed: choice.seed,
+        n_tokens,
+    }
+}
+
+fn source_of(weight: &QuantizedWeight) -> PackedSource<'_> {
+    PackedSource {
+        scheme: weight.scheme(),
+        rows: weight.rows(),
+        cols: weight.cols(),
+        codes: weight.codes(),
+        scales: weight.scales(),
+        zero_points: weight.zero_points(),
+    }
+}
+
+fn settings(recipe: &Recipe) -> serde_json::Value {
+    serde_json::json!({
+        "scheme": recipe.scheme(),
+        "alpha": recipe.alpha(recipe.scheme()),
+        "importance": recipe.importance,
+        "dampening_frac": recipe.solver.dampening_frac,
+        "act_order": recipe.solver.act_order,
+        "clip": recipe.solver.clip,
+        "col_block": recipe.solver.col_block,
+    })
+}
+
+fn json_bytes(report: &impl Serialize) -> Vec<u8> {
+    let mut bytes = serde_json::to_vec_pretty(report).expect("a report has only text keys");
+    bytes.push(b'\n');
+    bytes
+}
