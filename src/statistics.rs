@@ -1,21 +1,34 @@
-//! What a linear's solver needs to know of its inputs: H = Σ ω u uᵀ, and C = Σ ω (f − u) uᵀ.
+//! Second moments of one linear's inputs, accumulated batch by batch: all that a solver knows of
+//! the calibration data.
 //!
-//! u is a token's input in the quantized stream, f the same token's input in the full-precision
-//! stream, ω its weight. Rows are scaled by √ω, so H is the product of one matrix with its own
-//! transpose, of which only the lower half is computed.
+//! With u_n the input of the linear in the quantized stream, f_n the input of the same token in
+//! the full-precision stream and ω_n ≥ 0 the weight of the token's squared error:
+//! - H = Σ ω_n u_n u_nᵀ is the Hessian of the layer's squared error (up to the factor 2);
+//! - C = Σ ω_n (f_n − u_n) u_nᵀ is the drift between the streams, as seen by this linear.
 //!
-//! Source: H, arXiv:2210.17323 §3; C, arXiv:2504.02692; ω, arXiv:2508.03351. Differs: plain sums,
-//! because neither factor of a running mean changes the solution.
+//! Nothing is divided by the number of tokens: solvers dampen relative to the mean diagonal, so a
+//! constant factor cancels. Both weights enter as √ω on the rows, which keeps H exactly symmetric.
+//! Cost per batch of t tokens: t·in² multiply-adds halved by symmetry for H, t·in² for C. The work
+//! is cut into bands of rows whose height depends on `in` only, each summed by one thread, so the
+//! same bytes come out for any number of threads.
+//!
+//! Source: arXiv:2508.03351 (token weights), arXiv:2504.02692 (C, there "dXXT").
 
 use crate::{Error, Matrix, Result};
-use faer::linalg::matmul::triangular::{BlockStructure, matmul as triangular_matmul};
-use faer::{Accum, Par};
+use faer::linalg::matmul::triangular::BlockStructure;
+use faer::linalg::matmul::{matmul, triangular};
+use faer::{Accum, MatMut, Par};
+use rayon::prelude::*;
+use std::borrow::Cow;
 
-/// Sums over tokens for one linear, or for several that see the same inputs and weights.
-#[derive(Clone, Debug)]
+/// Rows mirrored together, so that whole cache lines of the lower triangle are read.
+const MIRROR_ROWS: usize = 32;
+
+/// H and, if asked for, C of one linear.
+#[derive(Clone, Debug, PartialEq)]
 pub struct Statistics {
-    /// Lower half of H `[in, in]`; what stands above the diagonal has no meaning.
-    lower: Matrix,
+    /// `[in, in]`; only the lower triangle is kept, the rest stays zero.
+    hessian_lower: Matrix,
     cross: Option<Matrix>,
     n_tokens: u64,
     weight_sum: f64,
@@ -23,10 +36,10 @@ pub struct Statistics {
 }
 
 impl Statistics {
-    /// Empty sums for linears of `in_features` inputs; `with_cross` asks for C.
+    /// Empty statistics of a linear with `in_features` columns; `with_cross` also keeps C.
     pub fn new(in_features: usize, with_cross: bool) -> Self {
         Self {
-            lower: Matrix::zeros(in_features, in_features),
+            hessian_lower: Matrix::zeros(in_features, in_features),
             cross: with_cross.then(|| Matrix::zeros(in_features, in_features)),
             n_tokens: 0,
             weight_sum: 0.0,
@@ -34,12 +47,16 @@ impl Statistics {
         }
     }
 
-    /// Adds tokens: `u [n_tokens, in]`, `f [n_tokens, in]` if C was asked for, and their weights
-    /// (1 each if `None`).
+    /// Adds a batch of tokens.
+    ///
+    /// Shapes: `u [n_tokens, in]` of the quantized stream; `f` the same tokens in the
+    /// full-precision stream, given exactly when C is kept; `weights` ω of each token, `None`
+    /// for 1. A token of weight zero counts in [`Statistics::n_tokens`] only.
     ///
     /// # Errors
-    /// [`Error::Shape`] if the sides disagree or `f` is absent where it is needed,
-    /// [`Error::NotFinite`] naming `module`, [`Error::Invalid`] for a negative weight.
+    /// [`Error::Shape`] for other shapes; [`Error::Missing`] or [`Error::Invalid`] if `f` is absent
+    /// or superfluous; [`Error::Invalid`] for a negative, infinite or NaN weight;
+    /// [`Error::NotFinite`] if an input is NaN or infinite. The statistics are then unchanged.
     pub fn add(
         &mut self,
         module: &str,
@@ -48,44 +65,107 @@ impl Statistics {
         weights: Option<&[f32]>,
     ) -> Result<()> {
         self.check(module, u, f, weights)?;
-        let root = |token: usize| weights.map_or(1.0, |w| w[token].sqrt());
-        let mut scaled = u.clone();
-        if weights.is_some() {
-            scale_rows(&mut scaled, root);
-        }
-        let par = Par::rayon(0);
-        triangular_matmul(
-            self.lower.as_faer_mut(),
-            BlockStructure::TriangularLower,
-            Accum::Add,
-            scaled.as_faer().transpose(),
-            BlockStructure::Rectangular,
-            scaled.as_faer(),
-            BlockStructure::Rectangular,
-            1.0,
-            par,
-        );
-        if let (Some(cross), Some(f)) = (&mut self.cross, f) {
-            let mut drift = Matrix::from_vec(module, f.rows(), f.cols(), f.data().to_vec())?;
-            let pairs = drift.data_mut().iter_mut().zip(u.data());
-            pairs.for_each(|(d, u)| *d -= u);
-            scale_rows(&mut drift, root);
-            faer::linalg::matmul::matmul(
-                cross.as_faer_mut(),
-                Accum::Add,
-                drift.as_faer().transpose(),
-                scaled.as_faer(),
-                1.0,
-                par,
-            );
+        let residual = f.map(|f| weighted_difference(f, u, weights));
+        let scaled = match weights {
+            Some(weights) => Cow::Owned(weighted(u, weights)),
+            None => Cow::Borrowed(u),
+        };
+        add_gram_lower(&mut self.hessian_lower, &scaled);
+        if let (Some(cross), Some(residual)) = (&mut self.cross, &residual) {
+            add_product(cross, residual, &scaled);
         }
         self.n_tokens += u.rows() as u64;
-        for token in 0..u.rows() {
-            let weight = weights.map_or(1.0, |w| f64::from(w[token]));
-            self.weight_sum += weight;
-            self.weight_square_sum += weight * weight;
-        }
+        let ones = [1.0];
+        let each = weights.unwrap_or(&ones);
+        let n_each = if weights.is_some() { 1 } else { u.rows() };
+        let sum = |power: i32| each.iter().map(|w| f64::from(*w).powi(power)).sum::<f64>();
+        self.weight_sum += sum(1) * n_each as f64;
+        self.weight_square_sum += sum(2) * n_each as f64;
         Ok(())
+    }
+
+    /// Adds everything that `other` has seen.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for another number of columns, [`Error::Invalid`] if only one keeps C.
+    pub fn merge(&mut self, other: &Self) -> Result<()> {
+        if self.in_features() != other.in_features() {
+            return Err(Error::Shape {
+                module: "statistics to merge".into(),
+                expected: vec![self.in_features(), self.in_features()],
+                found: vec![other.in_features(), other.in_features()],
+            });
+        }
+        match (&mut self.cross, &other.cross) {
+            (None, None) => {}
+            (Some(mine), Some(theirs)) => add_elements(mine, theirs),
+            _ => {
+                return Err(Error::Invalid {
+                    what: "statistics to merge".into(),
+                    why: "one keeps the cross moments and the other does not".into(),
+                });
+            }
+        }
+        add_elements(&mut self.hessian_lower, &other.hessian_lower);
+        self.n_tokens += other.n_tokens;
+        self.weight_sum += other.weight_sum;
+        self.weight_square_sum += other.weight_square_sum;
+        Ok(())
+    }
+
+    /// Number of input columns.
+    pub fn in_features(&self) -> usize {
+        self.hessian_lower.cols()
+    }
+
+    /// Number of tokens seen, whatever their weight.
+    pub fn n_tokens(&self) -> u64 {
+        self.n_tokens
+    }
+
+    /// Σ ω.
+    pub fn weight_sum(&self) -> f64 {
+        self.weight_sum
+    }
+
+    /// Kish's effective sample size (Σω)² / Σω²: the number of equally weighted tokens that would
+    /// estimate H as well; 0 before the first token of positive weight.
+    pub fn effective_sample_size(&self) -> f64 {
+        if self.weight_square_sum == 0.0 {
+            return 0.0;
+        }
+        self.weight_sum * self.weight_sum / self.weight_square_sum
+    }
+
+    /// H `[in, in]`, both triangles filled.
+    pub fn hessian(&self) -> Matrix {
+        let lower = &self.hessian_lower;
+        let n = lower.cols();
+        let mut full = lower.clone();
+        let bands = full
+            .data_mut()
+            .par_chunks_mut(MIRROR_ROWS * n.max(1))
+            .enumerate();
+        bands.for_each(|(index, band)| {
+            let start = index * MIRROR_ROWS;
+            for col in start + 1..n {
+                let source = &lower.row(col)[start..];
+                for (i, row) in band.chunks_exact_mut(n).enumerate().take(col - start) {
+                    row[col] = source[i];
+                }
+            }
+        });
+        full
+    }
+
+    /// C `[in, in]`, if it is kept: entry (a, b) is Σ ω (f − u)_a u_b.
+    pub fn cross(&self) -> Option<&Matrix> {
+        self.cross.as_ref()
+    }
+
+    /// H with its upper triangle left zero, without a copy.
+    pub(crate) fn hessian_lower(&self) -> &Matrix {
+        &self.hessian_lower
     }
 
     fn check(
@@ -95,226 +175,367 @@ impl Statistics {
         f: Option<&Matrix>,
         weights: Option<&[f32]>,
     ) -> Result<()> {
-        let shape = |expected: Vec<usize>, found: Vec<usize>| Error::Shape {
-            module: module.to_owned(),
-            expected,
-            found,
-        };
-        let found = vec![u.rows(), u.cols()];
-        if u.cols() != self.in_features() {
-            return Err(shape(vec![u.rows(), self.in_features()], found));
-        }
-        if self.cross.is_some() {
-            let f_shape = f.map_or(vec![], |f| vec![f.rows(), f.cols()]);
-            if f_shape != found {
-                return Err(shape(found, f_shape));
+        check_shape(module, u, [u.rows(), self.in_features()])?;
+        check_finite(module, "inputs of the quantized stream", u)?;
+        match (f, &self.cross) {
+            (Some(f), Some(_)) => {
+                check_shape(module, f, [u.rows(), u.cols()])?;
+                check_finite(module, "inputs of the full-precision stream", f)?;
+            }
+            (None, None) => {}
+            (None, Some(_)) => {
+                return Err(Error::Missing {
+                    what: "the inputs of the full-precision stream".into(),
+                    place: format!("a batch of {module}, whose cross moments are kept"),
+                });
+            }
+            (Some(_), None) => {
+                return Err(Error::Invalid {
+                    what: format!("a batch of {module}"),
+                    why: "full-precision inputs given, but no cross moments are kept".into(),
+                });
             }
         }
-        let count = u.count_not_finite() + f.map_or(0, Matrix::count_not_finite);
-        if count > 0 {
-            return Err(Error::NotFinite {
-                module: module.to_owned(),
-                stage: "its inputs".into(),
-                count,
-            });
-        }
-        let Some(weights) = weights else {
-            return Ok(());
-        };
-        if weights.len() != u.rows() {
-            return Err(shape(vec![u.rows()], vec![weights.len()]));
-        }
-        match weights.iter().find(|w| !(w.is_finite() && **w >= 0.0)) {
-            Some(weight) => Err(Error::Invalid {
-                what: format!("token weights of {module}"),
-                why: format!("{weight} found, finite numbers of at least zero expected"),
-            }),
-            None => Ok(()),
-        }
-    }
-
-    /// Adds the sums of other tokens of the same linear.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] if the linear has other inputs or only one of the two has C.
-    pub fn merge(&mut self, other: &Self) -> Result<()> {
-        let agree = self.cross.is_some() == other.cross.is_some();
-        if self.in_features() != other.in_features() || !agree {
-            return Err(Error::Shape {
-                module: "statistics".into(),
-                expected: vec![self.in_features(), usize::from(self.cross.is_some())],
-                found: vec![other.in_features(), usize::from(other.cross.is_some())],
-            });
-        }
-        let add = |into: &mut Matrix, from: &Matrix| {
-            let pairs = into.data_mut().iter_mut().zip(from.data());
-            pairs.for_each(|(a, b)| *a += b);
-        };
-        add(&mut self.lower, &other.lower);
-        if let (Some(into), Some(from)) = (&mut self.cross, &other.cross) {
-            add(into, from);
-        }
-        self.n_tokens += other.n_tokens;
-        self.weight_sum += other.weight_sum;
-        self.weight_square_sum += other.weight_square_sum;
-        Ok(())
-    }
-
-    /// Inputs of the linear.
-    pub fn in_features(&self) -> usize {
-        self.lower.cols()
-    }
-
-    /// Tokens added so far.
-    pub fn n_tokens(&self) -> u64 {
-        self.n_tokens
-    }
-
-    /// Σω.
-    pub fn weight_sum(&self) -> f64 {
-        self.weight_sum
-    }
-
-    /// (Σω)² / Σω²: as many tokens of equal weight would tell as much. Zero without tokens.
-    pub fn effective_sample_size(&self) -> f64 {
-        if self.weight_square_sum > 0.0 {
-            self.weight_sum * self.weight_sum / self.weight_square_sum
-        } else {
-            0.0
-        }
-    }
-
-    /// H `[in, in]`, both halves.
-    pub fn hessian(&self) -> Matrix {
-        let n = self.in_features();
-        Matrix::from_fn(n, n, |i, j| self.lower[(i.max(j), i.min(j))])
-    }
-
-    /// C `[in, in]`, if it was asked for.
-    pub fn cross(&self) -> Option<&Matrix> {
-        self.cross.as_ref()
+        check_weights(module, u.rows(), weights)
     }
 }
 
-fn scale_rows(matrix: &mut Matrix, factor: impl Fn(usize) -> f32) {
-    for row in 0..matrix.rows() {
-        let factor = factor(row);
-        matrix.row_mut(row).iter_mut().for_each(|v| *v *= factor);
+#[cfg(test)]
+impl Statistics {
+    /// Statistics with a given H, for laws about H itself.
+    pub(crate) fn from_moments(hessian: &Matrix, cross: Option<&Matrix>) -> Self {
+        let n = hessian.rows();
+        let lower = |i, j| if j <= i { hessian[(i, j)] } else { 0.0 };
+        Self {
+            hessian_lower: Matrix::from_fn(n, n, lower),
+            cross: cross.cloned(),
+            n_tokens: 1,
+            weight_sum: 1.0,
+            weight_square_sum: 1.0,
+        }
     }
+}
+
+fn check_shape(module: &str, found: &Matrix, expected: [usize; 2]) -> Result<()> {
+    if [found.rows(), found.cols()] == expected {
+        return Ok(());
+    }
+    Err(Error::Shape {
+        module: module.to_owned(),
+        expected: expected.to_vec(),
+        found: vec![found.rows(), found.cols()],
+    })
+}
+
+fn check_finite(module: &str, stage: &str, matrix: &Matrix) -> Result<()> {
+    let count = matrix.count_not_finite();
+    if count == 0 {
+        return Ok(());
+    }
+    Err(Error::NotFinite {
+        module: module.to_owned(),
+        stage: stage.to_owned(),
+        count,
+    })
+}
+
+fn check_weights(module: &str, n_tokens: usize, weights: Option<&[f32]>) -> Result<()> {
+    let Some(weights) = weights else {
+        return Ok(());
+    };
+    if weights.len() != n_tokens {
+        return Err(Error::Shape {
+            module: format!("token weights of {module}"),
+            expected: vec![n_tokens],
+            found: vec![weights.len()],
+        });
+    }
+    let is_bad = |w: &f32| !(w.is_finite() && *w >= 0.0);
+    match weights.iter().position(is_bad) {
+        None => Ok(()),
+        Some(token) => Err(Error::Invalid {
+            what: format!("weight of token {token} of {module}"),
+            why: format!("{} given, a finite number >= 0 expected", weights[token]),
+        }),
+    }
+}
+
+/// Rows of `u` times √ω.
+fn weighted(u: &Matrix, weights: &[f32]) -> Matrix {
+    let mut scaled = u.clone();
+    let n_cols = u.cols().max(1);
+    let rows = scaled.data_mut().par_chunks_mut(n_cols);
+    rows.zip(weights).for_each(|(row, weight)| {
+        let root = weight.sqrt();
+        row.iter_mut().for_each(|v| *v *= root);
+    });
+    scaled
+}
+
+/// Rows of `f − u` times √ω.
+fn weighted_difference(f: &Matrix, u: &Matrix, weights: Option<&[f32]>) -> Matrix {
+    let mut difference = f.clone();
+    let n_cols = u.cols().max(1);
+    let rows = difference.data_mut().par_chunks_mut(n_cols);
+    rows.enumerate().for_each(|(token, row)| {
+        let root = weights.map_or(1.0, |weights| weights[token].sqrt());
+        for (f, u) in row.iter_mut().zip(u.row(token)) {
+            *f = (*f - u) * root;
+        }
+    });
+    difference
+}
+
+/// Rows of the result that one thread sums: enough bands for many cores, each high enough for a
+/// product to run at full speed. Depends on the shape only, never on the number of threads.
+fn band_rows(n_rows: usize) -> usize {
+    n_rows.div_ceil(8).clamp(32, 256)
+}
+
+/// `target` += lower triangle of `x`ᵀ`x`, x `[n_tokens, in]`.
+fn add_gram_lower(target: &mut Matrix, x: &Matrix) {
+    let n = target.cols();
+    if n == 0 || x.rows() == 0 {
+        return;
+    }
+    let band = band_rows(n);
+    let x = x.as_faer();
+    let bands = target.data_mut().par_chunks_mut(band * n).enumerate();
+    bands.for_each(|(index, data)| {
+        let (start, height) = (index * band, data.len() / n);
+        let rows = MatMut::from_row_major_slice_mut(data, height, n);
+        let (left, right) = rows.split_at_col_mut(start);
+        let own = x.subcols(start, height);
+        let before = x.subcols(0, start);
+        matmul(left, Accum::Add, own.transpose(), before, 1.0, Par::Seq);
+        triangular::matmul(
+            right.subcols_mut(0, height),
+            BlockStructure::TriangularLower,
+            Accum::Add,
+            own.transpose(),
+            BlockStructure::Rectangular,
+            own,
+            BlockStructure::Rectangular,
+            1.0,
+            Par::Seq,
+        );
+    });
+}
+
+/// `target` += `left`ᵀ`right`, both `[n_tokens, in]`.
+fn add_product(target: &mut Matrix, left: &Matrix, right: &Matrix) {
+    let n = target.cols();
+    if n == 0 || left.rows() == 0 {
+        return;
+    }
+    let band = band_rows(n);
+    let (left, right) = (left.as_faer(), right.as_faer());
+    let bands = target.data_mut().par_chunks_mut(band * n).enumerate();
+    bands.for_each(|(index, data)| {
+        let height = data.len() / n;
+        let rows = MatMut::from_row_major_slice_mut(data, height, n);
+        let own = left.subcols(index * band, height).transpose();
+        matmul(rows, Accum::Add, own, right, 1.0, Par::Seq);
+    });
+}
+
+fn add_elements(target: &mut Matrix, other: &Matrix) {
+    let pairs = target.data_mut().iter_mut().zip(other.data());
+    pairs.for_each(|(target, other)| *target += other);
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
     use rand::{Rng, SeedableRng};
     use rand_chacha::ChaCha8Rng;
 
-    /// Sums of a few dozen products of numbers up to 1.
-    const TOLERANCE: f32 = 64.0 * f32::EPSILON;
-
     fn random(rows: usize, cols: usize, seed: u64) -> Matrix {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
-        Matrix::from_fn(rows, cols, |_, _| rng.random_range(-1.0..1.0))
+        Matrix::from_fn(rows, cols, |_, _| rng.random_range(-1.0f32..1.0))
     }
 
-    fn close(a: &Matrix, b: &Matrix) -> bool {
+    fn filled(u: &Matrix, f: &Matrix, weights: Option<&[f32]>) -> Statistics {
+        let mut statistics = Statistics::new(u.cols(), true);
+        statistics.add("layer", u, Some(f), weights).unwrap();
+        statistics
+    }
+
+    /// Largest difference over the largest entry.
+    fn distance(a: &Matrix, b: &Matrix) -> f32 {
         let pairs = a.data().iter().zip(b.data());
-        a.rows() == b.rows() && pairs.fold(0f32, |m, (a, b)| m.max((a - b).abs())) <= TOLERANCE
+        let largest = a
+            .data()
+            .iter()
+            .fold(f32::MIN_POSITIVE, |m, v| m.max(v.abs()));
+        pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max) / largest
     }
 
-    fn sums(u: &Matrix, f: &Matrix, weights: Option<&[f32]>) -> Statistics {
-        let mut s = Statistics::new(u.cols(), true);
-        s.add("m", u, Some(f), weights).unwrap();
-        s
+    /// f32 sums over `n` tokens in another order.
+    fn tolerance(n: usize) -> f32 {
+        f32::EPSILON * n as f32
     }
 
-    #[test]
-    fn sums_are_those_of_the_definition() {
-        let (u, f) = (random(23, 9, 1), random(23, 9, 2));
-        let weights: Vec<f32> = (0..23).map(|i| 0.1 * i as f32).collect();
-        let s = sums(&u, &f, Some(&weights));
-        let sum = |term: &dyn Fn(usize) -> f32| (0..23).map(term).sum::<f32>();
-        let h = Matrix::from_fn(9, 9, |i, j| sum(&|n| weights[n] * u[(n, i)] * u[(n, j)]));
-        let c = Matrix::from_fn(9, 9, |i, j| {
-            sum(&|n| weights[n] * (f[(n, i)] - u[(n, i)]) * u[(n, j)])
-        });
-        assert!(close(&s.hessian(), &h));
-        assert!(close(s.cross().unwrap(), &c));
-        assert_eq!(s.n_tokens(), 23);
-    }
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(24))]
 
-    #[test]
-    fn weight_two_is_the_token_twice() {
-        let (u, f) = (random(5, 4, 3), random(5, 4, 4));
-        let twice = |m: &Matrix| Matrix::from_fn(10, 4, |i, j| m[(i / 2, j)]);
-        let weighted = sums(&u, &f, Some(&[2.0; 5]));
-        let doubled = sums(&twice(&u), &twice(&f), None);
-        assert!(close(&weighted.hessian(), &doubled.hessian()));
-        assert!(close(weighted.cross().unwrap(), doubled.cross().unwrap()));
-    }
-
-    #[test]
-    fn equal_streams_have_no_cross_term() {
-        let u = random(7, 4, 5);
-        assert_eq!(sums(&u, &u, None).cross(), Some(&Matrix::zeros(4, 4)));
-    }
-
-    #[test]
-    fn merging_is_adding() {
-        let (u, f) = (random(8, 4, 6), random(8, 4, 7));
-        let part = |m: &Matrix, at: usize| Matrix::from_fn(4, 4, |i, j| m[(at + i, j)]);
-        let mut first = sums(&part(&u, 0), &part(&f, 0), None);
-        first
-            .merge(&sums(&part(&u, 4), &part(&f, 4), None))
-            .unwrap();
-        let whole = sums(&u, &f, None);
-        assert!(close(&first.hessian(), &whole.hessian()));
-        assert_eq!(first.n_tokens(), 8);
-        assert!(first.merge(&Statistics::new(4, false)).is_err());
-    }
-
-    #[test]
-    fn effective_sample_size_counts_what_tells() {
-        let mut s = Statistics::new(2, false);
-        let u = random(4, 2, 8);
-        s.add("m", &u, None, Some(&[1.0, 1.0, 0.0, 0.0])).unwrap();
-        assert!((s.effective_sample_size() - 2.0).abs() < 1e-12);
-        assert_eq!(Statistics::new(2, false).effective_sample_size(), 0.0);
-    }
-
-    #[test]
-    fn bad_input_is_refused() {
-        let u = random(3, 4, 9);
-        let mut s = Statistics::new(4, true);
-        assert!(matches!(
-            s.add("m", &u, None, None),
-            Err(Error::Shape { .. })
-        ));
-        let wide = random(3, 5, 9);
-        assert!(s.add("m", &wide, Some(&wide), None).is_err());
-        assert!(s.add("m", &u, Some(&u), Some(&[1.0])).is_err());
-        for bad in [-1.0, f32::NAN, f32::INFINITY] {
-            assert!(s.add("m", &u, Some(&u), Some(&[1.0, bad, 1.0])).is_err());
+        #[test]
+        fn moments_follow_their_definition(
+            seed: u64,
+            n_tokens in 1usize..40,
+            cols in prop::sample::select(vec![1usize, 3, 31, 70, 150]),
+            is_weighted: bool,
+        ) {
+            let (u, f) = (random(n_tokens, cols, seed), random(n_tokens, cols, seed ^ 1));
+            let omega: Vec<f32> = (0..n_tokens).map(|t| (t % 4) as f32 * 0.7).collect();
+            let statistics = filled(&u, &f, is_weighted.then_some(&omega[..]));
+            let moment = |left: &dyn Fn(usize, usize) -> f32| {
+                Matrix::from_fn(cols, cols, |a, b| {
+                    let term = |t: usize| {
+                        let weight = if is_weighted { omega[t] } else { 1.0 };
+                        f64::from(weight) * f64::from(left(t, a)) * f64::from(u[(t, b)])
+                    };
+                    (0..n_tokens).map(term).sum::<f64>() as f32
+                })
+            };
+            let hessian = moment(&|t, a| u[(t, a)]);
+            let cross = moment(&|t, a| f[(t, a)] - u[(t, a)]);
+            let largest = tolerance(n_tokens + 4);
+            prop_assert!(distance(&hessian, &statistics.hessian()) < largest);
+            prop_assert!(distance(&cross, statistics.cross().unwrap()) < largest);
+            prop_assert_eq!(statistics.n_tokens(), n_tokens as u64);
         }
-        let mut broken = u.clone();
-        broken[(1, 1)] = f32::NAN;
-        let result = s.add("m", &broken, Some(&u), None);
-        assert!(matches!(result, Err(Error::NotFinite { count: 1, .. })));
-        assert_eq!(s.n_tokens(), 0);
+
+        #[test]
+        fn weight_two_is_the_token_twice(seed: u64) {
+            let (u, f) = (random(20, 33, seed), random(20, 33, seed ^ 1));
+            let weights: Vec<f32> = (0..20).map(|t| if t < 10 { 2.0 } else { 1.0 }).collect();
+            let weighted = filled(&u, &f, Some(&weights));
+            let twice = |m: &Matrix| Matrix::from_fn(30, 33, |t, j| m[(t % 20, j)]);
+            let twice = filled(&twice(&u), &twice(&f), None);
+            prop_assert!(distance(&weighted.hessian(), &twice.hessian()) < tolerance(30));
+            let crosses = (weighted.cross().unwrap(), twice.cross().unwrap());
+            prop_assert!(distance(crosses.0, crosses.1) < tolerance(30));
+            prop_assert_eq!(weighted.weight_sum(), twice.weight_sum());
+        }
+
+        #[test]
+        fn merging_is_adding(seed: u64) {
+            let (u, f) = (random(20, 33, seed), random(20, 33, seed ^ 1));
+            let part = |m: &Matrix, rows: std::ops::Range<usize>| {
+                Matrix::from_fn(rows.len(), 33, |t, j| m[(rows.start + t, j)])
+            };
+            let mut merged = filled(&part(&u, 0..7), &part(&f, 0..7), None);
+            merged.merge(&filled(&part(&u, 7..20), &part(&f, 7..20), None)).unwrap();
+            let whole = filled(&u, &f, None);
+            prop_assert!(distance(&merged.hessian(), &whole.hessian()) < tolerance(20));
+            prop_assert_eq!(merged.n_tokens(), 20);
+            prop_assert_eq!(merged.effective_sample_size(), 20.0);
+        }
+
+        /// ‖ŵU − wF‖² has its minimum at w* = w + w C H⁻¹, and rises from there by δHδᵀ: this ties
+        /// the orientation of C to the objective that GPTAQ serves.
+        #[test]
+        fn cross_moments_point_at_the_least_squares_target(seed: u64) {
+            const N: usize = 6;
+            let (u, f) = (random(40, N, seed), random(40, N, seed ^ 1));
+            let statistics = filled(&u, &f, None);
+            let (w, delta) = (random(1, N, seed ^ 2), random(1, N, seed ^ 3));
+            let hessian = statistics.hessian();
+            let share = |a: usize, b: usize| f64::from(w[(0, a)]) * cross_entry(&statistics, a, b);
+            let drift = |b: usize| (0..N).map(|a| share(a, b)).sum();
+            let drift: Vec<f64> = (0..N).map(drift).collect();
+            let shift = solve_symmetric(&hessian, drift);
+            let target: Vec<f64> =
+                w.row(0).iter().zip(&shift).map(|(w, s)| f64::from(*w) + s).collect();
+            let objective = |row: &[f64]| -> f64 {
+                let dot = |row: &[f64], x: &[f32]| -> f64 {
+                    row.iter().zip(x).map(|(r, x)| r * f64::from(*x)).sum()
+                };
+                let w: Vec<f64> = w.row(0).iter().map(|v| f64::from(*v)).collect();
+                (0..40).map(|t| (dot(row, u.row(t)) - dot(&w, f.row(t))).powi(2)).sum()
+            };
+            let moved: Vec<f64> =
+                target.iter().zip(delta.row(0)).map(|(t, d)| t + f64::from(*d)).collect();
+            let rise = objective(&moved) - objective(&target);
+            let expected = {
+                let term = |i: usize, j: usize| {
+                    f64::from(delta[(0, i)]) * f64::from(hessian[(i, j)]) * f64::from(delta[(0, j)])
+                };
+                (0..N * N).map(|k| term(k / N, k % N)).sum::<f64>()
+            };
+            // f32 moments of 40 tokens; the objective itself is of the order of tens.
+            prop_assert!((rise - expected).abs() < 1e-3 * (1.0 + expected), "{rise} {expected}");
+        }
+    }
+
+    fn cross_entry(statistics: &Statistics, a: usize, b: usize) -> f64 {
+        statistics.cross().unwrap()[(a, b)].into()
+    }
+
+    /// x with x H = `right`, by elimination.
+    fn solve_symmetric(hessian: &Matrix, mut right: Vec<f64>) -> Vec<f64> {
+        let n = right.len();
+        let mut rows: Vec<Vec<f64>> = (0..n)
+            .map(|i| hessian.row(i).iter().map(|v| f64::from(*v)).collect())
+            .collect();
+        for pivot in 0..n {
+            for row in (0..n).filter(|row| *row != pivot) {
+                let factor = rows[row][pivot] / rows[pivot][pivot];
+                let source = rows[pivot].clone();
+                rows[row]
+                    .iter_mut()
+                    .zip(&source)
+                    .for_each(|(v, s)| *v -= factor * s);
+                right[row] -= factor * right[pivot];
+            }
+        }
+        (0..n).map(|i| right[i] / rows[i][i]).collect()
     }
 
     #[test]
-    fn any_number_of_threads_gives_the_same_bits() {
-        let (u, f) = (random(700, 130, 10), random(700, 130, 11));
-        let on = |n: usize| {
-            let pool = rayon::ThreadPoolBuilder::new()
-                .num_threads(n)
-                .build()
-                .unwrap();
-            pool.install(|| sums(&u, &f, None))
+    fn effective_sample_size_counts_even_weights() {
+        let u = random(4, 2, 0);
+        let size = |weights: [f32; 4]| filled(&u, &u, Some(&weights)).effective_sample_size();
+        assert_eq!(size([3.0; 4]), 4.0);
+        assert_eq!(size([1.0, 1.0, 0.0, 0.0]), 2.0);
+        assert_eq!(size([0.0; 4]), 0.0);
+        assert_eq!(filled(&u, &u, None).effective_sample_size(), 4.0);
+    }
+
+    #[test]
+    fn bad_batches_are_errors_and_change_nothing() {
+        let mut statistics = Statistics::new(3, true);
+        let good = random(4, 3, 0);
+        let mut bad = good.clone();
+        bad[(2, 1)] = f32::NAN;
+        let add = |s: &mut Statistics, u: &Matrix, f: Option<&Matrix>, w: Option<&[f32]>| {
+            s.add("layer", u, f, w).unwrap_err()
         };
-        let (one, three) = (on(1), on(3));
-        assert_eq!(one.hessian(), three.hessian());
-        assert_eq!(one.cross(), three.cross());
+        let error = add(&mut statistics, &bad, Some(&good), None);
+        assert!(matches!(error, Error::NotFinite { count: 1, .. }));
+        let error = add(&mut statistics, &good, Some(&bad), None);
+        assert!(matches!(error, Error::NotFinite { .. }));
+        let error = add(&mut statistics, &good, None, None);
+        assert!(matches!(error, Error::Missing { .. }));
+        let error = add(&mut statistics, &random(4, 2, 0), Some(&good), None);
+        assert!(matches!(error, Error::Shape { .. }));
+        let error = add(&mut statistics, &good, Some(&random(5, 3, 0)), None);
+        assert!(matches!(error, Error::Shape { .. }));
+        let error = add(&mut statistics, &good, Some(&good), Some(&[1.0; 3]));
+        assert!(matches!(error, Error::Shape { .. }));
+        for weight in [-1.0, f32::NAN, f32::INFINITY] {
+            let weights = [1.0, 1.0, weight, 1.0];
+            let error = add(&mut statistics, &good, Some(&good), Some(&weights));
+            assert!(matches!(error, Error::Invalid { .. }));
+        }
+        let error = Statistics::new(3, false).add("layer", &good, Some(&good), None);
+        assert!(matches!(error, Err(Error::Invalid { .. })));
+        let error = statistics.merge(&Statistics::new(4, true));
+        assert!(matches!(error, Err(Error::Shape { .. })));
+        let error = statistics.merge(&Statistics::new(3, false));
+        assert!(matches!(error, Err(Error::Invalid { .. })));
+        assert_eq!(statistics, Statistics::new(3, true));
     }
 }

@@ -1,26 +1,45 @@
-//! GPTQ and GPTAQ: round column by column, and let the columns still to come make up for it.
+//! GPTQ and GPTAQ, blocked and parallel.
 //!
-//! At column q of the solving order, with e = (w_q − round(w_q)) / U_qq,
-//! `w_{>q} ← w_{>q} − e·U_{q,>q} + w_q·P_{q,>q}`. The first term is GPTQ's optimal correction of
-//! the rounding error; the second, with α > 0, is GPTAQ's answer to the inputs having drifted from
-//! the full-precision stream. w_q is the weight *before* rounding in both of the loops below.
+//! Rows of W never meet, so chunks of rows are solved side by side; the height of a chunk depends
+//! on the number of rows only, hence the same bytes for any number of threads. A chunk is held
+//! column after column, each column contiguous over its rows, so that rounding and passing on
+//! errors run along vectors.
 //!
-//! Corrections reach the columns of the same `col_block` at once, and all later ones as one matrix
-//! product per block. Rows are cut into chunks of fixed size that threads take: the result has the
-//! same bits for any number of threads.
+//! Within a chunk the recurrence is w_j ← w_j − e_q U'_qj + w_q P_qj for each q and all j > q,
+//! with e_q = w_q − q_q and w_q column q just before it is rounded. It is solved by halving:
+//! solve the left half of a range of columns, add what it passes on to the right half as one matrix
+//! product, solve the right half. All but the smallest ranges are then products. The outermost
+//! ranges are `col_block` wide and update everything after them.
 //!
-//! Source: arXiv:2210.17323 §3.3, arXiv:2504.02692. Differs: the published GPTAQ code uses the
-//! rounded weight in the product between blocks, so its result depends on the block size.
+//! Differs from the references: (1) GPTAQ's code uses the rounded w_q in the update of later
+//! blocks and the unrounded one within a block; here it is the unrounded one throughout, so that
+//! the width of a block changes nothing. (2) Without `act_order` each group's grid is fitted when
+//! the group is reached, on weights that have received *all* earlier updates; the reference misses
+//! those of the current block. (3) With `act_order` grids are fitted on the original weight
+//! ("static groups"). (4) Dead columns are rounded to nearest, see [`factor`](super::factor).
+//!
+//! Source: arXiv:2210.17323 §3.4, IST-DASLab/gptq@2d65066 gptq.py; arXiv:2504.02692,
+//! Intelligent-Computing-Lab-Yale/GPTAQ@883afc6 gptaq_utils.py.
 
-use super::{Factor, Grid, Grids, QuantizedWeight, ROW_CHUNK, Solved, SolverSettings};
-use super::{assemble, check_weight, layer_loss, quadratic_form};
+use super::factor::Factor;
+use super::grid::{Grid, Grids, steps};
+use super::loss::{layer_loss, weighted_energy};
+use super::{QuantizedWeight, Solved, SolverSettings, check_weight};
 use crate::plan::Scheme;
 use crate::statistics::Statistics;
 use crate::{Error, Matrix, Result};
+use faer::linalg::matmul::matmul;
+use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
+use std::ops::Range;
 
-/// Solves one linear: [`Factor::new`], then [`solve`].
+/// Columns solved without a matrix product.
+const LEAF_COLS: usize = 16;
+
+/// `w` quantized so that its outputs on the calibration data change least: GPTQ, or GPTAQ if
+/// [`SolverSettings::alpha`] is positive. [`Factor::new`], then [`solve`].
 ///
+/// Shapes: `w [out, in]`, statistics of the same `in`.
 /// # Errors
 /// Those of the two.
 pub fn gptq(
@@ -30,172 +49,316 @@ pub fn gptq(
     scheme: Scheme,
     settings: &SolverSettings,
 ) -> Result<Solved> {
+    // Before the factor, which costs more than all else.
+    check_fit(module, w, statistics.in_features(), scheme)?;
     let factor = Factor::new(module, statistics, settings)?;
     solve(module, w, &factor, scheme, settings)
 }
 
-/// Solves one linear `w [out, in]` with a factor that other linears may share.
+/// `w` quantized with a factor that other linears of the same inputs may share. Dampings, α and
+/// the order of columns are the factor's; `settings` give the clip and the column block.
 ///
+/// Shapes: `w [out, in]`, factor of the same `in`.
 /// # Errors
-/// [`Error::Invalid`] if the group size does not divide the columns, [`Error::Shape`] if the
-/// factor belongs to other inputs, [`Error::NotFinite`] for NaN or infinity in the weight.
+/// [`Error::Shape`] if they differ; [`Error::Invalid`] for a setting outside its range or a group
+/// size that does not divide; [`Error::NotFinite`] for NaN or infinity among the weights, or a
+/// scale too large for its storage type.
 pub fn solve(
     module: &str,
     w: &Matrix,
-    factor: &Factor,
+    factor: &Factor<'_>,
     scheme: Scheme,
     settings: &SolverSettings,
 ) -> Result<Solved> {
+    settings.check()?;
+    let group_len = check_fit(module, w, factor.order.len(), scheme)?;
+    let grids = if factor.act_order {
+        Some(Grids::fit(module, w, group_len, scheme, settings.clip)?)
+    } else {
+        None
+    };
+    let problem = Problem {
+        w,
+        scheme,
+        settings,
+        group_len,
+        factor,
+        grids: grids.as_ref(),
+    };
+    let weight = problem.solve(module)?;
+    Ok(Solved {
+        loss: layer_loss(w, &weight.dequantize(), factor.hessian_lower),
+        energy: weighted_energy(w, factor.hessian_lower),
+        weight,
+        dampening_frac: factor.dampening_frac,
+        dampening_steps: factor.dampening_steps.clone(),
+        n_dead_columns: factor.n_dead_columns,
+    })
+}
+
+/// Columns per group, if weight, inputs and scheme fit together.
+fn check_fit(module: &str, w: &Matrix, in_features: usize, scheme: Scheme) -> Result<usize> {
     let group_len = scheme.group_len(module, w.cols())?;
-    check_weight(module, w)?;
-    if factor.order.len() != w.cols() {
+    if in_features != w.cols() {
         return Err(Error::Shape {
-            module: module.to_owned(),
-            expected: vec![w.rows(), factor.order.len()],
-            found: vec![w.rows(), w.cols()],
+            module: format!("statistics of {module}"),
+            expected: vec![w.cols(), w.cols()],
+            found: vec![in_features, in_features],
         });
     }
-    let plan = Plan {
-        factor,
-        scheme,
-        clip: settings.clip,
-        group_len,
-        col_block: block_len(settings.col_block, group_len),
-        fixed: factor
-            .act_order
-            .then(|| Grids::fit(w, scheme, settings.clip, group_len)),
-    };
-    let chunks: Vec<Chunk> = w
-        .data()
-        .par_chunks(ROW_CHUNK * w.cols())
-        .enumerate()
-        .map(|(i, rows)| plan.solve_rows(i * ROW_CHUNK, rows))
-        .collect();
-    let codes = chunks
-        .iter()
-        .flat_map(|c| c.codes.iter().copied())
-        .collect();
-    let grids: Vec<Grid> = chunks
-        .iter()
-        .flat_map(|c| c.grids.iter().copied())
-        .collect();
-    let weight = assemble(module, scheme, w.rows(), codes, &grids)?;
-    Ok(report(w, weight, &factor.hessian))
+    check_weight(module, w)?;
+    Ok(group_len)
 }
 
-fn report(w: &Matrix, weight: QuantizedWeight, hessian: &Matrix) -> Solved {
-    Solved {
-        loss: layer_loss(w, &weight.dequantize(), hessian),
-        energy: quadratic_form(w.data(), w.cols(), hessian),
-        weight,
-    }
-}
-
-/// Columns per block: near the wish, and never across a group that is fitted on the way.
-fn block_len(wish: usize, group_len: usize) -> usize {
-    match wish.max(1) / group_len {
-        0 => group_len,
-        groups => groups * group_len,
-    }
-}
-
-struct Plan<'a> {
-    factor: &'a Factor,
+/// What all chunks share.
+struct Problem<'a> {
+    w: &'a Matrix,
     scheme: Scheme,
-    clip: super::Clip,
+    settings: &'a SolverSettings,
     group_len: usize,
-    col_block: usize,
-    /// Grids fitted before the loop, if columns are not taken in the file's order.
-    fixed: Option<Grids>,
+    factor: &'a Factor<'a>,
+    /// Grids fitted beforehand; absent if they are fitted on the way.
+    grids: Option<&'a Grids>,
 }
 
-/// Codes `[rows, in]` and grids `[rows, n_groups]` of some rows, in the file's order of columns.
+impl Problem<'_> {
+    fn solve(&self, module: &str) -> Result<QuantizedWeight> {
+        let (rows, cols) = (self.w.rows(), self.w.cols());
+        let n_groups = cols / self.group_len;
+        let height = rows.div_ceil(16).clamp(16, 128);
+        let starts: Vec<usize> = (0..rows).step_by(height).collect();
+        let chunks: Vec<Chunk> = starts
+            .into_par_iter()
+            .map(|start| self.solve_chunk(start..rows.min(start + height)))
+            .collect();
+        let count = chunks.iter().map(|chunk| chunk.n_not_finite).sum();
+        if count > 0 {
+            return Err(Error::NotFinite {
+                module: module.to_owned(),
+                stage: "weights after compensation".into(),
+                count,
+            });
+        }
+        let mut codes = Vec::with_capacity(rows * cols);
+        let mut scales = Vec::with_capacity(rows * n_groups);
+        let mut zero_points = Vec::with_capacity(rows * n_groups);
+        for chunk in &chunks {
+            codes.extend_from_slice(&chunk.codes);
+            for row in 0..chunk.n_rows {
+                let column = chunk.scales.iter().skip(row).step_by(chunk.n_rows);
+                scales.extend(column.copied());
+                let column = chunk.zero_points.iter().skip(row).step_by(chunk.n_rows);
+                zero_points.extend(column.map(|zero| *zero as u8));
+            }
+        }
+        let scales = Matrix::from_vec(module, rows, n_groups, scales)?;
+        let shape = [rows, cols];
+        QuantizedWeight::new(module, self.scheme, shape, codes, scales, zero_points)
+    }
+
+    fn solve_chunk(&self, rows: Range<usize>) -> Chunk {
+        let n_cols = self.w.cols();
+        let mut chunk = Chunk::new(self, rows);
+        let mut start = 0;
+        while start < n_cols {
+            let end = self.block_end(start);
+            let starts_group = start.is_multiple_of(self.group_len);
+            if self.grids.is_none() && starts_group && end - start < self.group_len {
+                chunk.fit_group(self, start);
+            }
+            chunk.solve(self, start..end, start);
+            chunk.pass_on(self, start..end, end..n_cols, start);
+            start = end;
+        }
+        chunk.finish(self);
+        chunk
+    }
+
+    /// End of the outermost range that begins at `start`: whole groups if a group fits into
+    /// `col_block`, else at most `col_block` columns of one group.
+    fn block_end(&self, start: usize) -> usize {
+        let (group_len, block) = (self.group_len, self.settings.col_block);
+        if group_len <= block {
+            return self.w.cols().min(start + block / group_len * group_len);
+        }
+        let group_end = (start / group_len + 1) * group_len;
+        group_end.min(start + block)
+    }
+}
+
+/// Some rows being solved. All buffers but the final codes run down the rows first.
 struct Chunk {
+    n_rows: usize,
+    /// `[in]` columns in solving order; a solved column keeps its value before rounding.
+    weights: Vec<f32>,
+    /// Rounding errors of the columns of the current outermost range.
+    errors: Vec<f32>,
+    /// `[n_groups]` columns.
+    scales: Vec<f32>,
+    zero_points: Vec<f32>,
+    /// `[in]` columns in solving order; after [`Chunk::finish`] `[rows, in]` in original order.
     codes: Vec<u8>,
-    grids: Vec<Grid>,
+    n_not_finite: usize,
 }
 
-/// What a block of columns leaves to the columns after it, each `[rows, block]`.
-struct Block {
-    errors: Matrix,
-    before: Matrix,
-}
-
-impl Plan<'_> {
-    fn solve_rows(&self, first_row: usize, rows: &[f32]) -> Chunk {
-        let cols = self.factor.order.len();
-        let n = rows.len() / cols;
-        let mut w = Matrix::from_fn(n, cols, |i, j| rows[i * cols + self.factor.order[j]]);
-        let mut chunk = Chunk {
-            codes: vec![0; n * cols],
-            grids: match &self.fixed {
-                Some(fixed) => fixed.rows(first_row..first_row + n).to_vec(),
-                None => vec![Grid::new(1.0, 0, 0); n * cols / self.group_len],
-            },
+impl Chunk {
+    fn new(problem: &Problem<'_>, rows: Range<usize>) -> Self {
+        let (n_rows, n_cols) = (rows.len(), problem.w.cols());
+        let n_groups = n_cols / problem.group_len;
+        let mut weights = vec![0.0; n_rows * n_cols];
+        for (position, column) in problem.factor.order.iter().enumerate() {
+            for (i, row) in rows.clone().enumerate() {
+                weights[position * n_rows + i] = problem.w[(row, *column)];
+            }
+        }
+        let mut chunk = Self {
+            n_rows,
+            weights,
+            errors: vec![0.0; n_rows * problem.settings.col_block.min(n_cols)],
+            scales: vec![1.0; n_rows * n_groups],
+            zero_points: vec![0.0; n_rows * n_groups],
+            codes: vec![0; n_rows * n_cols],
+            n_not_finite: 0,
         };
-        for start in (0..cols).step_by(self.col_block) {
-            let end = (start + self.col_block).min(cols);
-            let block = self.solve_block(start, end, &mut w, &mut chunk);
-            self.correct_later(start, end, &block, &mut w);
+        if let Some(grids) = problem.grids {
+            for (i, row) in rows.enumerate() {
+                for group in 0..n_groups {
+                    let index = row * n_groups + group;
+                    chunk.scales[group * n_rows + i] = grids.scales.data()[index];
+                    chunk.zero_points[group * n_rows + i] = grids.zero_points[index].into();
+                }
+            }
         }
         chunk
     }
 
-    fn solve_block(&self, start: usize, end: usize, w: &mut Matrix, chunk: &mut Chunk) -> Block {
-        let cols = w.cols();
-        let n_groups = cols / self.group_len;
-        let mut block = Block {
-            errors: Matrix::zeros(w.rows(), end - start),
-            before: Matrix::zeros(w.rows(), end - start),
-        };
-        for row in 0..w.rows() {
-            let weights = &mut w.row_mut(row)[start..end];
-            for i in 0..weights.len() {
-                let col = self.factor.order[start + i];
-                let grid = &mut chunk.grids[row * n_groups + col / self.group_len];
-                if self.fixed.is_none() && col % self.group_len == 0 {
-                    *grid = Grid::fit(&weights[i..i + self.group_len], self.scheme, self.clip);
-                }
-                let code = grid.code(weights[i]);
-                chunk.codes[row * cols + col] = code;
-                let upper = &self.factor.upper.row(start + i)[start..end];
-                let before = weights[i];
-                let error = (before - grid.weight(code)) / upper[i];
-                block.before[(row, i)] = before;
-                block.errors[(row, i)] = error;
-                let later = weights[i + 1..].iter_mut().zip(&upper[i + 1..]);
-                later.for_each(|(w, u)| *w -= error * u);
-                if let Some(drift) = &self.factor.drift {
-                    let drift = &drift.row(start + i)[start..end];
-                    let later = weights[i + 1..].iter_mut().zip(&drift[i + 1..]);
-                    later.for_each(|(w, p)| *w += before * p);
-                }
+    /// Fits the grids of the group that begins at `start`, whose columns are up to date.
+    fn fit_group(&mut self, problem: &Problem<'_>, start: usize) {
+        let group = start / problem.group_len;
+        let mut values = vec![0.0; problem.group_len];
+        for row in 0..self.n_rows {
+            let column = self.weights[start * self.n_rows + row..].iter();
+            for (value, weight) in values.iter_mut().zip(column.step_by(self.n_rows)) {
+                *value = *weight;
             }
+            let grid = Grid::fit(&values, problem.scheme, problem.settings.clip);
+            self.scales[group * self.n_rows + row] = grid.scale;
+            self.zero_points[group * self.n_rows + row] = grid.zero_point.into();
         }
-        block
     }
 
-    fn correct_later(&self, start: usize, end: usize, block: &Block, w: &mut Matrix) {
-        let cols = w.cols();
-        if end == cols {
+    /// Solves `range`, which has received all updates from columns before it. `base` is the
+    /// column that the first column of `errors` belongs to.
+    fn solve(&mut self, problem: &Problem<'_>, range: Range<usize>, base: usize) {
+        let group_len = problem.group_len;
+        let is_group = range.len() == group_len && range.start.is_multiple_of(group_len);
+        if is_group && problem.grids.is_none() {
+            self.fit_group(problem, range.start);
+        }
+        if range.len() <= LEAF_COLS && range.len() <= group_len {
+            for column in range.clone() {
+                self.round(problem, column, base);
+                self.pass_on_one(problem, column, range.end, base);
+            }
             return;
         }
-        let mut add = |amount: f32, left: &Matrix, right: &Matrix| {
-            faer::linalg::matmul::matmul(
-                w.as_faer_mut()
-                    .submatrix_mut(0, end, left.rows(), cols - end),
-                faer::Accum::Add,
-                left.as_faer(),
-                right
-                    .as_faer()
-                    .submatrix(start, end, end - start, cols - end),
-                amount,
-                faer::Par::Seq,
-            );
-        };
-        add(-1.0, &block.errors, &self.factor.upper);
-        if let Some(drift) = &self.factor.drift {
-            add(1.0, &block.before, drift);
+        let middle = range.start
+            + if range.len() > group_len {
+                (range.len() / group_len).div_ceil(2) * group_len
+            } else {
+                range.len() / 2
+            };
+        self.solve(problem, range.start..middle, base);
+        self.pass_on(problem, range.start..middle, middle..range.end, base);
+        self.solve(problem, middle..range.end, base);
+    }
+
+    /// Rounds one column to its grid and notes codes and errors.
+    fn round(&mut self, problem: &Problem<'_>, column: usize, base: usize) {
+        let n = self.n_rows;
+        let group = problem.factor.order[column] / problem.group_len;
+        let max_code = f32::from(problem.scheme.max_code());
+        let weights = &self.weights[column * n..][..n];
+        let scales = &self.scales[group * n..][..n];
+        let zero_points = &self.zero_points[group * n..][..n];
+        let codes = &mut self.codes[column * n..][..n];
+        let errors = &mut self.errors[(column - base) * n..][..n];
+        for i in 0..n {
+            let steps = steps(weights[i], scales[i], zero_points[i], max_code);
+            errors[i] = weights[i] - steps * scales[i];
+            codes[i] = (steps + zero_points[i]) as u8;
         }
+    }
+
+    /// Updates the columns after `column` and before `end`.
+    fn pass_on_one(&mut self, problem: &Problem<'_>, column: usize, end: usize, base: usize) {
+        let n = self.n_rows;
+        let (before, after) = self.weights.split_at_mut((column + 1) * n);
+        let own = &before[column * n..];
+        let errors = &self.errors[(column - base) * n..][..n];
+        let factors = &problem.factor.unit_upper.row(column)[column + 1..end];
+        for (weights, factor) in after.chunks_exact_mut(n).zip(factors) {
+            for (weight, error) in weights.iter_mut().zip(errors) {
+                *weight -= error * factor;
+            }
+        }
+        let Some(pull) = &problem.factor.pull else {
+            return;
+        };
+        let factors = &pull.row(column)[column + 1..end];
+        for (weights, factor) in after.chunks_exact_mut(n).zip(factors) {
+            for (weight, own) in weights.iter_mut().zip(own) {
+                *weight += own * factor;
+            }
+        }
+    }
+
+    /// Updates the columns `to`, all after the solved columns `from`.
+    fn pass_on(
+        &mut self,
+        problem: &Problem<'_>,
+        from: Range<usize>,
+        to: Range<usize>,
+        base: usize,
+    ) {
+        let n = self.n_rows;
+        if to.is_empty() {
+            return;
+        }
+        let (before, after) = self.weights.split_at_mut(to.start * n);
+        let target = &mut after[..to.len() * n];
+        let mut target = MatMut::from_column_major_slice_mut(target, n, to.len());
+        let errors = &self.errors[(from.start - base) * n..][..from.len() * n];
+        let own = &before[from.start * n..][..from.len() * n];
+        let view = |values| MatRef::from_column_major_slice(values, n, from.len());
+        let unit = problem.factor.unit_upper.as_faer();
+        let unit = unit.submatrix(from.start, to.start, from.len(), to.len());
+        matmul(
+            target.as_mut(),
+            Accum::Add,
+            view(errors),
+            unit,
+            -1.0,
+            Par::Seq,
+        );
+        if let Some(pull) = &problem.factor.pull {
+            let pull = pull.as_faer();
+            let pull = pull.submatrix(from.start, to.start, from.len(), to.len());
+            matmul(target, Accum::Add, view(own), pull, 1.0, Par::Seq);
+        }
+    }
+
+    /// Puts the codes into rows of original order and counts what is not a number.
+    fn finish(&mut self, problem: &Problem<'_>) {
+        let n_cols = problem.w.cols();
+        let mut codes = vec![0; self.codes.len()];
+        let columns = self.codes.chunks_exact(self.n_rows);
+        for (column, original) in columns.zip(&problem.factor.order) {
+            for (row, code) in column.iter().enumerate() {
+                codes[row * n_cols + original] = *code;
+            }
+        }
+        self.codes = codes;
+        self.n_not_finite = self.weights.iter().filter(|w| !w.is_finite()).count();
     }
 }

@@ -1,122 +1,233 @@
-//! The same solution by definition: f64, no blocks, no shared factor, every inverse taken anew.
+//! The specification of [`gptq`](super::gptq()): the same method straight from its definition.
 //!
-//! It exists to be read and to be compared with; it is far too slow for a real layer.
+//! No blocks, no triangular factor, no parallelism, all in f64, and the inverse of what is left
+//! of H computed anew for every column. After column q is rounded with error e, the weights not
+//! yet rounded move to the minimiser of the damped error given what is fixed:
+//! δ = −e / (H⁻¹)_qq · (H⁻¹)_q,: with H cut down to the columns not yet rounded. GPTAQ adds
+//! w_q · α · C_q,>q (H_>q,>q)⁻¹. Cost: in⁵-ish for tiny layers, which is the point.
+//!
+//! Source: arXiv:2210.17323 §3.1 eqs. 2 and 3 (there after Optimal Brain Surgeon);
+//! arXiv:2504.02692.
 
-use super::{Grid, SolverSettings};
+use super::grid::Grid;
+use super::{QuantizedWeight, SolverSettings, check_weight};
 use crate::plan::Scheme;
-use crate::{Matrix, Result};
-use faer::prelude::Solve;
-use faer::{Mat, Side};
+use crate::statistics::Statistics;
+use crate::{Error, Matrix, Result};
 
-/// A dense f64 matrix as rows.
-pub type Rows = Vec<Vec<f64>>;
-
-/// What the reference found: codes `[out, in]` in the file's order, and Σ ((w − q) / U_qq)².
-#[derive(Clone, Debug)]
-pub struct ReferenceSolution {
-    /// Codes.
-    pub codes: Vec<Vec<u8>>,
-    /// Dequantized weights.
-    pub weights: Rows,
-    /// Each weight as it stood just before it was rounded.
-    pub before: Rows,
-    /// The grid that each weight was rounded to.
-    pub grids: Vec<Vec<Grid>>,
-    /// The loss that the column loop gathers; without drift it is tr(ΔW·H·ΔWᵀ), H damped.
-    pub gathered_loss: f64,
+/// What [`gptq`] found.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Reference {
+    /// The quantized weight, columns in their original order.
+    pub weight: QuantizedWeight,
+    /// Σ e² / (H⁻¹)_qq over rows and columns. Without GPTAQ's pull it equals
+    /// tr((W − Q) H (W − Q)ᵀ) with the damped H.
+    pub step_loss: f64,
 }
 
-/// Solves `w [out, in]` for the damped `hessian` and, if α is not zero, the drift `cross`.
+/// `w` quantized by the definition, with [`SolverSettings::dampening_frac`] and no ladder.
 ///
-/// With the columns still free F after column q: removing q from the problem leaves the inverse of
-/// the free part of H, the rounding error is corrected by −(w_q − r_q)·(H_F⁻¹)_{q,·}/(H_F⁻¹)_{qq},
-/// and the drift of q is answered by α·w_q·C_{q,F}·H_F⁻¹.
-///
+/// Shapes: `w [out, in]`, statistics of the same `in`.
 /// # Errors
-/// As [`super::gptq()`] for a group size that does not divide.
-pub fn solve(
-    w: &Rows,
-    hessian: &Rows,
-    cross: Option<&Rows>,
-    order: &[usize],
+/// As [`gptq`](super::gptq()).
+pub fn gptq(
+    module: &str,
+    w: &Matrix,
+    statistics: &Statistics,
     scheme: Scheme,
     settings: &SolverSettings,
-) -> Result<ReferenceSolution> {
-    let cols = order.len();
-    let group_len = scheme.group_len("reference", cols)?;
-    let mut solution = ReferenceSolution {
-        codes: vec![vec![0; cols]; w.len()],
-        weights: w.clone(),
-        before: w.clone(),
-        grids: vec![vec![Grid::new(1.0, 0, 0); cols]; w.len()],
-        gathered_loss: 0.0,
+) -> Result<Reference> {
+    settings.check()?;
+    check_weight(module, w)?;
+    let group_len = scheme.group_len(module, w.cols())?;
+    let n = w.cols();
+    if statistics.in_features() != n {
+        return Err(Error::Shape {
+            module: format!("statistics of {module}"),
+            expected: vec![n, n],
+            found: vec![statistics.in_features(); 2],
+        });
+    }
+    let singular = |pivot| Error::Singular {
+        module: module.to_owned(),
+        pivot,
+        dampening_frac: settings.dampening_frac,
     };
-    for (row, original) in w.iter().enumerate() {
-        let mut now = original.clone();
-        let mut grid = Grid::new(1.0, 0, 0);
-        for (step, &col) in order.iter().enumerate() {
-            let group = col / group_len * group_len..(col / group_len + 1) * group_len;
-            if settings.act_order {
-                grid = fit(&original[group], scheme, settings);
-            } else if col % group_len == 0 {
-                grid = fit(&now[group], scheme, settings);
-            }
-            let code = code_of(grid, now[col]);
-            let rounded = (f64::from(code) - f64::from(grid.zero)) * f64::from(grid.scale);
-            solution.codes[row][col] = code;
-            solution.before[row][col] = now[col];
-            solution.grids[row][col] = grid;
-            solution.weights[row][col] = rounded;
+    let hessian = damped(&statistics.hessian(), settings.dampening_frac).ok_or(singular(0))?;
+    let mut order: Vec<usize> = (0..n).collect();
+    if settings.act_order {
+        let diagonal = statistics.hessian();
+        order.sort_by(|a, b| diagonal[(*b, *b)].total_cmp(&diagonal[(*a, *a)]));
+    }
+    let mut state = State::new(w, scheme, settings, group_len);
+    for position in 0..n {
+        let rest = &order[position..];
+        let inverse = inverse(&sub_matrix(&hessian, rest)).ok_or(singular(rest[0]))?;
+        let later = inverse_of_later(&hessian, &rest[1..]).ok_or(singular(rest[0]))?;
+        let pull = pull(statistics.cross(), rest, &later, settings.alpha);
+        state.round_column(rest, &inverse[0], &pull);
+    }
+    state.into_reference(module)
+}
 
-            let with_col = inverse(hessian, &order[step..]);
-            let (error, curvature) = (now[col] - rounded, with_col[0][0]);
-            solution.gathered_loss += error * error / curvature;
-            let before = now[col];
-            for (i, &later) in order[step..].iter().enumerate().skip(1) {
-                now[later] -= error * with_col[0][i] / curvature;
+struct State<'a> {
+    rows: Vec<Vec<f64>>,
+    scheme: Scheme,
+    settings: &'a SolverSettings,
+    group_len: usize,
+    grids: Vec<Vec<Grid>>,
+    codes: Vec<u8>,
+    step_loss: f64,
+}
+
+impl<'a> State<'a> {
+    fn new(w: &Matrix, scheme: Scheme, settings: &'a SolverSettings, group_len: usize) -> Self {
+        let as_f64 = |row| w.row(row).iter().map(|v| f64::from(*v)).collect();
+        let mut state = Self {
+            rows: (0..w.rows()).map(as_f64).collect(),
+            scheme,
+            settings,
+            group_len,
+            grids: vec![Vec::new(); w.rows()],
+            codes: vec![0; w.data().len()],
+            step_loss: 0.0,
+        };
+        if settings.act_order {
+            for start in (0..w.cols()).step_by(group_len) {
+                state.fit_group(start);
             }
-            if let (Some(cross), true) = (cross, step + 1 < cols) {
-                let free = &order[step + 1..];
-                let inverse = inverse(hessian, free);
-                for (j, &later) in free.iter().enumerate() {
-                    let pull = free
-                        .iter()
-                        .zip(&inverse)
-                        .map(|(&k, row)| cross[col][k] * row[j]);
-                    now[later] += f64::from(settings.alpha) * before * pull.sum::<f64>();
-                }
+        }
+        state
+    }
+
+    fn fit_group(&mut self, start: usize) {
+        for (row, grids) in self.rows.iter().zip(&mut self.grids) {
+            let group = &row[start..start + self.group_len];
+            let group: Vec<f32> = group.iter().map(|v| *v as f32).collect();
+            grids.push(Grid::fit(&group, self.scheme, self.settings.clip));
+        }
+    }
+
+    /// Rounds column `rest[0]` and moves the others of `rest`.
+    fn round_column(&mut self, rest: &[usize], inverse_row: &[f64], pull: &[f64]) {
+        let column = rest[0];
+        let group = column / self.group_len;
+        if !self.settings.act_order && column.is_multiple_of(self.group_len) {
+            self.fit_group(column);
+        }
+        let n_cols = self.rows[0].len();
+        let max_code = f64::from(self.scheme.max_code());
+        for (index, row) in self.rows.iter_mut().enumerate() {
+            let grid = self.grids[index][group];
+            let (scale, zero) = (f64::from(grid.scale), f64::from(grid.zero_point));
+            let weight = row[column];
+            let code = ((weight / scale).round_ties_even() + zero).clamp(0.0, max_code);
+            let error = weight - (code - zero) * scale;
+            self.codes[index * n_cols + column] = code as u8;
+            self.step_loss += error * error / inverse_row[0];
+            for (k, later) in rest.iter().enumerate().skip(1) {
+                row[*later] += weight * pull[k - 1] - error * inverse_row[k] / inverse_row[0];
             }
         }
     }
-    Ok(solution)
+
+    fn into_reference(self, module: &str) -> Result<Reference> {
+        let n_rows = self.rows.len();
+        let n_cols = self.codes.len() / n_rows.max(1);
+        let grids: Vec<Grid> = self.grids.into_iter().flatten().collect();
+        let n_groups = n_cols / self.group_len;
+        let scales = grids.iter().map(|grid| grid.scale).collect();
+        let weight = QuantizedWeight::new(
+            module,
+            self.scheme,
+            [n_rows, n_cols],
+            self.codes,
+            Matrix::from_vec(module, n_rows, n_groups, scales)?,
+            grids.iter().map(|grid| grid.zero_point).collect(),
+        )?;
+        Ok(Reference {
+            weight,
+            step_loss: self.step_loss,
+        })
+    }
 }
 
-fn fit(weights: &[f64], scheme: Scheme, settings: &SolverSettings) -> Grid {
-    let weights: Vec<f32> = weights.iter().map(|w| *w as f32).collect();
-    Grid::fit(&weights, scheme, settings.clip)
+/// H with dead columns cut loose and the diagonal damped, by the rules of the solver.
+pub(crate) fn damped(hessian: &Matrix, dampening_frac: f64) -> Option<Vec<Vec<f64>>> {
+    let n = hessian.rows();
+    let diagonal: Vec<f64> = (0..n).map(|i| hessian[(i, i)].into()).collect();
+    let n_live = diagonal.iter().filter(|d| **d != 0.0).count();
+    if n_live == 0 {
+        return None;
+    }
+    let mean = diagonal.iter().sum::<f64>() / n_live as f64;
+    let entry = |i: usize, j: usize| {
+        let value = match (diagonal[i] == 0.0 || diagonal[j] == 0.0, i == j) {
+            (true, true) => mean,
+            (true, false) => 0.0,
+            (false, _) => f64::from(hessian[(i, j)]),
+        };
+        if i == j {
+            value + dampening_frac * mean
+        } else {
+            value
+        }
+    };
+    Some(
+        (0..n)
+            .map(|i| (0..n).map(|j| entry(i, j)).collect())
+            .collect(),
+    )
 }
 
-fn code_of(grid: Grid, weight: f64) -> u8 {
-    let code = (weight / f64::from(grid.scale)).round_ties_even() + f64::from(grid.zero);
-    let highest = f64::from(grid.code(f32::MAX));
-    code.clamp(0.0, highest) as u8
+fn sub_matrix(matrix: &[Vec<f64>], kept: &[usize]) -> Vec<Vec<f64>> {
+    let row = |i: &usize| kept.iter().map(|j| matrix[*i][*j]).collect();
+    kept.iter().map(row).collect()
 }
 
-/// The inverse of the part of a symmetric positive definite matrix that `kept` names.
-fn inverse(matrix: &Rows, kept: &[usize]) -> Rows {
-    let n = kept.len();
-    let part = Mat::from_fn(n, n, |i, j| matrix[kept[i]][kept[j]]);
-    let factor = part
-        .llt(Side::Lower)
-        .expect("a damped Hessian is positive definite");
-    let inverse = factor.solve(Mat::<f64>::identity(n, n));
-    (0..n)
-        .map(|i| (0..n).map(|j| inverse[(i, j)]).collect())
+fn inverse_of_later(hessian: &[Vec<f64>], later: &[usize]) -> Option<Vec<Vec<f64>>> {
+    inverse(&sub_matrix(hessian, later))
+}
+
+/// α · C_q,>q (H_>q,>q)⁻¹ for q = `rest[0]`, in the order of `rest[1..]`.
+fn pull(cross: Option<&Matrix>, rest: &[usize], later: &[Vec<f64>], alpha: f32) -> Vec<f64> {
+    let Some(cross) = cross else {
+        return vec![0.0; later.len()];
+    };
+    let drift = |k: usize| f64::from(cross[(rest[0], rest[k + 1])]);
+    let share = |j: usize| {
+        (0..later.len())
+            .map(|k| drift(k) * later[k][j])
+            .sum::<f64>()
+    };
+    (0..later.len())
+        .map(|j| f64::from(alpha) * share(j))
         .collect()
 }
 
-/// A matrix in f64.
-pub fn rows_from_matrix(matrix: &Matrix) -> Rows {
-    let row = |i: usize| matrix.row(i).iter().map(|v| f64::from(*v)).collect();
-    (0..matrix.rows()).map(row).collect()
+/// Gauss–Jordan without pivoting, which positive definite matrices do not need.
+fn inverse(matrix: &[Vec<f64>]) -> Option<Vec<Vec<f64>>> {
+    let n = matrix.len();
+    let mut left = matrix.to_vec();
+    let mut right: Vec<Vec<f64>> = (0..n)
+        .map(|i| (0..n).map(|j| f64::from(u8::from(i == j))).collect())
+        .collect();
+    for pivot in 0..n {
+        let head = left[pivot][pivot];
+        if head.is_nan() || head <= 0.0 {
+            return None;
+        }
+        for matrix in [&mut left, &mut right] {
+            matrix[pivot].iter_mut().for_each(|v| *v /= head);
+        }
+        for row in (0..n).filter(|row| *row != pivot) {
+            let factor = left[row][pivot];
+            for matrix in [&mut left, &mut right] {
+                let source = matrix[pivot].clone();
+                let pairs = matrix[row].iter_mut().zip(&source);
+                pairs.for_each(|(v, s)| *v -= factor * s);
+            }
+        }
+    }
+    Some(right)
 }

@@ -1,499 +1,604 @@
-//! The laws that every solver of this kind obeys, on random layers; the fast solver against the
-//! naive one; and both against an independent implementation in Python.
+//! Laws of the solver, its reference, and the independent numpy results in `testdata/solver`.
 
-use super::reference::{Rows, rows_from_matrix};
 use super::*;
-use crate::plan::ScaleDtype;
+use crate::plan::{ScaleDtype, Scheme};
 use crate::statistics::Statistics;
 use proptest::prelude::*;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use safetensors::SafeTensors;
 
-const IN: usize = 24;
-const OUT: usize = 4;
+/// Relative error of a loss computed from the same codes: f32 sums of at most a few hundred terms.
+const SAME_LOSS: f64 = 1e-4;
 
-fn random(rows: usize, cols: usize, seed: u64) -> Matrix {
-    let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    Matrix::from_fn(rows, cols, |_, _| rng.random_range(-1.0..1.0))
+/// Rows that may differ between two evaluations of one recurrence in other orders of summation: a
+/// weight within f32 error of a rounding tie (about one in 10^5 codes) may fall either way, and
+/// the later columns of its row follow it.
+const MAX_TIED_ROWS: usize = 2;
+
+fn random(rows: usize, cols: usize, rng: &mut ChaCha8Rng) -> Matrix {
+    Matrix::from_fn(rows, cols, |_, _| {
+        (0..4).map(|_| rng.random_range(-0.87f32..0.87)).sum()
+    })
 }
 
-/// Inputs of which some are large and all are correlated, as hidden states are.
-fn inputs(n_tokens: usize, seed: u64) -> Matrix {
-    let mix = random(IN, IN, seed + 1);
-    let raw = random(n_tokens, IN, seed + 2);
-    Matrix::from_fn(n_tokens, IN, |n, i| {
-        let shared: f32 = (0..IN).map(|k| raw[(n, k)] * mix[(k, i)]).sum();
-        raw[(n, i)] + 0.3 * shared + if i == 5 { 3.0 } else { 0.0 }
-    })
+/// Correlated inputs whose columns differ in size, and the same with drift and noise.
+fn streams(n_tokens: usize, cols: usize, rng: &mut ChaCha8Rng) -> (Matrix, Matrix) {
+    let mixing = random(cols, cols, rng);
+    let raw = random(n_tokens, cols, rng);
+    let noise = random(n_tokens, cols, rng);
+    let size: Vec<f32> = (0..cols).map(|_| rng.random_range(0.2f32..2.0)).collect();
+    let strength = 1.5 / (cols as f32).sqrt();
+    let f = Matrix::from_fn(n_tokens, cols, |t, j| {
+        let mixed: f32 = (0..cols).map(|k| raw[(t, k)] * mixing[(k, j)]).sum();
+        size[j] * (raw[(t, j)] + strength * mixed)
+    });
+    let u = Matrix::from_fn(n_tokens, cols, |t, j| {
+        f[(t, j)] * 1.05 + 0.1 * size[j] * noise[(t, j)] + 0.05 * f[(t, (j + 1) % cols)]
+    });
+    (u, f)
 }
 
 struct Layer {
     w: Matrix,
     u: Matrix,
     f: Matrix,
+    statistics: Statistics,
 }
 
-impl Layer {
-    fn new(seed: u64) -> Self {
-        let u = inputs(60, seed);
-        let noise = random(60, IN, seed + 9);
-        let f = Matrix::from_fn(60, IN, |n, i| u[(n, i)] + 0.1 * noise[(n, i)]);
-        Self {
-            w: random(OUT, IN, seed),
-            u,
-            f,
-        }
-    }
-
-    fn statistics(&self, weights: Option<&[f32]>) -> Statistics {
-        let mut s = Statistics::new(IN, true);
-        s.add("m", &self.u, Some(&self.f), weights).unwrap();
-        s
-    }
-
-    fn solve(&self, scheme: Scheme, settings: &SolverSettings) -> Solved {
-        gptq("m", &self.w, &self.statistics(None), scheme, settings).unwrap()
+fn layer(rows: usize, cols: usize, n_tokens: usize, seed: u64) -> Layer {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let w = random(rows, cols, &mut rng);
+    let (u, f) = streams(n_tokens, cols, &mut rng);
+    let mut statistics = Statistics::new(cols, true);
+    statistics.add("layer", &u, Some(&f), None).unwrap();
+    Layer {
+        w,
+        u,
+        f,
+        statistics,
     }
 }
 
 fn scheme(bits: u8, group_size: Option<usize>, symmetric: bool) -> Scheme {
-    Scheme::new(bits, group_size, symmetric, ScaleDtype::F32).unwrap()
+    Scheme::new(bits, group_size, symmetric, ScaleDtype::Bf16).unwrap()
 }
 
-fn schemes() -> impl Strategy<Value = Scheme> {
-    let bits = prop::sample::select(vec![2u8, 3, 4]);
-    let group = prop::sample::select(vec![None, Some(8), Some(24)]);
-    (bits, group, any::<bool>()).prop_map(|(b, g, s)| scheme(b, g, s))
-}
-
-fn settings(act_order: bool, alpha: f32) -> SolverSettings {
+fn with(act_order: bool, alpha: f32) -> SolverSettings {
     SolverSettings {
         act_order,
         alpha,
-        ..SolverSettings::default()
+        ..Default::default()
     }
 }
 
-fn damped(hessian: &Matrix, frac: f64) -> Rows {
-    let mut rows = rows_from_matrix(hessian);
-    let mean = (0..IN).map(|i| rows[i][i]).sum::<f64>() / IN as f64;
-    (0..IN).for_each(|i| rows[i][i] += frac * mean);
-    rows
+fn n_different_rows(a: &QuantizedWeight, b: &QuantizedWeight) -> usize {
+    let rows = a.codes().chunks(a.cols()).zip(b.codes().chunks(b.cols()));
+    rows.filter(|(a, b)| a != b).count()
 }
 
-fn naive(layer: &Layer, scheme: Scheme, settings: &SolverSettings) -> reference::ReferenceSolution {
-    let s = layer.statistics(None);
-    let factor = Factor::new("m", &s, settings).unwrap();
-    let cross = s
-        .cross()
-        .map(rows_from_matrix)
-        .filter(|_| settings.alpha != 0.0);
-    reference::solve(
-        &rows_from_matrix(&layer.w),
-        &damped(&s.hessian(), settings.dampening_frac),
-        cross.as_ref(),
-        &factor.order,
-        scheme,
-        settings,
-    )
-    .unwrap()
+/// Whether two solutions agree up to ties: few rows differ, and the loss by no more than those.
+fn agree(a: (&QuantizedWeight, f64), b: (&QuantizedWeight, f64)) -> bool {
+    let n_different = n_different_rows(a.0, b.0);
+    let tolerance = SAME_LOSS + n_different as f64 / a.0.rows() as f64;
+    n_different <= MAX_TIED_ROWS && (a.1 - b.1).abs() < tolerance * a.1
 }
 
-/// Rows of codes that differ must part at a weight that lies between two codes, where a last bit
-/// decides; what comes after it answers another error.
-fn parts_only_at_ties(
-    fast: &Solved,
-    naive: &reference::ReferenceSolution,
-    order: &[usize],
-) -> bool {
-    (0..OUT).all(|row| {
-        let codes = &fast.weight.codes()[row * IN..(row + 1) * IN];
-        let parting = order
+/// tr(D M Dᵀ) with D = w − q, in f64.
+fn exact_loss(w: &Matrix, q: &Matrix, m: &[Vec<f64>]) -> f64 {
+    let row_loss = |row: usize| -> f64 {
+        let pairs = w.row(row).iter().zip(q.row(row));
+        let d: Vec<f64> = pairs.map(|(w, q)| f64::from(*w) - f64::from(*q)).collect();
+        let products = m
             .iter()
-            .find(|&&col| codes[col] != naive.codes[row][col]);
-        parting.is_none_or(|&col| {
-            let steps = naive.before[row][col] / f64::from(naive.grids[row][col].scale);
-            (steps - steps.floor() - 0.5).abs() < TIE
-        })
-    })
-}
-
-/// How near to the middle of two codes f32 and f64 may decide differently, in steps.
-const TIE: f64 = 1e-4;
-
-fn differences(layer: &Layer, solution: &reference::ReferenceSolution) -> Rows {
-    let rows = rows_from_matrix(&layer.w);
-    let pairs = rows.iter().zip(&solution.weights);
-    pairs
-        .map(|(w, q)| w.iter().zip(q).map(|(w, q)| w - q).collect())
-        .collect()
-}
-
-fn quadratic(difference: &Rows, hessian: &Rows) -> f64 {
-    let one = |d: &Vec<f64>| -> f64 {
-        (0..IN)
-            .flat_map(|i| (0..IN).map(move |j| (i, j)))
-            .map(|(i, j)| d[i] * hessian[i][j] * d[j])
-            .sum()
+            .map(|m| m.iter().zip(&d).map(|(m, d)| m * d).sum::<f64>());
+        products.zip(&d).map(|(p, d)| p * d).sum()
     };
-    difference.iter().map(one).sum()
+    (0..w.rows()).map(row_loss).sum()
 }
 
-/// Sums over the same codes, in f32 products and in f64.
-const MAX_RELATIVE_LOSS: f64 = 1e-4;
+fn any_scheme() -> impl Strategy<Value = Scheme> {
+    let bits = prop::sample::select(vec![2u8, 3, 4]);
+    let group = prop::sample::select(vec![Some(8), Some(16), None]);
+    (bits, group, any::<bool>()).prop_map(|(b, g, s)| scheme(b, g, s))
+}
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
-    /// The fast solver is the naive one.
+    /// Houses' law (a): the errors of the steps add up to the damped loss.
     #[test]
-    fn fast_is_naive(
-        seed in 0u64..1000,
-        scheme in schemes(),
+    fn step_losses_add_up(seed: u64, scheme in any_scheme(), act_order: bool) {
+        let layer = layer(3, 16, 24, seed);
+        let settings = with(act_order, 0.0);
+        let solved =
+            reference::gptq("layer", &layer.w, &layer.statistics, scheme, &settings).unwrap();
+        let damped = reference::damped(&layer.statistics.hessian(), 0.01).unwrap();
+        let loss = exact_loss(&layer.w, &solved.weight.dequantize(), &damped);
+        // Dequantized values are exact (bf16 scale times a small integer), so only the f64
+        // inverses err, by about eps · condition.
+        prop_assert!((solved.step_loss - loss).abs() < 1e-9 * loss);
+    }
+
+    #[test]
+    fn fast_path_follows_the_reference(
+        seed: u64,
+        scheme in any_scheme(),
         act_order: bool,
         alpha in prop::sample::select(vec![0.0f32, 0.25, 1.0]),
-        col_block in prop::sample::select(vec![1usize, 8, 128]),
     ) {
-        let layer = Layer::new(seed);
-        let settings = SolverSettings { col_block, ..settings(act_order, alpha) };
-        let fast = layer.solve(scheme, &settings);
-        let naive = naive(&layer, scheme, &settings);
-        let order = Factor::new("m", &layer.statistics(None), &settings).unwrap().order;
-        prop_assert!(parts_only_at_ties(&fast, &naive, &order));
-        if fast.weight.codes() == naive.codes.concat() {
-            let h = rows_from_matrix(&layer.statistics(None).hessian());
-            let expected = quadratic(&differences(&layer, &naive), &h);
-            prop_assert!((fast.loss / expected - 1.0).abs() < MAX_RELATIVE_LOSS);
+        let layer = layer(40, 32, 64, seed);
+        let settings = SolverSettings { col_block: 16, ..with(act_order, alpha) };
+        let fast = gptq("layer", &layer.w, &layer.statistics, scheme, &settings).unwrap();
+        let slow =
+            reference::gptq("layer", &layer.w, &layer.statistics, scheme, &settings).unwrap();
+        let q = slow.weight.dequantize();
+        let loss = layer_loss(&layer.w, &q, &layer.statistics.hessian());
+        prop_assert!(agree((&fast.weight, fast.loss), (&slow.weight, loss)));
+    }
+
+    /// Law (b): the width of the lazy updates is a matter of speed.
+    #[test]
+    fn block_width_changes_nothing(seed: u64, scheme in any_scheme(), act_order: bool) {
+        let layer = layer(24, 48, 96, seed);
+        let solve = |col_block| {
+            let settings = SolverSettings { col_block, ..with(act_order, 0.25) };
+            gptq("layer", &layer.w, &layer.statistics, scheme, &settings).unwrap()
+        };
+        let whole = solve(128);
+        for col_block in [1, 7, 8, 16, 24, 40] {
+            let other = solve(col_block);
+            let pair = ((&whole.weight, whole.loss), (&other.weight, other.loss));
+            prop_assert!(agree(pair.0, pair.1), "{col_block}");
         }
     }
 
-    /// Law (a): what the column loop gathers is the whole loss, with the damped H.
+    /// Law (c), for powers of two exactly: the scale of H is nothing.
     #[test]
-    fn gathered_loss_is_the_quadratic_form(seed in 0u64..1000, scheme in schemes(), act_order: bool) {
-        let layer = Layer::new(seed);
-        let solution = naive(&layer, scheme, &settings(act_order, 0.0));
-        let h = damped(&layer.statistics(None).hessian(), 0.01);
-        let whole = quadratic(&differences(&layer, &solution), &h);
-        prop_assert!((solution.gathered_loss - whole).abs() <= 1e-8 * whole);
+    fn hessian_scale_changes_nothing(seed: u64, scheme in any_scheme(), power in -20i32..20) {
+        let layer = layer(9, 32, 64, seed);
+        let settings = with(true, 0.25);
+        let factor = 2f32.powi(power);
+        let scaled = |m: &Matrix| Matrix::from_fn(32, 32, |i, j| m[(i, j)] * factor);
+        let hessian = scaled(&layer.statistics.hessian());
+        let cross = layer.statistics.cross().map(scaled);
+        let scaled = Statistics::from_moments(&hessian, cross.as_ref());
+        let one = gptq("layer", &layer.w, &layer.statistics, scheme, &settings).unwrap();
+        let two = gptq("layer", &layer.w, &scaled, scheme, &settings).unwrap();
+        prop_assert_eq!(&one.weight, &two.weight);
+        prop_assert_eq!(one.loss * f64::from(factor), two.loss);
     }
 
-    /// Law (b): the block size changes nothing but the order of sums.
+    /// Law (d): without correlations there is nothing to compensate.
     #[test]
-    fn column_blocks_do_not_matter(seed in 0u64..1000, alpha in prop::sample::select(vec![0.0f32, 0.25])) {
-        let layer = Layer::new(seed);
-        let scheme = scheme(3, Some(8), false);
-        let with = |col_block| {
-            layer.solve(scheme, &SolverSettings { col_block, ..settings(true, alpha) })
-        };
-        let (one, all) = (with(1), with(IN));
-        let equal = one.weight.codes().iter().zip(all.weight.codes()).filter(|(a, b)| a == b);
-        prop_assert!(equal.count() as f64 >= 0.95 * (OUT * IN) as f64);
-        prop_assert!((one.loss / all.loss - 1.0).abs() < 0.02);
-    }
-
-    /// Law (c) and invariant (2): only ratios of token weights count. A power of two rounds alike.
-    #[test]
-    fn scaling_the_hessian_changes_nothing(
-        seed in 0u64..1000,
-        exponent in -12i32..12,
+    fn identity_hessian_rounds_to_nearest(
+        seed: u64,
+        scheme in any_scheme(),
         act_order: bool,
-        alpha in prop::sample::select(vec![0.0f32, 0.25]),
+        c in 1e-6f32..1e6,
     ) {
-        let layer = Layer::new(seed);
-        let scheme = scheme(2, Some(8), false);
-        let plain = layer.statistics(None);
-        let scaled = layer.statistics(Some(&[4f32.powi(exponent); 60]));
-        let solve = |s: &Statistics| gptq("m", &layer.w, s, scheme, &settings(act_order, alpha));
-        prop_assert_eq!(solve(&plain).unwrap().weight, solve(&scaled).unwrap().weight);
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let w = random(5, 48, &mut rng);
+        let identity = Matrix::from_fn(48, 48, |i, j| if i == j { c } else { 0.0 });
+        let statistics = Statistics::from_moments(&identity, None);
+        let settings = with(act_order, 0.0);
+        let nearest = rtn("layer", &w, scheme, Clip::None).unwrap();
+        let fast = gptq("layer", &w, &statistics, scheme, &settings).unwrap();
+        let slow = reference::gptq("layer", &w, &statistics, scheme, &settings).unwrap();
+        prop_assert_eq!(&fast.weight, &nearest);
+        // The reference divides in f64, which may see another tie.
+        prop_assert!(n_different_rows(&slow.weight, &nearest) <= MAX_TIED_ROWS);
     }
+}
 
-    /// Law (d): without correlation there is nothing to correct.
-    #[test]
-    fn an_isotropic_hessian_gives_rtn(seed in 0u64..1000, scheme in schemes(), act_order: bool, clip: bool) {
-        let w = random(OUT, IN, seed);
-        let mut s = Statistics::new(IN, false);
-        s.add("m", &Matrix::from_fn(IN, IN, |i, j| if i == j { 2.0 } else { 0.0 }), None, None).unwrap();
-        let clip = if clip { Clip::Mse } else { Clip::None };
-        let settings = SolverSettings { clip, ..settings(act_order, 0.0) };
-        let solved = gptq("m", &w, &s, scheme, &settings).unwrap();
-        prop_assert_eq!(solved.weight, rtn("m", &w, scheme, clip).unwrap());
+#[test]
+fn uniform_weights_and_no_drift_are_plain_gptq() {
+    let layer = layer(10, 32, 64, 1);
+    let solve = |weights: Option<&[f32]>, alpha| {
+        let mut statistics = Statistics::new(32, true);
+        statistics
+            .add("layer", &layer.u, Some(&layer.u), weights)
+            .unwrap();
+        assert!(statistics.cross().unwrap().data().iter().all(|v| *v == 0.0));
+        gptq(
+            "layer",
+            &layer.w,
+            &statistics,
+            scheme(3, Some(8), false),
+            &with(true, alpha),
+        )
+        .unwrap()
+    };
+    let plain = solve(None, 0.0);
+    assert_eq!(plain.weight, solve(None, 0.25).weight);
+    assert_eq!(plain.weight, solve(Some(&[1.0; 64]), 0.25).weight);
+    assert_eq!(plain.weight, solve(Some(&[4.0; 64]), 0.0).weight);
+}
+
+#[test]
+fn zero_alpha_ignores_drift() {
+    let layer = layer(10, 32, 64, 2);
+    let mut without = Statistics::new(32, false);
+    without.add("layer", &layer.u, None, None).unwrap();
+    let scheme = scheme(3, Some(8), false);
+    let one = gptq(
+        "layer",
+        &layer.w,
+        &layer.statistics,
+        scheme,
+        &with(true, 0.0),
+    )
+    .unwrap();
+    let two = gptq("layer", &layer.w, &without, scheme, &with(true, 0.0)).unwrap();
+    assert_eq!(one, two);
+    let missing = gptq("layer", &layer.w, &without, scheme, &with(true, 0.25));
+    assert!(matches!(missing, Err(Error::Missing { .. })));
+}
+
+/// A mean, not a theorem: houses.md (e).
+#[test]
+fn gptq_beats_rounding_and_gptaq_follows_the_full_precision_stream_on_the_mean() {
+    let (mut rounding, mut plain, mut drift_plain, mut drift_pulled) = (0.0, 0.0, 0.0, 0.0);
+    for seed in 0..12 {
+        let layer = layer(16, 64, 256, seed);
+        let scheme = scheme(3, Some(16), false);
+        let nearest = rtn("layer", &layer.w, scheme, Clip::None).unwrap();
+        let hessian = layer.statistics.hessian();
+        rounding += layer_loss(&layer.w, &nearest.dequantize(), &hessian);
+        let solve = |alpha| {
+            gptq(
+                "layer",
+                &layer.w,
+                &layer.statistics,
+                scheme,
+                &with(true, alpha),
+            )
+            .unwrap()
+        };
+        let (gptq, gptaq) = (solve(0.0), solve(0.25));
+        plain += gptq.loss;
+        drift_plain += stream_loss(&layer, &gptq.weight);
+        drift_pulled += stream_loss(&layer, &gptaq.weight);
     }
+    assert!(plain < 0.7 * rounding, "{plain} {rounding}");
+    assert!(
+        drift_pulled < 0.97 * drift_plain,
+        "{drift_pulled} {drift_plain}"
+    );
+}
 
-    /// Invariant (1) and (3): equal weights are no weights, and weight 2 is the token twice.
-    #[test]
-    fn weights_count_tokens(seed in 0u64..1000) {
-        let layer = Layer::new(seed);
-        let scheme = scheme(3, Some(8), true);
-        let mut doubled = Statistics::new(IN, true);
-        let weights: Vec<f32> = (0..60).map(|n| if n % 3 == 0 { 2.0 } else { 1.0 }).collect();
-        let tokens: Vec<usize> = (0..60).flat_map(|n| vec![n; weights[n] as usize]).collect();
-        let repeat = |m: &Matrix| Matrix::from_fn(tokens.len(), IN, |n, i| m[(tokens[n], i)]);
-        doubled.add("m", &repeat(&layer.u), Some(&repeat(&layer.f)), None).unwrap();
-        let a = gptq("m", &layer.w, &layer.statistics(Some(&weights)), scheme, &settings(true, 0.25)).unwrap();
-        let b = gptq("m", &layer.w, &doubled, scheme, &settings(true, 0.25)).unwrap();
-        prop_assert!((a.loss / b.loss - 1.0).abs() < 0.02, "{} {}", a.loss, b.loss);
-        let ones = layer.statistics(Some(&[1.0; 60]));
-        let c = gptq("m", &layer.w, &ones, scheme, &settings(true, 0.25)).unwrap();
-        let plain = layer.solve(scheme, &settings(true, 0.25));
-        prop_assert_eq!(c.weight, plain.weight);
+/// ‖ŴU − WF‖², GPTAQ's objective.
+fn stream_loss(layer: &Layer, weight: &QuantizedWeight) -> f64 {
+    let q = weight.dequantize();
+    let dot = |a: &[f32], b: &[f32]| -> f64 {
+        a.iter()
+            .zip(b)
+            .map(|(a, b)| f64::from(*a) * f64::from(*b))
+            .sum()
+    };
+    let mut sum = 0.0;
+    for token in 0..layer.u.rows() {
+        for row in 0..q.rows() {
+            let target = dot(layer.w.row(row), layer.f.row(token));
+            sum += (dot(q.row(row), layer.u.row(token)) - target).powi(2);
+        }
     }
+    sum
+}
 
-    /// Inside its grid's range no weight of RTN is off by more than half a step.
-    #[test]
-    fn rounding_is_to_the_nearest(seed in 0u64..1000, scheme in schemes()) {
-        let w = random(OUT, IN, seed);
-        let q = rtn("m", &w, scheme, Clip::None).unwrap();
-        let back = q.dequantize();
-        let group_len = scheme.group_size().unwrap_or(IN);
-        for row in 0..OUT {
-            for col in 0..IN {
-                let group = col / group_len;
-                let scale = q.scales()[(row, group)];
-                let zero = f32::from(q.zero_points()[row * q.scales().cols() + group]);
-                let top = (f32::from(scheme.max_code()) - zero) * scale;
-                let inside = w[(row, col)] >= -zero * scale && w[(row, col)] <= top;
-                let error = (w[(row, col)] - back[(row, col)]).abs();
-                prop_assert!(!inside || error <= scale * (0.5 + 1e-5));
+#[test]
+fn singular_hessians_are_damped_and_the_steps_recorded() {
+    let layer = layer(8, 32, 5, 3);
+    let scheme = scheme(4, Some(16), true);
+    let solve = |dampening_frac, ladder: &[f64]| {
+        let settings = SolverSettings {
+            dampening_frac,
+            dampening_ladder: ladder.to_vec(),
+            ..Default::default()
+        };
+        gptq("layer", &layer.w, &layer.statistics, scheme, &settings)
+    };
+    let solved = solve(0.01, &[]).unwrap();
+    assert_eq!(
+        (solved.dampening_frac, solved.dampening_steps),
+        (0.01, vec![])
+    );
+    let solved = solve(0.0, &[1e-12, 0.02, 0.5]).unwrap();
+    assert_eq!(solved.dampening_frac, 0.02);
+    assert_eq!(solved.dampening_steps, [0.0, 1e-12]);
+    let Err(Error::Singular {
+        module,
+        pivot,
+        dampening_frac,
+    }) = solve(0.0, &[1e-12])
+    else {
+        panic!("a singular H was accepted");
+    };
+    assert_eq!((module.as_str(), dampening_frac), ("layer", 1e-12));
+    assert!(pivot < 32);
+}
+
+#[test]
+fn dead_columns_are_rounded_to_nearest_and_never_zeroed() {
+    for act_order in [true, false] {
+        let mut layer = layer(8, 32, 64, 4);
+        for token in 0..64 {
+            layer.u[(token, 5)] = 0.0;
+            layer.u[(token, 20)] = 0.0;
+        }
+        let mut statistics = Statistics::new(32, true);
+        statistics
+            .add("layer", &layer.u, Some(&layer.f), None)
+            .unwrap();
+        let scheme = scheme(4, None, true);
+        let settings = with(act_order, 0.25);
+        let solved = gptq("layer", &layer.w, &statistics, scheme, &settings).unwrap();
+        let slow = reference::gptq("layer", &layer.w, &statistics, scheme, &settings).unwrap();
+        assert_eq!(solved.n_dead_columns, 2);
+        assert!(n_different_rows(&solved.weight, &slow.weight) <= MAX_TIED_ROWS);
+        let nearest = rtn("layer", &layer.w, scheme, Clip::None).unwrap();
+        for row in 0..8 {
+            for column in [5, 20] {
+                let index = row * 32 + column;
+                assert_eq!(solved.weight.codes()[index], nearest.codes()[index]);
             }
         }
     }
 }
 
-/// Invariant (11): on a mean over layers, correcting errors beats not correcting them.
 #[test]
-fn gptq_beats_rtn_on_average() {
-    for bits in [2, 3, 4] {
-        let scheme = scheme(bits, Some(8), false);
-        let ratio = |seed: u64| {
-            let layer = Layer::new(seed * 31);
-            let settings = SolverSettings {
-                clip: Clip::Mse,
-                ..settings(true, 0.0)
-            };
-            let solved = layer.solve(scheme, &settings);
-            let nearest = rtn("m", &layer.w, scheme, Clip::Mse).unwrap().dequantize();
-            solved.loss / layer_loss(&layer.w, &nearest, &layer.statistics(None).hessian())
-        };
-        let mean = (0..40).map(ratio).sum::<f64>() / 40.0;
-        assert!(mean < 0.8, "{bits} bits: {mean}");
-    }
-}
-
-/// GPTAQ exists to follow the full-precision stream: it must do so better than GPTQ.
-#[test]
-fn drift_correction_lowers_the_asymmetric_error() {
-    let asymmetric = |layer: &Layer, q: &Matrix| -> f64 {
-        (0..60)
-            .flat_map(|n| (0..OUT).map(move |o| (n, o)))
-            .map(|(n, o)| {
-                let dot =
-                    |m: &Matrix, x: &Matrix| (0..IN).map(|i| m[(o, i)] * x[(n, i)]).sum::<f32>();
-                f64::from(dot(q, &layer.u) - dot(&layer.w, &layer.f)).powi(2)
-            })
-            .sum()
-    };
-    let ratio = |seed: u64| {
-        let layer = Layer::new(seed * 17);
-        let scheme = scheme(4, Some(8), false);
-        let error = |alpha| {
-            let solved = layer.solve(scheme, &settings(true, alpha));
-            asymmetric(&layer, &solved.weight.dequantize())
-        };
-        error(1.0) / error(0.0)
-    };
-    let mean = (0..40).map(ratio).sum::<f64>() / 40.0;
-    assert!(mean < 0.97, "{mean}");
-}
-
-#[test]
-fn equal_streams_make_gptaq_gptq() {
-    let mut layer = Layer::new(3);
-    layer.f = layer.u.clone();
-    let scheme = scheme(3, None, false);
-    let (a, b) = (settings(true, 0.25), settings(true, 0.0));
-    assert_eq!(
-        layer.solve(scheme, &a).weight,
-        layer.solve(scheme, &b).weight
-    );
-}
-
-#[test]
-fn dead_inputs_keep_their_weights() {
-    let mut layer = Layer::new(4);
-    for n in 0..60 {
-        layer.u[(n, 7)] = 0.0;
-        layer.f[(n, 7)] = 0.0;
-    }
-    let scheme = scheme(4, None, false);
-    let factor = Factor::new("m", &layer.statistics(None), &settings(true, 0.25)).unwrap();
-    assert_eq!(factor.n_dead_columns, 1);
-    let solved = layer.solve(scheme, &settings(true, 0.25));
-    let nearest = rtn("m", &layer.w, scheme, Clip::None).unwrap();
-    for row in 0..OUT {
-        assert_eq!(
-            solved.weight.codes()[row * IN + 7],
-            nearest.codes()[row * IN + 7]
-        );
-    }
-}
-
-#[test]
-fn no_weight_at_all_is_rtn_and_never_zero() {
-    let layer = Layer::new(5);
-    let scheme = scheme(3, Some(8), false);
-    let none = layer.statistics(Some(&[0.0; 60]));
-    let solved = gptq("m", &layer.w, &none, scheme, &settings(true, 0.25)).unwrap();
-    assert_eq!(
-        solved.weight,
-        rtn("m", &layer.w, scheme, Clip::None).unwrap()
-    );
-}
-
-#[test]
-fn fewer_tokens_than_inputs_are_damped() {
-    let layer = Layer::new(6);
-    let mut s = Statistics::new(IN, false);
-    let first = Matrix::from_fn(6, IN, |n, i| layer.u[(n / 2, i)]);
-    s.add("m", &first, None, None).unwrap();
-    let solved = gptq(
-        "m",
-        &layer.w,
-        &s,
-        scheme(3, None, false),
-        &settings(true, 0.0),
-    )
-    .unwrap();
-    assert!(solved.loss.is_finite() && solved.loss < solved.energy);
-}
-
-#[test]
-fn the_ladder_is_climbed_and_reported() {
-    let mut s = Statistics::new(2, false);
-    s.add("m", &Matrix::from_fn(1, 2, |_, _| 1.0), None, None)
+fn vanished_importance_is_an_error() {
+    let layer = layer(8, 32, 64, 5);
+    let mut statistics = Statistics::new(32, false);
+    statistics
+        .add("layer", &layer.u, None, Some(&[0.0; 64]))
         .unwrap();
-    let none = SolverSettings {
-        dampening_frac: 0.0,
-        dampening_ladder: vec![],
-        ..SolverSettings::default()
-    };
-    let singular = Factor::new("m", &s, &none);
-    assert!(
-        matches!(singular, Err(Error::Singular { dampening_frac, .. }) if dampening_frac == 0.0)
+    let solved = gptq(
+        "layer",
+        &layer.w,
+        &statistics,
+        scheme(4, None, true),
+        &with(true, 0.0),
     );
-    let ladder = SolverSettings {
-        dampening_ladder: vec![0.0, 0.1],
-        ..none
-    };
-    let factor = Factor::new("m", &s, &ladder).unwrap();
-    assert_eq!(
-        (factor.dampening_frac, factor.dampening_steps),
-        (0.1, vec![0.0])
-    );
+    assert!(matches!(solved, Err(Error::Singular { .. })));
 }
 
 #[test]
-fn broken_input_is_refused() {
-    let layer = Layer::new(7);
-    let s = layer.statistics(None);
-    let solve = |w: &Matrix, scheme| gptq("m", w, &s, scheme, &settings(true, 0.0));
-    let mut broken = layer.w.clone();
-    broken[(0, 0)] = f32::INFINITY;
-    assert!(matches!(
-        solve(&broken, scheme(3, None, false)),
-        Err(Error::NotFinite { .. })
-    ));
-    assert!(matches!(
-        rtn("m", &broken, scheme(3, None, false), Clip::None),
-        Err(Error::NotFinite { .. })
-    ));
-    let g16 = scheme(3, Some(16), false);
-    assert!(matches!(solve(&layer.w, g16), Err(Error::Invalid { .. })));
-    assert!(matches!(
-        solve(&random(2, 8, 0), scheme(3, None, false)),
-        Err(Error::Shape { .. })
-    ));
-    let without = Statistics::new(IN, false);
-    let asked = Factor::new("m", &without, &settings(true, 0.5));
-    assert!(matches!(asked, Err(Error::Missing { .. })));
+fn bad_numbers_shapes_and_settings_are_errors() {
+    let layer = layer(4, 32, 64, 6);
+    let scheme = scheme(4, Some(16), true);
+    let solve = |w: &Matrix, statistics: &Statistics, settings: &SolverSettings| {
+        gptq("layer", w, statistics, scheme, settings)
+    };
+    let settings = with(true, 0.25);
+    let mut w = layer.w.clone();
+    w[(1, 3)] = f32::NAN;
+    let stage = |result: Result<Solved>| match result {
+        Err(Error::NotFinite { stage, .. }) => stage,
+        other => format!("{other:?}"),
+    };
+    assert_eq!(stage(solve(&w, &layer.statistics, &settings)), "weights");
+    let mut hessian = layer.statistics.hessian();
+    hessian[(9, 3)] = f32::NAN;
+    let broken = Statistics::from_moments(&hessian, None);
+    assert_eq!(stage(solve(&layer.w, &broken, &with(true, 0.0))), "hessian");
+    let wide = layer.w.clone().into_vec();
+    let wide = Matrix::from_vec("wide", 2, 64, wide).unwrap();
+    let result = solve(&wide, &layer.statistics, &settings);
+    assert!(matches!(result, Err(Error::Shape { .. })));
+    let narrow = Matrix::from_fn(4, 24, |_, _| 1.0);
+    let result = solve(&narrow, &Statistics::new(24, true), &settings);
+    assert!(matches!(result, Err(Error::Invalid { .. })));
+    let bad = [
+        SolverSettings {
+            dampening_frac: -1.0,
+            ..Default::default()
+        },
+        SolverSettings {
+            dampening_ladder: vec![f64::NAN],
+            ..Default::default()
+        },
+        SolverSettings {
+            alpha: 1.5,
+            ..Default::default()
+        },
+        SolverSettings {
+            alpha: f32::NAN,
+            ..Default::default()
+        },
+        SolverSettings {
+            col_block: 0,
+            ..Default::default()
+        },
+    ];
+    for settings in bad {
+        let result = solve(&layer.w, &layer.statistics, &settings);
+        assert!(matches!(result, Err(Error::Invalid { .. })), "{settings:?}");
+    }
 }
 
 #[test]
-fn any_number_of_threads_gives_the_same_codes() {
-    let mut s = Statistics::new(IN, true);
-    let layer = Layer::new(8);
-    s.add("m", &layer.u, Some(&layer.f), None).unwrap();
-    let w = random(150, IN, 9);
-    let on = |n: usize| {
+fn huge_weights_overflow_f16_scales_loudly() {
+    let w = Matrix::from_fn(2, 16, |_, j| j as f32 * 1e6);
+    let scheme = Scheme::new(4, None, true, ScaleDtype::F16).unwrap();
+    let result = rtn("layer", &w, scheme, Clip::None);
+    assert!(matches!(result, Err(Error::NotFinite { .. })));
+}
+
+#[test]
+fn same_bytes_for_any_number_of_threads() {
+    let layer = layer(70, 328, 400, 7);
+    let solve = |n_threads| {
         let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(n)
+            .num_threads(n_threads)
             .build()
             .unwrap();
         pool.install(|| {
-            gptq(
-                "m",
-                &w,
-                &s,
-                scheme(3, Some(8), false),
-                &settings(true, 0.25),
-            )
-            .unwrap()
+            let mut statistics = Statistics::new(328, true);
+            let weights: Vec<f32> = (0..400).map(|i| 0.1 + i as f32).collect();
+            let f = Some(&layer.f);
+            statistics
+                .add("layer", &layer.u, f, Some(&weights))
+                .unwrap();
+            let settings = with(true, 0.25);
+            let scheme = scheme(3, Some(8), false);
+            let solved = gptq("layer", &layer.w, &statistics, scheme, &settings).unwrap();
+            let factor = super::factor::Factor::new("layer", &statistics, &settings).unwrap();
+            let (upper, pull) = (factor.unit_upper.clone(), factor.pull.clone());
+            (statistics, solved, upper, pull)
         })
     };
-    let (one, three) = (on(1), on(3));
-    assert_eq!(one.weight, three.weight);
-    assert_eq!(one.loss, three.loss);
+    let one = solve(1);
+    for n_threads in [2, 3, 8] {
+        assert!(solve(n_threads) == one, "{n_threads} threads");
+    }
 }
 
-/// Losses of the independent implementation (testdata/solver, by tests/oracle/solver_golden.py).
-const GOLDEN_LOSS_TOLERANCE: f64 = 1e-3;
+#[test]
+fn loss_is_the_weighted_output_error() {
+    let layer = layer(70, 300, 350, 8);
+    let nearest = rtn("layer", &layer.w, scheme(2, None, false), Clip::Mse).unwrap();
+    let q = nearest.dequantize();
+    let mut statistics = Statistics::new(300, false);
+    let weights: Vec<f32> = (0..350).map(|i| (i % 5) as f32).collect();
+    statistics
+        .add("layer", &layer.u, None, Some(&weights))
+        .unwrap();
+    let mut expected = 0.0;
+    for (token, weight) in weights.iter().enumerate() {
+        for row in 0..70 {
+            let differences = layer.w.row(row).iter().zip(q.row(row)).map(|(w, q)| w - q);
+            let products = differences.zip(layer.u.row(token));
+            let error: f64 = products.map(|(d, u)| f64::from(d) * f64::from(*u)).sum();
+            expected += f64::from(*weight) * error * error;
+        }
+    }
+    let nothing = Matrix::zeros(70, 300);
+    let energy = layer_loss(&layer.w, &nothing, &statistics.hessian());
+    let solved = gptq(
+        "layer",
+        &layer.w,
+        &statistics,
+        scheme(2, None, false),
+        &with(true, 0.0),
+    );
+    assert_eq!(solved.unwrap().energy, energy);
+    let loss = layer_loss(&layer.w, &q, &statistics.hessian());
+    // f32 sums of 350 tokens and 300 columns with random signs.
+    assert!(
+        (loss - expected).abs() < 1e-5 * expected,
+        "{loss} {expected}"
+    );
+    assert!(layer_loss(&layer.w, &layer.u, &statistics.hessian()).is_nan());
+}
 
 #[test]
-fn an_independent_implementation_finds_the_same() {
-    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata/solver");
-    let bytes = std::fs::read(folder.join("layer.safetensors")).unwrap();
-    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
-    let matrix = |name: &str| {
-        let view = tensors.tensor(name).unwrap();
-        let values = view.data().chunks_exact(4);
-        let values = values
-            .map(|b| f32::from_le_bytes(b.try_into().unwrap()))
-            .collect();
-        let rows = view.shape()[0];
-        let cols = view.shape().get(1).copied().unwrap_or(1);
-        Matrix::from_vec(name, rows, cols, values).unwrap()
+fn a_weight_is_checked_when_it_is_made() {
+    let make = |codes: Vec<u8>, scales: Vec<f32>, zeros: Vec<u8>, symmetric| {
+        let scales = Matrix::from_vec("scales", 1, scales.len(), scales).unwrap();
+        QuantizedWeight::new(
+            "layer",
+            scheme(2, Some(8), symmetric),
+            [1, 16],
+            codes,
+            scales,
+            zeros,
+        )
     };
-    let (w, u, f) = (matrix("w"), matrix("u"), matrix("f"));
-    let mut s = Statistics::new(w.cols(), true);
-    s.add("golden", &u, Some(&f), Some(matrix("token_weights").data()))
-        .unwrap();
-    let cases = std::fs::read(folder.join("cases.json")).unwrap();
-    let cases: serde_json::Value = serde_json::from_slice(&cases).unwrap();
-    for (i, case) in cases.as_array().unwrap().iter().enumerate() {
-        let scheme = scheme(
-            case["bits"].as_u64().unwrap() as u8,
-            Some(case["group"].as_u64().unwrap() as usize),
-            case["symmetric"].as_bool().unwrap(),
+    let good = make(vec![3; 16], vec![0.5, 2.0], vec![2, 2], true).unwrap();
+    assert_eq!(good.dequantize().row(0)[7..9], [0.5, 2.0]);
+    assert_eq!((good.rows(), good.cols(), good.n_groups()), (1, 16, 2));
+    let bad = [
+        make(vec![3; 15], vec![0.5, 2.0], vec![2, 2], true),
+        make(vec![4; 16], vec![0.5, 2.0], vec![2, 2], true),
+        make(vec![3; 16], vec![0.5, 2.0], vec![2, 1], true),
+        make(vec![3; 16], vec![0.5, 2.0], vec![2, 4], false),
+        make(vec![3; 16], vec![0.5, 2.0], vec![2], false),
+        make(vec![3; 16], vec![0.5], vec![2, 2], false),
+        make(vec![3; 16], vec![0.5, -2.0], vec![2, 2], false),
+        make(vec![3; 16], vec![0.5, 0.0], vec![2, 2], false),
+        make(vec![3; 16], vec![0.5, f32::NAN], vec![2, 2], false),
+        make(vec![3; 16], vec![0.5, 0.1], vec![2, 2], false),
+    ];
+    for (index, weight) in bad.into_iter().enumerate() {
+        assert!(weight.is_err(), "case {index}");
+    }
+}
+
+/// Loss and codes against plain numpy in f64, whose source is `tests/oracle/solver_golden.py`.
+#[test]
+fn agrees_with_numpy() {
+    let file = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/testdata/solver/cases.safetensors"
+    );
+    let bytes = std::fs::read(file).unwrap();
+    let (_, header) = SafeTensors::read_metadata(&bytes).unwrap();
+    let golden = Golden(SafeTensors::deserialize(&bytes).unwrap());
+    let cases = header.metadata().as_ref().unwrap()["cases"].clone();
+    let cases: Vec<serde_json::Value> = serde_json::from_str(&cases).unwrap();
+    assert_eq!(cases.len(), 15);
+    for (index, case) in cases.iter().enumerate() {
+        golden.check(index, case);
+    }
+}
+
+struct Golden<'a>(SafeTensors<'a>);
+
+impl Golden<'_> {
+    fn bytes(&self, name: &str) -> Vec<u8> {
+        self.0.tensor(name).unwrap().data().to_vec()
+    }
+
+    fn matrix(&self, name: &str) -> Matrix {
+        let values = self.bytes(name);
+        let values = values
+            .chunks_exact(4)
+            .map(|b| f32::from_le_bytes(b.try_into().unwrap()));
+        let shape = self.0.tensor(name).unwrap().shape().to_vec();
+        let cols = shape.get(1).copied().unwrap_or(1);
+        Matrix::from_vec(name, shape[0], cols, values.collect()).unwrap()
+    }
+
+    fn check(&self, index: usize, case: &serde_json::Value) {
+        let group_size = case["group_size"].as_u64().map(|g| g as usize);
+        let dtype = serde_json::from_value(case["dtype"].clone()).unwrap();
+        let bits = case["bits"].as_u64().unwrap() as u8;
+        let symmetric = case["symmetric"].as_bool().unwrap();
+        let scheme = Scheme::new(bits, group_size, symmetric, dtype).unwrap();
+        let settings: SolverSettings = serde_json::from_value(case.clone()).unwrap();
+        let w = self.matrix("weight");
+        let (u, f) = (self.matrix("quantized"), self.matrix("full"));
+        let omega = self.matrix("token_weights");
+        let omega = case["weighted"].as_bool().unwrap().then_some(omega.data());
+        let mut statistics = Statistics::new(w.cols(), true);
+        statistics.add("layer", &u, Some(&f), omega).unwrap();
+        let weight = if case["method"] == "rtn" {
+            rtn("layer", &w, scheme, settings.clip).unwrap()
+        } else {
+            gptq("layer", &w, &statistics, scheme, &settings)
+                .unwrap()
+                .weight
+        };
+        let expected = QuantizedWeight::new(
+            "numpy",
+            scheme,
+            [w.rows(), w.cols()],
+            self.bytes(&format!("{index}.codes")),
+            self.matrix(&format!("{index}.scales")),
+            self.bytes(&format!("{index}.zero_points")),
         );
-        let settings = settings(
-            case["act_order"].as_bool().unwrap(),
-            case["alpha"].as_f64().unwrap() as f32,
-        );
-        let solved = gptq("golden", &w, &s, scheme, &settings).unwrap();
-        let loss = case["loss"].as_f64().unwrap();
-        let off = (solved.loss / loss - 1.0).abs();
+        let expected = expected.unwrap();
+        let loss = layer_loss(&w, &weight.dequantize(), &statistics.hessian());
+        let numpy_loss = case["loss"].as_f64().unwrap();
+        let mut scales = weight.scales().data().iter().zip(expected.scales().data());
+        // Ours come from f32 ranges, and numpy's from f64 ones: some roundings, if not stored in 16
+        // bits.
+        let is_close = |(a, b): (&f32, &f32)| (a - b).abs() <= 4.0 * f32::EPSILON * b;
+        assert!(scales.all(is_close), "case {index}");
         assert!(
-            off <= GOLDEN_LOSS_TOLERANCE,
-            "case {i}: {} for {loss}",
-            solved.loss
+            agree((&weight, loss), (&expected, numpy_loss)),
+            "case {index}: {loss}"
         );
-        let golden = tensors.tensor(&format!("codes.{i}")).unwrap();
-        let equal = solved
-            .weight
-            .codes()
-            .iter()
-            .zip(golden.data())
-            .filter(|(a, b)| a == b);
-        let share = equal.count() as f64 / golden.data().len() as f64;
-        assert!(share >= 0.995, "case {i}: {share} of the codes");
     }
 }

@@ -1,0 +1,88 @@
+//! The error that a quantized weight makes on the calibration data.
+
+use crate::Matrix;
+use faer::linalg::matmul::matmul;
+use faer::{Accum, MatMut, MatRef, Par};
+use rayon::prelude::*;
+
+/// Columns of H multiplied at once.
+const BAND: usize = 256;
+
+/// Rows of the weight handled by one thread.
+const CHUNK_ROWS: usize = 128;
+
+/// tr((W − Q) H (W − Q)ᵀ) = Σ_n ω_n ‖(W − Q) u_n‖², the squared output error summed over rows and
+/// weighted tokens, divided by nothing.
+///
+/// Shapes: `w` and `q` `[out, in]`, `hessian [in, in]` symmetric, of which only the lower triangle
+/// is read. Products are f32, sums over products f64. NaN if the shapes disagree.
+pub fn layer_loss(w: &Matrix, q: &Matrix, hessian: &Matrix) -> f64 {
+    let n = w.cols();
+    let fits = q.rows() == w.rows() && [q.cols(), hessian.rows(), hessian.cols()] == [n; 3];
+    if !fits {
+        return f64::NAN;
+    }
+    let difference: Vec<f32> = w.data().iter().zip(q.data()).map(|(w, q)| w - q).collect();
+    sum_of_chunks(&difference, n, hessian)
+}
+
+/// tr(W H Wᵀ), the squared output that a loss is to be compared with; units and layout of
+/// [`layer_loss`].
+pub(crate) fn weighted_energy(w: &Matrix, hessian_lower: &Matrix) -> f64 {
+    sum_of_chunks(w.data(), w.cols(), hessian_lower)
+}
+
+fn sum_of_chunks(d: &[f32], n: usize, hessian: &Matrix) -> f64 {
+    let chunks = d.par_chunks(CHUNK_ROWS * n.max(1));
+    let sums: Vec<f64> = chunks
+        .map(|rows| quadratic_form(rows, n, hessian))
+        .collect();
+    sums.iter().sum()
+}
+
+/// tr(D H Dᵀ) of the rows D: each band of H's rows meets the columns before it twice, by symmetry.
+fn quadratic_form(d: &[f32], n: usize, hessian: &Matrix) -> f64 {
+    let n_rows = d.len() / n;
+    let view = MatRef::from_row_major_slice(d, n_rows, n);
+    let mut sum = 0.0;
+    let mut product = vec![0.0f32; n_rows * n];
+    for start in (0..n).step_by(BAND) {
+        let width = BAND.min(n - start);
+        let own = view.subcols(start, width);
+        let mut times = |matrix: MatRef<'_, f32>, column: usize| -> f64 {
+            let n_cols = matrix.ncols();
+            let product = &mut product[..n_rows * n_cols];
+            let target = MatMut::from_row_major_slice_mut(product, n_rows, n_cols);
+            matmul(target, Accum::Replace, own, matrix, 1.0, Par::Seq);
+            let pairs = product.chunks_exact(n_cols.max(1)).zip(d.chunks_exact(n));
+            pairs
+                .map(|(product, d)| dot(product, &d[column..][..n_cols]))
+                .sum()
+        };
+        sum += 2.0 * times(hessian.as_faer().submatrix(start, 0, width, start), 0);
+        sum += times(symmetric_corner(hessian, start, width).as_faer(), start);
+    }
+    sum
+}
+
+/// f64 sum of products, in eight interleaved sums so that it vectorises.
+fn dot(a: &[f32], b: &[f32]) -> f64 {
+    let (a, a_rest) = a.as_chunks::<8>();
+    let (b, b_rest) = b.as_chunks::<8>();
+    let mut sums = [0.0f64; 8];
+    for (a, b) in a.iter().zip(b) {
+        for ((sum, a), b) in sums.iter_mut().zip(a).zip(b) {
+            *sum += f64::from(*a) * f64::from(*b);
+        }
+    }
+    let rest = a_rest.iter().zip(b_rest);
+    let rest: f64 = rest.map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+    sums.iter().sum::<f64>() + rest
+}
+
+/// The square of H on the diagonal, both triangles filled from the lower.
+fn symmetric_corner(hessian: &Matrix, start: usize, width: usize) -> Matrix {
+    Matrix::from_fn(width, width, |i, j| {
+        hessian[(start + i.max(j), start + i.min(j))]
+    })
+}

@@ -1,0 +1,157 @@
+//! A weight on its grid.
+
+use super::grid::check_scales;
+use crate::plan::Scheme;
+use crate::{Error, Matrix, Result};
+
+/// Codes, scales and zero points of one linear: w = (code − zero_point) · scale.
+#[derive(Clone, Debug, PartialEq)]
+pub struct QuantizedWeight {
+    scheme: Scheme,
+    rows: usize,
+    cols: usize,
+    codes: Vec<u8>,
+    scales: Matrix,
+    zero_points: Vec<u8>,
+}
+
+impl QuantizedWeight {
+    /// A weight of `shape` `[rows, cols]` from its parts, for solvers and readers of files.
+    ///
+    /// Shapes: `codes [rows, cols]` in original column order, `scales` and `zero_points`
+    /// `[rows, n_groups]`.
+    /// # Errors
+    /// [`Error::Invalid`] if the group size does not divide the columns, a code or zero point has
+    /// more bits than the scheme, a symmetric scheme's zero point is not the middle code, or a
+    /// scale is not positive or changes when it is stored; [`Error::Shape`] for other lengths;
+    /// [`Error::NotFinite`] for NaN or infinite scales.
+    pub fn new(
+        module: &str,
+        scheme: Scheme,
+        shape: [usize; 2],
+        codes: Vec<u8>,
+        scales: Matrix,
+        zero_points: Vec<u8>,
+    ) -> Result<Self> {
+        let [rows, cols] = shape;
+        let n_groups = cols / scheme.group_len(module, cols)?;
+        let expect = |part: &str, expected: [usize; 2], found: Vec<usize>, n: usize| {
+            if expected[0].checked_mul(expected[1]) == Some(n) {
+                return Ok(());
+            }
+            Err(Error::Shape {
+                module: format!("{part} of {module}"),
+                expected: expected.to_vec(),
+                found,
+            })
+        };
+        expect("codes", shape, vec![codes.len()], codes.len())?;
+        let groups = [rows, n_groups];
+        expect(
+            "zero points",
+            groups,
+            vec![zero_points.len()],
+            zero_points.len(),
+        )?;
+        let found = [scales.rows(), scales.cols()];
+        let n_found = if found == groups {
+            rows * n_groups
+        } else {
+            usize::MAX
+        };
+        expect("scales", groups, found.to_vec(), n_found)?;
+        let weight = Self {
+            scheme,
+            rows,
+            cols,
+            codes,
+            scales,
+            zero_points,
+        };
+        weight.check_values(module)?;
+        Ok(weight)
+    }
+
+    /// Number format.
+    pub fn scheme(&self) -> Scheme {
+        self.scheme
+    }
+
+    /// Output features.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Input features.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Groups of columns in each row.
+    pub fn n_groups(&self) -> usize {
+        self.scales.cols()
+    }
+
+    /// Codes `[rows, cols]`, row after row, columns in original order.
+    pub fn codes(&self) -> &[u8] {
+        &self.codes
+    }
+
+    /// Scales `[rows, n_groups]`, exactly representable in their storage type.
+    pub fn scales(&self) -> &Matrix {
+        &self.scales
+    }
+
+    /// Zero points `[rows, n_groups]`; 2^(bits−1) throughout if the scheme is symmetric.
+    pub fn zero_points(&self) -> &[u8] {
+        &self.zero_points
+    }
+
+    /// The weight `[rows, cols]` that the codes stand for, computed in f32.
+    pub fn dequantize(&self) -> Matrix {
+        let group_len = self.cols / self.n_groups().max(1);
+        let mut values = Matrix::zeros(self.rows, self.cols);
+        let groups = values.data_mut().chunks_mut(group_len.max(1));
+        for (index, (values, codes)) in groups.zip(self.codes.chunks(group_len.max(1))).enumerate()
+        {
+            let scale = self.scales.data()[index];
+            let zero = f32::from(self.zero_points[index]);
+            for (value, code) in values.iter_mut().zip(codes) {
+                *value = (f32::from(*code) - zero) * scale;
+            }
+        }
+        values
+    }
+
+    fn check_values(&self, module: &str) -> Result<()> {
+        let invalid = |what: &str, why: String| {
+            Err(Error::Invalid {
+                what: format!("{what} of {module}"),
+                why,
+            })
+        };
+        let max_code = self.scheme.max_code();
+        if let Some(code) = self.codes.iter().find(|code| **code > max_code) {
+            return invalid("code", format!("{code} found, at most {max_code} expected"));
+        }
+        let middle = max_code / 2 + 1;
+        let allowed = if self.scheme.symmetric() {
+            middle..=middle
+        } else {
+            0..=max_code
+        };
+        if let Some(zero) = self.zero_points.iter().find(|z| !allowed.contains(z)) {
+            return invalid("zero point", format!("{zero} found, {allowed:?} expected"));
+        }
+        check_scales(module, &self.scales)?;
+        let dtype = self.scheme.scale_dtype();
+        let is_bad = |scale: &&f32| !(**scale > 0.0 && dtype.round(**scale) == **scale);
+        if let Some(scale) = self.scales.data().iter().find(is_bad) {
+            return invalid(
+                "scale",
+                format!("{scale:e} found, a positive {dtype:?} expected"),
+            );
+        }
+        Ok(())
+    }
+}
