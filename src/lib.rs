@@ -1,4 +1,44 @@
 //! Post-training quantization of vision-language models with importance-weighted Hessians.
+//!
+//! ```text
+//! checkpoint ─► model, one layer at a time ─► two streams per sample:  F (full precision)  U (quantized so far)
+//!                    ▲                                │
+//! images + text ─► processor ─► samples               ▼
+//!                                        importance   g = ‖∂L_layer/∂z‖ per token, one analytic backward
+//!                                                     │
+//!                                        statistics   H = Σ ω u uᵀ,  C = Σ ω (f − u) uᵀ
+//!                                                     │
+//!                                        solver       codes, scales, zero points
+//!                                                     │
+//!                                        pack ─► export ─► verify ─► eval ─► report
+//! ```
+//! A weight travels this line once, from disk to disk.
+//!
+//! | word | meaning |
+//! |---|---|
+//! | module | one linear, by its checkpoint name |
+//! | layer | one transformer layer |
+//! | group | columns that share a scale |
+//! | col_block | columns whose corrections the solver gathers |
+//! | stage | the linears of a layer that see the same inputs |
+//! | F, U | the full-precision and the quantized stream of hidden states |
+//! | ω, g | a token's weight, and the importance factor it comes from |
+//!
+//! # Example
+//! One matrix, without a model:
+//! ```
+//! use vlmq::{Matrix, plan::{ScaleDtype, Scheme}, solver::{SolverSettings, gptq}};
+//! use vlmq::statistics::Statistics;
+//!
+//! let weight = Matrix::from_fn(8, 32, |row, col| ((row * 7 + col * 3) % 11) as f32 - 5.0);
+//! let inputs = Matrix::from_fn(64, 32, |token, col| ((token * 5 + col * 13) % 17) as f32 - 8.0);
+//! let mut statistics = Statistics::new(32, false);
+//! statistics.add("example", &inputs, None, None)?;
+//! let scheme = Scheme::new(4, Some(16), false, ScaleDtype::Bf16)?;
+//! let solved = gptq("example", &weight, &statistics, scheme, &SolverSettings::default())?;
+//! assert!(solved.loss < 0.01 * solved.energy);
+//! # Ok::<(), vlmq::Error>(())
+//! ```
 #![deny(missing_docs)]
 #![cfg_attr(not(test), deny(clippy::unwrap_used))]
 

@@ -1,6 +1,7 @@
 //! What a run will hold in memory and write to disk, told before it begins.
 
 use crate::model::qwen2_vl::Qwen2Vl;
+use crate::pipeline::CHUNK_TOKENS;
 use crate::recipe::Recipe;
 use crate::report::peak_memory_bytes;
 use serde::Serialize;
@@ -17,9 +18,9 @@ pub struct MemoryPlan {
     pub vision: u64,
     /// Hidden states and stage inputs of all samples.
     pub streams: u64,
-    /// One layer twice, full and quantized, as read and as f32.
+    /// The layer at work in f32, and the checkpoint's pages, which are read in the end to be copied.
     pub layer: u64,
-    /// H and C of the stage that needs most, with their factor.
+    /// H and C of the stage that needs most, with the inputs they come from or with their factor.
     pub solver: u64,
 }
 
@@ -44,31 +45,36 @@ pub fn plan_memory(model: &Qwen2Vl, recipe: &Recipe, n_tokens: &[usize]) -> Memo
     let with_full = recipe.needs_full_stream(&schemes);
     let with_cross = schemes.iter().any(|s| recipe.alpha(*s) != 0.0);
     let calibrated = u64::from(recipe.needs_calibration());
-    let layer: u64 = model
+    let sizes = model
         .layer_modules(0)
-        .iter()
-        .map(|m| (m.shape[0] * m.shape[1]) as u64)
-        .sum();
+        .into_iter()
+        .map(|m| (m.shape[0] * m.shape[1]) as u64);
+    // A layer three times in f32 (full, quantized, being replaced); RTN takes module by module.
+    let weights = match recipe.needs_calibration() {
+        true => 3 * sizes.sum::<u64>(),
+        false => 2 * sizes.max().unwrap_or(0),
+    };
     let mapped: u64 = model.checkpoint().total_bytes();
 
     // Per token: U's residual and stage input, rotary tables; F's residual, attention input and y.
     let own = hidden + inter.max(heads) + 2 * decoder.head_dim as u64;
     let full = if with_full { 2 * hidden + heads } else { 0 };
-    // One chunk of inputs in both streams, stacked and scaled, on top of the samples' own.
-    let chunk = tokens.min(4096) * inter * if with_cross { 5 } else { 3 };
-    let statistics = |n: u64| n * n * F32 * if with_cross { 3 } else { 2 };
-    let factor = |n: u64| n * n * (F64 * if with_cross { 4 } else { 2 } + 2 * F32);
-    let weighted = if recipe.importance.is_some() { 3 } else { 1 };
-    let qkv = weighted * statistics(hidden) + factor(hidden);
-    let down = statistics(inter) + factor(inter);
+    // One chunk of inputs: stacked, scaled, and with C the other stream's and their difference.
+    let chunk = tokens.min(CHUNK_TOKENS as u64) * if with_cross { 5 } else { 3 } * F32;
+    let statistics = |n: u64| n * n * F32 * if with_cross { 2 } else { 1 };
+    let factor = |n: u64| n * n * (F64 * if with_cross { 5 } else { 3 } + 2 * F32);
+    // Statistics of a stage are summed up first and factored then.
+    let stage = |n: u64, n_weightings: u64| n_weightings * statistics(n) + factor(n).max(chunk * n);
+    let n_weightings = if recipe.importance.is_some() { 3 } else { 1 };
+    let solver = stage(hidden, n_weightings).max(stage(inter, 1));
     let vision = model.vision();
     let tower = 12 * vision.embed_dim * vision.embed_dim * vision.depth;
     MemoryPlan {
         process: peak_memory_bytes().unwrap_or(32 << 20),
         vision: calibrated * tower as u64 * F32,
-        streams: calibrated * (tokens * (own + full) + chunk) * F32,
-        layer: 3 * layer * F32 + mapped,
-        solver: calibrated * qkv.max(down),
+        streams: calibrated * tokens * (own + full) * F32,
+        layer: weights * F32 + mapped,
+        solver: calibrated * solver,
     }
 }
 

@@ -26,6 +26,7 @@ use crate::{Error, Result};
 use stage::Stage;
 use std::collections::BTreeMap;
 use std::time::Instant;
+pub use streams::CHUNK_TOKENS;
 use streams::{Shared, Streams};
 
 /// What happens around a run.

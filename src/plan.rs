@@ -107,7 +107,7 @@ impl Scheme {
     /// [`Error::Invalid`] naming `module` if the group size does not divide `in_features`.
     pub fn group_len(self, module: &str, in_features: usize) -> Result<usize> {
         let group_len = self.group_size.unwrap_or(in_features);
-        if in_features == 0 || in_features % group_len != 0 {
+        if in_features == 0 || !in_features.is_multiple_of(group_len) {
             return Err(Error::Invalid {
                 what: format!("--group-size {group_len}"),
                 why: format!(
@@ -137,7 +137,10 @@ impl Scheme {
 }
 
 fn propose_group(in_features: usize) -> String {
-    match [128, 64, 32].into_iter().find(|g| in_features % g == 0) {
+    match [128, 64, 32]
+        .into_iter()
+        .find(|g| in_features.is_multiple_of(*g))
+    {
         Some(g) => format!("use --group-size {g}, or -1 for per-channel"),
         None => "use --group-size -1 for per-channel".to_owned(),
     }

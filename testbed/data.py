@@ -192,6 +192,9 @@ def reading(r, held):
         q.append(("letter", f"what is the first letter in {where}?", word[0]))
         q.append(("letter", f"what is the last letter in {where}?", word[-1]))
         q.append(("length", f"how many letters are in {where}?", str(len(word))))
+    cells = [(cell, label) for cell, label in enumerate(labels) if label]
+    for cell, label in cells[::2]:
+        q.append(("look", f"what is in {place(*divmod(cell, GRID))}?", LABELS[label]))
     q.append(("list", "list the words.", " ".join(words)))
     q.append(("lines", "how many words are there?", str(len(words))))
     q.append(("read top", "read the first word.", words[0]))
@@ -234,6 +237,9 @@ def charts(r, held):
         q.append(("value", f"what is the value of the {colour} bar?", str(value)))
         q.append(("look", f"what color is bar {name}?", colour))
         q.append(("look", f"which bar is {colour}?", name))
+    for name, col, colour in list(zip(names, cols, colours))[::2]:
+        q.append(("look", f"what is in {place(5, col)}?", name))
+        q.append(("look", f"what is in {place(4, col)}?", colour))
     q.append(("list", "list the bars.", " ".join(f"{n}{v}" for n, v in zip(names, values))))
     top, low = values.index(max(values)), values.index(min(values))
     q += [("extreme", "which bar is the highest?", names[top]),

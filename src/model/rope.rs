@@ -61,7 +61,7 @@ impl Rope {
     }
 
     fn from_angles(angles: &[f32], n: usize, device: &Device) -> Result<Self> {
-        let half = if n == 0 { 0 } else { angles.len() / n };
+        let half = angles.len().checked_div(n).unwrap_or(0);
         let table = |f: fn(f32) -> f32| -> Result<Tensor> {
             let values: Vec<f32> = angles.iter().map(|&a| f(a)).collect();
             let values = Tensor::from_vec(values, (n, half), device)?;

@@ -16,7 +16,7 @@ use std::collections::BTreeMap;
 
 /// Tokens whose inputs are put together before they are added to the statistics: enough for a
 /// product at full speed, little enough to stay small.
-const CHUNK_TOKENS: usize = 4096;
+pub const CHUNK_TOKENS: usize = 4096;
 
 /// All samples.
 pub(super) struct Streams {

@@ -1,6 +1,6 @@
 //! From images and messages to what the model reads, exactly as transformers does it.
 //!
-//! [`decode_image`] and [`resize`] serve every family; [`qwen2_vl`] holds what belongs to one
+//! [`decode_image`] and [`mod@resize`] serve every family; [`qwen2_vl`] holds what belongs to one
 //! family, so that another family is another file; [`chat`] renders templates. [`Processor`] joins
 //! them for one checkpoint folder.
 //!

@@ -16,7 +16,7 @@
 //! the width of a block changes nothing. (2) Without `act_order` each group's grid is fitted when
 //! the group is reached, on weights that have received *all* earlier updates; the reference misses
 //! those of the current block. (3) With `act_order` grids are fitted on the original weight
-//! ("static groups"). (4) Dead columns are rounded to nearest, see [`factor`](super::factor).
+//! ("static groups"). (4) Dead columns are rounded to nearest, see [`Factor`].
 //!
 //! Source: arXiv:2210.17323 §3.4, IST-DASLab/gptq@2d65066 gptq.py; arXiv:2504.02692,
 //! Intelligent-Computing-Lab-Yale/GPTAQ@883afc6 gptaq_utils.py.

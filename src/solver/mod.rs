@@ -2,11 +2,11 @@
 //!
 //! W `[out, in]` is the weight, H `[in, in]` the Hessian of its inputs, U the upper triangular
 //! factor of H⁻¹ = UᵀU, Q the weight on its grid. Every solver is a function of numbers only:
-//! - [`rtn`] rounds to nearest;
-//! - [`gptq`] rounds column after column and lets the later columns make up for each error; with
+//! - [`rtn()`] rounds to nearest;
+//! - [`gptq()`] rounds column after column and lets the later columns make up for each error; with
 //!   [`SolverSettings::alpha`] it also pulls towards the full-precision stream (GPTAQ).
 //!
-//! [`mod@reference`] is the same method written from its definition, which [`gptq`] is tested
+//! [`mod@reference`] is the same method written from its definition, which [`gptq()`] is tested
 //! against. Token weights (VLMQ) live in the statistics alone; no solver knows of them.
 
 mod factor;
@@ -41,7 +41,7 @@ pub enum Clip {
     Mse,
 }
 
-/// Settings of [`gptq`].
+/// Settings of [`gptq()`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct SolverSettings {
@@ -102,7 +102,7 @@ impl SolverSettings {
     }
 }
 
-/// What [`gptq`] found, and how.
+/// What [`gptq()`] found, and how.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Solved {
     /// The quantized weight, columns in their original order.
