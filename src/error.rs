@@ -132,7 +132,8 @@ impl Error {
             }
             Self::Format { .. } => "the file is damaged or of another kind; fetch or make it again",
             Self::Missing { .. } => {
-                "complete the folder: a checkpoint needs config.json, its safetensors, tokenizer.json and the processor files"
+                "put what is named there; a checkpoint needs config.json, its safetensors, tokenizer.json \
+                 and the processor's files, a sample its image"
             }
             Self::Shape { .. } => {
                 "config.json and the tensors disagree; use the config that came with these weights"
