@@ -3,7 +3,7 @@
 //! A sweep keeps what its runs share: the original's distributions on every right answer, image
 //! features, and the samples of each seed. Its models live in memory; nothing is written.
 
-use crate::eval::{AnswerScore, Divergence, Reference, Task, score_answer};
+use crate::eval::{AnswerScore, Divergence, Reference, Task, score_answers};
 use crate::model::LoadedModel;
 use crate::model::decoder::DecoderLayer;
 use crate::model::qwen2_vl::{Module, Qwen2Vl};
@@ -13,7 +13,6 @@ use crate::recipe::{Method, Recipe};
 use crate::run::{SampleChoice, load_samples};
 use crate::solver::QuantizedWeight;
 use crate::{Error, Result};
-use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -130,7 +129,7 @@ pub struct References(Vec<Vec<Reference>>);
 /// Scores the original on all tasks and keeps its distributions.
 ///
 /// # Errors
-/// As [`score_answer`].
+/// As [`score_answers`].
 pub fn score_original(model: &LoadedModel, tasks: &[Task]) -> Result<(SweepRow, References)> {
     let mut row = SweepRow {
         method: "original".into(),
@@ -142,12 +141,8 @@ pub fn score_original(model: &LoadedModel, tasks: &[Task]) -> Result<(SweepRow, 
     };
     let mut references = Vec::new();
     for task in tasks {
-        let scored = task
-            .items
-            .par_iter()
-            .map(|item| score_answer(model, item, None));
-        let (scores, kept): (Vec<_>, Vec<_>) =
-            scored.collect::<Result<Vec<_>>>()?.into_iter().unzip();
+        let scored = score_answers(model, task, None)?;
+        let (scores, kept): (Vec<_>, Vec<_>) = scored.into_iter().unzip();
         row.tasks.insert(task.name.clone(), task_score(&scores));
         references.push(kept);
     }
@@ -157,19 +152,16 @@ pub fn score_original(model: &LoadedModel, tasks: &[Task]) -> Result<(SweepRow, 
 /// Scores another model on the same tasks.
 ///
 /// # Errors
-/// As [`score_answer`].
+/// As [`score_answers`].
 pub fn score_tasks(
     model: &LoadedModel,
     tasks: &[Task],
     references: &References,
 ) -> Result<BTreeMap<String, TaskScore>> {
     let one = |(task, kept): (&Task, &Vec<Reference>)| {
-        let pairs = task.items.par_iter().zip(kept);
-        let scores = pairs.map(|(item, r)| Ok(score_answer(model, item, Some(r))?.0));
-        Ok((
-            task.name.clone(),
-            task_score(&scores.collect::<Result<Vec<_>>>()?),
-        ))
+        let scored = score_answers(model, task, Some(kept))?;
+        let scores: Vec<AnswerScore> = scored.into_iter().map(|(score, _)| score).collect();
+        Ok((task.name.clone(), task_score(&scores)))
     };
     tasks.iter().zip(&references.0).map(one).collect()
 }
@@ -207,18 +199,18 @@ fn total_divergence(parts: impl Iterator<Item = Divergence>) -> Divergence {
 /// How far `model` is from `original` over the right answers of a task.
 ///
 /// # Errors
-/// As [`score_answer`].
+/// As [`score_answers`].
 pub fn compare_with_reference(
     original: &LoadedModel,
     model: &LoadedModel,
     task: &Task,
 ) -> Result<Divergence> {
-    let one = |item| {
-        let (_, reference) = score_answer(original, item, None)?;
-        Ok(score_answer(model, item, Some(&reference))?.0.divergence)
-    };
-    let parts = task.items.par_iter().map(one).collect::<Result<Vec<_>>>()?;
-    Ok(total_divergence(parts.into_iter().flatten()))
+    let scored = score_answers(original, task, None)?;
+    let references: Vec<Reference> = scored.into_iter().map(|(_, kept)| kept).collect();
+    let scored = score_answers(model, task, Some(&references))?;
+    Ok(total_divergence(
+        scored.iter().filter_map(|(score, _)| score.divergence),
+    ))
 }
 
 /// Quantizes in memory: the decoder layers as a reader of the written folder would have them.

@@ -79,6 +79,8 @@ def jittered(r, colour):
 
 
 def place(row, col):
+    """How a question names a cell. It stands first in the question, always at the same distance from
+    the picture: rotary positions are relative, so a place named later is another place to learn."""
     return f"row {row + 1} column {col + 1}"
 
 
@@ -131,12 +133,12 @@ def counting(r, held):
     q.append(("compare", f"are there more {a} shapes than {b} shapes?", "yes" if na > nb else "no"))
     q.append(("sum", f"how many shapes are {a} or {b}?", str(na + nb)))
     for colour, shape, row, col in items[:2]:
-        q.append(("look", f"what color is the shape in {place(row, col)}?", colour))
-        q.append(("look", f"what shape is in {place(row, col)}?", shape))
+        q.append(("look", f"{place(row, col)}: what color is it?", colour))
+        q.append(("look", f"{place(row, col)}: what shape is it?", shape))
     in_order = sorted(items, key=lambda i: i[2:])
     q.append(("list", "list the shapes.", " ".join(f"{c} {s}" for c, s, _, _ in in_order)))
     row = r.choice(items)[2]
-    q.append(("row", f"how many shapes are in row {row + 1}?", str(n(lambda i: i[2] == row))))
+    q.append(("row", f"row {row + 1}: how many shapes are there?", str(n(lambda i: i[2] == row))))
     return Scene(image, labels, q)
 
 
@@ -186,15 +188,15 @@ def reading(r, held):
     q = []
     for row, word in zip(rows, words):
         where = f"row {row + 1}"
-        q.append(("read", f"read {where}.", word))
-        q.append(("read", f"what is written in {where}?", word))
-        q.append(("backwards", f"read {where} backwards.", word[::-1]))
-        q.append(("letter", f"what is the first letter in {where}?", word[0]))
-        q.append(("letter", f"what is the last letter in {where}?", word[-1]))
-        q.append(("length", f"how many letters are in {where}?", str(len(word))))
+        q.append(("read", f"{where}: read it.", word))
+        q.append(("read", f"{where}: what is written there?", word))
+        q.append(("backwards", f"{where}: read it backwards.", word[::-1]))
+        q.append(("letter", f"{where}: what is the first letter?", word[0]))
+        q.append(("letter", f"{where}: what is the last letter?", word[-1]))
+        q.append(("length", f"{where}: how many letters are there?", str(len(word))))
     cells = [(cell, label) for cell, label in enumerate(labels) if label]
     for cell, label in cells[::2]:
-        q.append(("look", f"what is in {place(*divmod(cell, GRID))}?", LABELS[label]))
+        q.append(("look", f"{place(*divmod(cell, GRID))}: what is there?", LABELS[label]))
     q.append(("list", "list the words.", " ".join(words)))
     q.append(("lines", "how many words are there?", str(len(words))))
     q.append(("read top", "read the first word.", words[0]))
@@ -238,8 +240,8 @@ def charts(r, held):
         q.append(("look", f"what color is bar {name}?", colour))
         q.append(("look", f"which bar is {colour}?", name))
     for name, col, colour in list(zip(names, cols, colours))[::2]:
-        q.append(("look", f"what is in {place(5, col)}?", name))
-        q.append(("look", f"what is in {place(4, col)}?", colour))
+        q.append(("look", f"{place(5, col)}: what is there?", name))
+        q.append(("look", f"{place(4, col)}: what is there?", colour))
     q.append(("list", "list the bars.", " ".join(f"{n}{v}" for n, v in zip(names, values))))
     top, low = values.index(max(values)), values.index(min(values))
     q += [("extreme", "which bar is the highest?", names[top]),
@@ -297,7 +299,7 @@ def emoji(r, held):
     there = list(grid.values())
     q = []
     for (row, col), name in list(grid.items())[:4]:
-        q.append(("look", f"what is in {place(row, col)}?", name))
+        q.append(("look", f"{place(row, col)}: what is there?", name))
         if there.count(name) == 1:
             q.append(("where", f"which row is the {name} in?", str(row + 1)))
             q.append(("where", f"which column is the {name} in?", str(col + 1)))

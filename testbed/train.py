@@ -22,7 +22,7 @@ from transformers import Qwen2VLForConditionalGeneration
 from data import IGNORE, LABELS, TASKS, scenes
 from network import Pack, image_features, make_config, make_tokenizer, hidden_states, patches
 
-SLOT, N_SLOTS = 24, 6
+SLOT, N_SLOTS = 25, 6
 EVAL_IMAGES = 120
 
 
@@ -129,11 +129,16 @@ def compute_features(args):
 
 
 def rebuild_questions(args):
-    """The questions of `features` again, after a change to them that leaves the images alone."""
+    """The questions of `features` and the tokenizer again, after a change to the questions that
+    leaves the pictures alone; before the decoder has learned anything."""
     for name, n, held in [("train", args.images, False), ("eval", EVAL_IMAGES, True)]:
         found = build_scenes(args, n, held)
         rows = [dict(task=task, questions=scene.questions) for task, scene in found]
         (args.work / f"{name}.json").write_text(json.dumps(rows))
+        if not held:
+            tokenizer = make_tokenizer(corpus(found), args.work / "model")
+            image_token = json.loads((args.work / "tower/config.json").read_text())["image_token_id"]
+            assert tokenizer.token_to_id("<|image_pad|>") == image_token, "the vocabulary shrank"
 
 
 def load_features(args, name):

@@ -24,7 +24,8 @@ pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
     let model = LoadedModel::load(source)?;
     let features = input.images.iter().map(|image| model.image_features(image));
     let features = features.collect::<vlmq::Result<Vec<_>>>()?;
-    let ids = model.generate(&input, &features, processor.eos_ids(), args.max_new_tokens)?;
+    let (start, eos) = (model.nothing(), processor.eos_ids());
+    let ids = model.generate(&start, &input, &features, eos, args.max_new_tokens)?;
     let text = processor.decode(&ids)?;
     if json {
         print_json(serde_json::json!({

@@ -7,10 +7,11 @@
 mod score;
 mod task;
 
-pub use score::{AnswerScore, Divergence, Reference, score_answer};
+pub use score::{AnswerScore, Divergence, Reference, score_answers};
 pub use task::{EvalItem, Task, open_tasks};
 
 use crate::model::LoadedModel;
+use crate::model::loaded::Prefix;
 use crate::processor::Processor;
 use crate::{Error, Result};
 use rayon::prelude::*;
@@ -101,27 +102,45 @@ pub fn answer_all(
     task: &Task,
     on_answer: &(dyn Fn() + Sync),
 ) -> Result<Vec<Prediction>> {
-    let one = |item: &EvalItem| {
-        if item.answers.is_empty() {
-            return Err(Error::Missing {
-                what: "right answer".into(),
-                place: item.origin.clone(),
-            });
-        }
-        let features = item.features(model)?;
-        let eos = processor.eos_ids();
-        let ids = model.generate(&item.prompt, &features, eos, MAX_ANSWER_TOKENS)?;
-        let answer = processor.decode(&ids)?;
-        on_answer();
-        Ok(Prediction {
-            id: item.id.clone(),
-            category: item.category.clone(),
-            correct: is_correct(&answer, &item.answers),
-            answer: answer.trim().to_owned(),
-            expected: item.answers.clone(),
-        })
+    let answer_group = |group: &&[EvalItem]| {
+        let prefix = task::shared_prefix(model, group)?;
+        let one = |item| {
+            let prediction = answer(model, processor, &prefix, item)?;
+            on_answer();
+            Ok(prediction)
+        };
+        group.iter().map(one).collect::<Result<Vec<_>>>()
     };
-    task.items.par_iter().map(one).collect()
+    let groups = task.groups();
+    Ok(groups
+        .par_iter()
+        .map(answer_group)
+        .collect::<Result<Vec<_>>>()?
+        .concat())
+}
+
+fn answer(
+    model: &LoadedModel,
+    processor: &Processor,
+    prefix: &Prefix,
+    item: &EvalItem,
+) -> Result<Prediction> {
+    if item.answers.is_empty() {
+        return Err(Error::Missing {
+            what: "right answer".into(),
+            place: item.origin.clone(),
+        });
+    }
+    let (features, eos) = (item.features(model)?, processor.eos_ids());
+    let ids = model.generate(prefix, &item.prompt, &features, eos, MAX_ANSWER_TOKENS)?;
+    let answer = processor.decode(&ids)?;
+    Ok(Prediction {
+        id: item.id.clone(),
+        category: item.category.clone(),
+        correct: is_correct(&answer, &item.answers),
+        answer: answer.trim().to_owned(),
+        expected: item.answers.clone(),
+    })
 }
 
 #[cfg(test)]

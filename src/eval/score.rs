@@ -1,8 +1,10 @@
 //! Right answers under a model, token by token.
 
-use crate::eval::task::EvalItem;
+use crate::eval::task::{EvalItem, Task, shared_prefix};
 use crate::model::LoadedModel;
+use crate::model::loaded::Prefix;
 use crate::{Error, Result};
+use rayon::prelude::*;
 
 /// Log probabilities `[n_answer_tokens][vocab]` of the original, with which others are compared.
 #[derive(Clone, Debug)]
@@ -32,14 +34,45 @@ pub struct Divergence {
     pub n_tokens: usize,
 }
 
-/// Lays the first right answer of `item` before the model; with `reference`, compares.
-/// Returns the score and the log probabilities, to serve as a reference themselves.
+/// Lays the first right answer of every question before the model, in order; with `references`,
+/// compares. Returns the scores and the distributions, to serve as references themselves.
 ///
 /// # Errors
-/// The model's; [`Error::Missing`] without a right answer; [`Error::NotFinite`] if the model's
-/// logits are not numbers; [`Error::Shape`] if the reference has other tokens.
-pub fn score_answer(
+/// The model's; [`Error::Missing`] for a question without a right answer; [`Error::NotFinite`] if
+/// the model's logits are not numbers; [`Error::Shape`] if the references have other tokens.
+pub fn score_answers(
     model: &LoadedModel,
+    task: &Task,
+    references: Option<&[Reference]>,
+) -> Result<Vec<(AnswerScore, Reference)>> {
+    let mut groups = Vec::new();
+    let mut start = 0;
+    for group in task.groups() {
+        let own = references.and_then(|r| r.get(start..start + group.len()));
+        groups.push((group, own));
+        start += group.len();
+    }
+    let score = |(group, own): &(&[EvalItem], Option<&[Reference]>)| {
+        let prefix = shared_prefix(model, group)?;
+        let one = |(i, item): (usize, &EvalItem)| {
+            score_answer(model, &prefix, item, own.map(|references| &references[i]))
+        };
+        group
+            .iter()
+            .enumerate()
+            .map(one)
+            .collect::<Result<Vec<_>>>()
+    };
+    Ok(groups
+        .par_iter()
+        .map(score)
+        .collect::<Result<Vec<_>>>()?
+        .concat())
+}
+
+fn score_answer(
+    model: &LoadedModel,
+    prefix: &Prefix,
     item: &EvalItem,
     reference: Option<&Reference>,
 ) -> Result<(AnswerScore, Reference)> {
@@ -49,7 +82,7 @@ pub fn score_answer(
     })?;
     let n = input.input_ids.len() - start;
     let features = item.features(model)?;
-    let logits = model.logits_at(input, &features, start - 1..start - 1 + n)?;
+    let logits = model.logits_at(prefix, input, &features, start - 1..start - 1 + n)?;
     let mut log_probabilities: Vec<Vec<f32>> = logits.to_vec2()?;
     log_probabilities
         .iter_mut()

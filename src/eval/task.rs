@@ -2,6 +2,7 @@
 
 use crate::dataset::{Question, open_questions};
 use crate::model::LoadedModel;
+use crate::model::loaded::Prefix;
 use crate::processor::chat::{ContentPart, Message, Role};
 use crate::processor::{ModelInput, Processor, VisionInput};
 use crate::{Error, Result};
@@ -43,6 +44,45 @@ pub struct EvalItem {
 struct EvalImage {
     input: Arc<VisionInput>,
     features: OnceLock<Tensor>,
+}
+
+impl Task {
+    /// The questions, those with the same images together as they stand in the file.
+    pub fn groups(&self) -> Vec<&[EvalItem]> {
+        let same = |a: &EvalItem, b: &EvalItem| {
+            let pairs = a.images.iter().zip(&b.images);
+            a.images.len() == b.images.len() && pairs.into_iter().all(|(a, b)| Arc::ptr_eq(a, b))
+        };
+        self.items.chunk_by(same).collect()
+    }
+}
+
+/// What the model has read of the tokens with which all prompts of a group begin.
+///
+/// # Errors
+/// As [`LoadedModel::read_prefix`].
+pub(super) fn shared_prefix(model: &LoadedModel, group: &[EvalItem]) -> Result<Prefix> {
+    let Some((first, others)) = group.split_first().filter(|(_, others)| !others.is_empty()) else {
+        return Ok(model.nothing());
+    };
+    let ids = &first.prompt.input_ids;
+    let common = |item: &EvalItem| {
+        let pairs = ids.iter().zip(&item.prompt.input_ids);
+        pairs.take_while(|(a, b)| a == b).count()
+    };
+    // At least one token stays to be read, even where a prompt stands twice.
+    let shortest = group
+        .iter()
+        .map(|item| item.prompt.input_ids.len())
+        .min()
+        .unwrap_or(1);
+    let n = others
+        .iter()
+        .map(common)
+        .min()
+        .unwrap_or(0)
+        .min(shortest - 1);
+    model.read_prefix(&first.prompt, &first.features(model)?, n)
 }
 
 impl EvalItem {

@@ -18,6 +18,13 @@ pub struct LoadedModel {
     head: Head,
 }
 
+/// What a model keeps of the first tokens of a prompt; several prompts may go on from it.
+#[derive(Clone, Debug)]
+pub struct Prefix {
+    caches: Vec<KvCache>,
+    n_tokens: usize,
+}
+
 impl LoadedModel {
     /// Loads everything; quantized weights are dequantized to f32.
     ///
@@ -80,40 +87,42 @@ impl LoadedModel {
     /// # Errors
     /// As [`Qwen2Vl::embed`].
     pub fn logits(&self, input: &ModelInput, features: &[Tensor]) -> Result<Tensor> {
-        let positions = self.source.positions(input)?;
-        let (x, _) = self.prefill(input, features, &positions)?;
+        let (x, _) = self.read(&self.nothing(), input, features)?;
         self.head.logits(&x)
     }
 
-    /// Logits `[end − start, vocab]` at the tokens `start..end`, which predict the ones after.
+    /// Logits `[end − start, vocab]` at the tokens `start..end` of an input, which predict the ones
+    /// after, where `prefix` is what was read of it.
     ///
     /// # Errors
-    /// As [`Qwen2Vl::embed`], and a tensor error if the range is not inside.
+    /// As [`LoadedModel::read_prefix`], and a tensor error if the range is not after the prefix.
     pub fn logits_at(
         &self,
+        prefix: &Prefix,
         input: &ModelInput,
         features: &[Tensor],
         tokens: std::ops::Range<usize>,
     ) -> Result<Tensor> {
-        let positions = self.source.positions(input)?;
-        let (x, _) = self.prefill(input, features, &positions)?;
-        self.head.logits(&x.narrow(0, tokens.start, tokens.len())?)
+        let (x, _) = self.read(prefix, input, features)?;
+        let start = tokens.start.saturating_sub(prefix.n_tokens);
+        self.head.logits(&x.narrow(0, start, tokens.len())?)
     }
 
     /// The most likely continuation, token by token, until an end token (which is not returned)
     /// or `max_new_tokens`.
     ///
     /// # Errors
-    /// As [`Qwen2Vl::embed`]; [`Error::NotFinite`] if the logits are not numbers.
+    /// As [`LoadedModel::read_prefix`]; [`Error::NotFinite`] if the logits are not numbers.
     pub fn generate(
         &self,
+        prefix: &Prefix,
         input: &ModelInput,
         features: &[Tensor],
         eos_ids: &[u32],
         max_new_tokens: usize,
     ) -> Result<Vec<u32>> {
-        let positions = self.source.positions(input)?;
-        let (x, mut caches) = self.prefill(input, features, &positions)?;
+        let next = self.source.positions(input)?.next;
+        let (x, mut caches) = self.read(prefix, input, features)?;
         let mut last = x.narrow(0, x.dim(0)? - 1, 1)?;
         let mut answer = Vec::new();
         while answer.len() < max_new_tokens {
@@ -121,7 +130,7 @@ impl LoadedModel {
             if eos_ids.contains(&id) {
                 break;
             }
-            let position = positions.next + answer.len() as u32;
+            let position = next + answer.len() as u32;
             answer.push(id);
             let ids = std::array::from_fn(|_| vec![position]);
             let rope = self.source.rope(&Positions {
@@ -133,21 +142,52 @@ impl LoadedModel {
         Ok(answer)
     }
 
-    fn prefill(
+    /// No token read yet.
+    pub fn nothing(&self) -> Prefix {
+        Prefix {
+            caches: vec![KvCache::default(); self.layers.len()],
+            n_tokens: 0,
+        }
+    }
+
+    /// Reads the first `n_tokens` of an input, for several inputs that begin alike.
+    ///
+    /// # Errors
+    /// As [`Qwen2Vl::embed`]; [`Error::Invalid`] if nothing is left to read after it.
+    pub fn read_prefix(
         &self,
         input: &ModelInput,
         features: &[Tensor],
-        positions: &Positions,
+        n_tokens: usize,
+    ) -> Result<Prefix> {
+        let mut caches = self.nothing().caches;
+        let x = self.source.embed(&input.input_ids, features)?;
+        let rope = self.source.rope(&self.source.positions(input)?)?;
+        let (x, rope) = (x.narrow(0, 0, n_tokens)?, rope.narrow(0, n_tokens)?);
+        self.hidden_states(&x, &rope, &mut caches)?;
+        Ok(Prefix { caches, n_tokens })
+    }
+
+    /// Hidden states of the tokens after the prefix, and the caches with them in.
+    fn read(
+        &self,
+        prefix: &Prefix,
+        input: &ModelInput,
+        features: &[Tensor],
     ) -> Result<(Tensor, Vec<KvCache>)> {
-        if input.input_ids.is_empty() {
+        let n = input.input_ids.len();
+        if n <= prefix.n_tokens {
             return Err(Error::Invalid {
                 what: "prompt".into(),
-                why: "it has no tokens".into(),
+                why: format!("{n} tokens, more than {} expected", prefix.n_tokens),
             });
         }
+        let (start, rest) = (prefix.n_tokens, n - prefix.n_tokens);
         let x = self.source.embed(&input.input_ids, features)?;
-        let mut caches = vec![KvCache::default(); self.layers.len()];
-        let x = self.hidden_states(&x, &self.source.rope(positions)?, &mut caches)?;
+        let rope = self.source.rope(&self.source.positions(input)?)?;
+        let mut caches = prefix.caches.clone();
+        let (x, rope) = (x.narrow(0, start, rest)?, rope.narrow(start, rest)?);
+        let x = self.hidden_states(&x, &rope, &mut caches)?;
         Ok((x, caches))
     }
 }
