@@ -1,6 +1,7 @@
 """Trains the testbed model in two stages.
 
-1. The tower and the merger learn what every cell shows, with a head that is thrown away.
+1. The tower and the merger learn what every cell shows, with a head that is thrown away and, so that
+   the decoder need not learn a new tongue, with the words for it in its own embedding.
 2. With the tower frozen and its features kept, the decoder learns to answer.
 
 Usage: train.py STAGE WORK [--minutes M] [--seed S] [...]; STAGE is tower, features or decoder.
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 from transformers import Qwen2VLForConditionalGeneration
 
 from data import IGNORE, LABELS, TASKS, scenes
@@ -70,14 +72,31 @@ def optimizer_of(parameters, weight_decay):
         lr=1e-3, betas=(0.9, 0.95), fused=True)
 
 
+def name_tokens(tokenizer, vocab):
+    """`[labels, vocab]`: for each label, equal shares on the tokens of the words that name it."""
+    shares = torch.zeros(len(LABELS), vocab)
+    for i, label in enumerate(LABELS):
+        words = label.removeprefix("emoji ").removeprefix("easy ")
+        # A cell of a bar shows one unit or two; an empty one has a token of its own.
+        words = words.replace("bar half", "1").replace("bar full", "2")
+        words = words.replace("nothing", "<|endoftext|>").split()
+        tokens = [t for w in words for t in tokenizer.encode(w).ids + tokenizer.encode(" " + w).ids
+                  if tokenizer.id_to_token(t) != "\u0120"]
+        shares[i, tokens] = 1 / len(set(tokens))
+    return shares
+
+
 def train_tower(args):
     found = build_scenes(args, args.images, held=False)
     test = build_scenes(args, 60, held=True)
     model = new_model(args, found)
     tower, head = model.model.visual, torch.nn.Linear(256, len(LABELS))
+    words = model.model.language_model.embed_tokens
+    tokenizer = Tokenizer.from_file(str(args.work / "model/tokenizer.json"))
+    names = name_tokens(tokenizer, words.weight.shape[0])
     x, y = pixels_of(found), torch.tensor([s.labels for _, s in found])
     xt, yt = pixels_of(test), torch.tensor([s.labels for _, s in test])
-    optimizer = optimizer_of([*tower.parameters(), *head.parameters()], 0.01)
+    optimizer = optimizer_of([*tower.parameters(), *head.parameters(), words.weight], 0.01)
     rng, began, step, log = random.Random(args.seed), time.time(), 0, []
 
     def accuracy():
@@ -95,11 +114,16 @@ def train_tower(args):
         for group in optimizer.param_groups:
             group["lr"] = rate(args, step, share)
         rows = rng.sample(range(len(found)), args.batch)
-        scores = head(image_features(tower, patches(x[rows])))
+        features = image_features(tower, patches(x[rows]))
+        scores = head(features)
         target = y[rows].flatten()
         # Empty cells are most cells; they count a quarter.
         weight = torch.where(target > 0, 1.0, 0.25)
         each = F.cross_entropy(scores.flatten(0, 1), target, ignore_index=IGNORE, reduction="none")
+        # The features speak the decoder's language: each lies near the words for what it shows.
+        known = target.clamp(min=0)
+        said = F.rms_norm(features, features.shape[-1:]).flatten(0, 1) @ words.weight.T
+        each = each - (names[known] * said.log_softmax(-1)).sum(-1) * (target != IGNORE)
         loss = (each * weight).sum() / weight[target != IGNORE].sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -189,7 +213,6 @@ def train_decoder(args):
         row["index"] = i
     model = Qwen2VLForConditionalGeneration.from_pretrained(
         args.init or args.work / "tower", dtype=torch.float32, attn_implementation="sdpa")
-    from tokenizers import Tokenizer
     pack = Pack(Tokenizer.from_file(str(args.work / "model/tokenizer.json")), N_SLOTS, SLOT)
     for row in rows + test:
         row["questions"] = [q for q in row["questions"] if pack.fits(q[1], q[2])]
