@@ -169,6 +169,16 @@ fn print_summary(report: &RunReport) {
             serde_json::to_string(deviation).unwrap_or_default()
         );
     }
+    if report
+        .modules
+        .iter()
+        .any(|m| m.scheme.is_some_and(|s| !s.symmetric()))
+    {
+        println!(
+            "note: transformers with compressed-tensors up to 0.20 cannot load asymmetric folders; \
+             --symmetric makes one that it can"
+        );
+    }
     let total = report.seconds.get("total").copied().unwrap_or_default();
     let peak = report
         .peak_memory_bytes

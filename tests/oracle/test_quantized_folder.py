@@ -35,6 +35,7 @@ SCHEMES = [
     pytest.param((3, 64, "--asymmetric"), id="int3-asym-g64"),
     pytest.param((3, -1, "--symmetric"), id="int3-sym-channel"),
     pytest.param((2, 64, "--asymmetric"), id="int2-asym-g64"),
+    pytest.param((2, 64, "--symmetric"), id="int2-sym-g64"),
 ]
 
 
