@@ -1,12 +1,8 @@
 //! From the bundled model to a written folder and its answers.
 
-use super::{quantize, repository, text, vlmq};
+use super::{json, quantize, repository, text, vlmq};
 use serde_json::Value;
 use std::path::Path;
-
-fn json(bytes: &[u8]) -> Value {
-    serde_json::from_slice(bytes).unwrap_or_else(|e| panic!("{e}: {}", text(bytes)))
-}
 
 #[test]
 fn every_method_writes_a_folder_that_answers() {
