@@ -37,7 +37,7 @@ fn set_first(tensors: &mut Tensors, name: &str, value: f32) {
 }
 
 #[test]
-fn one_number_that_is_none_in_any_tensor_that_is_read() {
+fn one_number_that_is_none_in_any_tensor() {
     for (name, value) in [
         ("model.layers.0.self_attn.q_proj.weight", f32::NAN),
         ("model.layers.1.mlp.down_proj.weight", f32::INFINITY),
@@ -46,6 +46,8 @@ fn one_number_that_is_none_in_any_tensor_that_is_read() {
         ("visual.patch_embed.proj.weight", f32::NAN),
         ("visual.blocks.0.attn.qkv.bias", f32::INFINITY),
         ("visual.merger.mlp.2.weight", f32::NAN),
+        ("model.norm.weight", f32::INFINITY),
+        ("model.embed_tokens.weight", f32::NAN),
     ] {
         let change = |tensors: &mut Tensors| set_first(tensors, name, value);
         with_tensors(
@@ -102,6 +104,19 @@ fn one_tensor_of_another_shape() {
     let name = "model.layers.1.mlp.up_proj.weight";
     let turn = |tensors: &mut Tensors| tensors.get_mut(name).unwrap().shape.reverse();
     with_tensors(Spelling::USUAL, turn, &[name, &hidden, &inter]);
+}
+
+/// What is wrong with a late layer is told before the first one is begun.
+#[test]
+fn shapes_are_looked_at_before_any_work() {
+    let home = Home::new(Spelling::USUAL);
+    let mut tensors = Spelling::USUAL.tensors();
+    let name = "model.layers.1.mlp.down_proj.weight";
+    tensors.get_mut(name).unwrap().shape.reverse();
+    home.write_weights(&tensors, 1);
+    let run = home.quantize(&[]);
+    assert_clear_failure(&run, &[name, "[64, 128]", "[128, 64]"], home.path(), N_KEPT);
+    assert!(!text(&run.stderr).contains("layer 1 of"));
 }
 
 #[test]
@@ -339,7 +354,7 @@ fn side_files_that_break_their_rules() {
     );
     with_files(
         write("chat_template.jinja", "no place for images"),
-        &["images"],
+        &["chat_template.jinja"],
     );
     with_files(
         write("preprocessor_config.json", "{}"),
@@ -421,11 +436,10 @@ fn images_that_are_none() {
 #[test]
 fn samples_that_contradict_themselves() {
     let with_sample = |sample: Value, expected: &[&str]| {
-        let text = format!("{sample}\n");
-        with_files(
-            |home| std::fs::write(home.data().join("samples.jsonl"), &text).unwrap(),
-            expected,
-        );
+        let home = Home::new(Spelling::USUAL);
+        std::fs::write(home.data().join("samples.jsonl"), format!("{sample}\n")).unwrap();
+        let run = home.quantize(&["--samples", "1"]);
+        assert_clear_failure(&run, expected, home.path(), N_KEPT);
     };
     let turn = |text: &str| json!([{"from": "human", "value": text}]);
     let place = "samples.jsonl: line 1";
@@ -509,6 +523,8 @@ fn flags_that_contradict_the_method() {
     with_flags(&set, &["importance_power", "gptq"]);
     with_flags(&["--set", "alpha=NaN"], &["alpha=NaN", "0 to 1"]);
     with_flags(&["--set", "dampening_frac"], &["key=value"]);
+    with_flags(&["--threads", "0"], &["--threads 0", "1 to 1024"]);
+    with_flags(&["--threads", "100000"], &["--threads 100000", "1 to 1024"]);
     let home = Home::new(Spelling::USUAL);
     let mut command = vlmq();
     command
@@ -558,6 +574,10 @@ fn questions_that_cannot_be_answered() {
     };
     generate(&home.data().join("gone.png"), &["gone.png"]);
     generate(&questions, &["questions.jsonl", "image"]);
+    let run = vlmq().arg("inspect").arg(&questions).output().unwrap();
+    assert_clear_failure(&run, &["questions.jsonl"], home.path(), N_KEPT);
+    let reason = text(&run.stderr).matches("os error").count();
+    assert_eq!(reason, 1, "one reason, told once: {}", text(&run.stderr));
 }
 
 /// A template that writes nothing leaves no token after which an answer could stand.

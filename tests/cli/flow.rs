@@ -153,6 +153,18 @@ fn inspect_and_generate_speak_json() {
 #[test]
 #[cfg(unix)]
 fn an_interrupted_run_leaves_nothing() {
+    interrupt("-INT");
+}
+
+/// As a job scheduler does it.
+#[test]
+#[cfg(unix)]
+fn a_terminated_run_leaves_nothing() {
+    interrupt("-TERM");
+}
+
+#[cfg(unix)]
+fn interrupt(signal: &str) {
     use std::io::{BufRead, BufReader};
     use std::process::{Command, Stdio};
     let home = tempfile::tempdir().unwrap();
@@ -177,7 +189,7 @@ fn an_interrupted_run_leaves_nothing() {
     let pid = child.id().to_string();
     assert!(
         Command::new("kill")
-            .args(["-INT", &pid])
+            .args([signal, &pid])
             .status()
             .unwrap()
             .success()
