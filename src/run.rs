@@ -16,7 +16,7 @@ use crate::report::{CalibrationReport, REPORT_FILE, RunReport, SCHEMA, peak_memo
 use crate::solver::QuantizedWeight;
 use crate::{Error, Result};
 use serde::Serialize;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::time::Instant;
 
@@ -78,6 +78,7 @@ pub fn quantize_folder(
     let began = Instant::now();
     let plan = module_plan(model, recipe)?;
     let mut exporter = Exporter::create(model.checkpoint(), &plan, output)?;
+    check_copied(model, &plan)?;
     let samples = load_samples(model, recipe, choice)?;
     let calibration = choice.filter(|_| recipe.needs_calibration());
     let calibration = calibration.map(|c| calibration_report(c, &samples));
@@ -102,6 +103,20 @@ pub fn quantize_folder(
     };
     exporter.write_file(REPORT_FILE, &json_bytes(&report))?;
     Ok((report, exporter.finish()?))
+}
+
+/// What is copied as it is would else be looked at by nobody.
+fn check_copied(model: &Qwen2Vl, plan: &[ModulePlan]) -> Result<()> {
+    let quantized: BTreeSet<&str> = plan.iter().map(|module| module.name.as_str()).collect();
+    let is_copied = |name: &&str| {
+        let module = name.strip_suffix(".weight");
+        !module.is_some_and(|module| quantized.contains(module))
+    };
+    let checkpoint = model.checkpoint();
+    checkpoint
+        .names()
+        .filter(is_copied)
+        .try_for_each(|name| checkpoint.check_finite(name))
 }
 
 /// The samples of a run, ready for the first layer; none for a method without calibration.

@@ -35,6 +35,9 @@ pub const INDEX_FILE: &str = "model.safetensors.index.json";
 /// Largest JSON side file that is read, in bytes; a 700 B model's index has 10 MB.
 const MAX_JSON_BYTES: u64 = 256 << 20;
 
+/// Bytes of a tensor that are looked at in one go; a multiple of every element's size.
+const SCAN_BYTES: usize = 1 << 20;
+
 /// Endings of files that hold weights in some other form, or tables of such files.
 const WEIGHT_ENDINGS: [&str; 11] = [
     ".safetensors",
@@ -204,14 +207,7 @@ impl Checkpoint {
     /// [`Error::Missing`], [`Error::Shape`], [`Error::Format`] for another element type, and
     /// [`Error::NotFinite`] for NaN or infinity; each names the tensor.
     pub fn load(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
-        let info = self.require_info(name)?;
-        if info.shape != shape {
-            return Err(Error::Shape {
-                module: name.to_owned(),
-                expected: shape.to_vec(),
-                found: info.shape.clone(),
-            });
-        }
+        let info = self.require_shape(name, shape)?;
         let values = info.dtype.f32_from_bytes(self.bytes(name)?);
         let values = values.ok_or_else(|| {
             let found = info.dtype.name();
@@ -229,6 +225,44 @@ impl Checkpoint {
             });
         }
         Ok(values)
+    }
+
+    /// A tensor's type and place, if it has exactly this `shape`; nothing of it is read.
+    ///
+    /// # Errors
+    /// [`Error::Missing`] or [`Error::Shape`], naming the tensor.
+    pub fn require_shape(&self, name: &str, shape: &[usize]) -> Result<&TensorInfo> {
+        let info = self.require_info(name)?;
+        if info.shape == shape {
+            return Ok(info);
+        }
+        Err(Error::Shape {
+            module: name.to_owned(),
+            expected: shape.to_vec(),
+            found: info.shape.clone(),
+        })
+    }
+
+    /// Looks for NaN and infinity in a tensor without keeping it; integers have neither.
+    ///
+    /// # Errors
+    /// [`Error::NotFinite`], or [`Error::Missing`] if there is no such tensor.
+    pub fn check_finite(&self, name: &str) -> Result<()> {
+        let dtype = self.require_info(name)?.dtype;
+        let pieces = self.bytes(name)?.chunks(SCAN_BYTES);
+        let count = pieces
+            .filter_map(|piece| dtype.f32_from_bytes(piece))
+            .flatten()
+            .filter(|v| !v.is_finite())
+            .count();
+        match count {
+            0 => Ok(()),
+            _ => Err(Error::NotFinite {
+                module: name.to_owned(),
+                stage: "weights".into(),
+                count,
+            }),
+        }
     }
 
     /// The weight `[out, inp]` of a linear by its checkpoint name without `.weight`; dequantized

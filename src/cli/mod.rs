@@ -14,11 +14,15 @@ use anyhow::Context;
 use clap::{Parser, Subcommand};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use vlmq::Error;
 use vlmq::checkpoint::Checkpoint;
 use vlmq::model::Qwen2Vl;
 
 /// Version of the objects that `--json` prints.
 const SCHEMA: u32 = 1;
+
+/// More threads than any machine has cores; far more of them take minutes to start.
+const MAX_THREADS: usize = 1024;
 
 #[derive(Parser)]
 #[command(name = "vlmq", version, about, propagate_version = true)]
@@ -55,16 +59,36 @@ pub fn run() -> ExitCode {
     match dispatch(cli) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("error: {error:#}");
-            let known = error.downcast_ref::<vlmq::Error>();
+            eprintln!("error: {}", message(&error));
+            let known = error.downcast_ref::<Error>();
             eprintln!("hint: {}", known.map_or("see `vlmq help`", |e| e.hint()));
             ExitCode::from(2)
         }
     }
 }
 
+/// The error and its causes, those left out that the error's own words end with.
+fn message(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if text.is_empty() {
+            text = cause;
+        } else if !text.ends_with(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
+}
+
 fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
     if let Some(n) = cli.threads {
+        if !(1..=MAX_THREADS).contains(&n) {
+            return Err(Error::Invalid {
+                what: format!("--threads {n}"),
+                why: format!("1 to {MAX_THREADS} expected"),
+            }
+            .into());
+        }
         rayon::ThreadPoolBuilder::new()
             .num_threads(n)
             .build_global()

@@ -60,11 +60,13 @@ pub struct Module {
 }
 
 impl Qwen2Vl {
-    /// Takes an open checkpoint, after a look at its configuration and its names.
+    /// Takes an open checkpoint, after a look at its configuration, its names, and the shapes
+    /// that the one demands of the other.
     ///
     /// # Errors
     /// [`Error::Unsupported`] for another architecture, [`Error::Format`] for a faulty
-    /// configuration, [`Error::Missing`] if the embedding bears no known name.
+    /// configuration, [`Error::Missing`] if the embedding bears no known name or a weight is
+    /// absent, [`Error::Shape`] if one has another shape.
     pub fn new(checkpoint: Checkpoint, device: Device) -> Result<Self> {
         refuse_other_families(&checkpoint)?;
         let root = ConfigNode::root(checkpoint.dir(), checkpoint.config());
@@ -80,14 +82,33 @@ impl Qwen2Vl {
                 .join(" or "),
             place: checkpoint.dir().display().to_string(),
         })?;
-        Ok(Self {
+        let model = Self {
             checkpoint,
             decoder,
             vision,
             image_token_id,
             names,
             device,
-        })
+        };
+        model.check_shapes()?;
+        Ok(model)
+    }
+
+    /// Every size in the configuration is that of a tensor, so that none is believed before it
+    /// is used: the first layer that is not there ends the search.
+    fn check_shapes(&self) -> Result<()> {
+        let table = [self.decoder.vocab_size, self.decoder.hidden_size];
+        self.checkpoint
+            .require_shape(&embedding_name(&self.names), &table)?;
+        for layer_idx in 0..self.decoder.n_layers {
+            for module in self.layer_modules(layer_idx) {
+                if !self.checkpoint.is_quantized(&module.name) {
+                    let weight = format!("{}.weight", module.name);
+                    self.checkpoint.require_shape(&weight, &module.shape)?;
+                }
+            }
+        }
+        self.vision.check_shapes(&self.checkpoint, self.names.tower)
     }
 
     /// The checkpoint.
@@ -236,19 +257,7 @@ impl Qwen2Vl {
         let name = embedding_name(&self.names);
         let (vocab, hidden) = (self.decoder.vocab_size, self.decoder.hidden_size);
         let bytes = self.checkpoint.bytes(&name)?;
-        let info = self
-            .checkpoint
-            .info(&name)
-            .filter(|info| info.shape == [vocab, hidden]);
-        let info = info.ok_or_else(|| Error::Shape {
-            module: name.clone(),
-            expected: vec![vocab, hidden],
-            found: self
-                .checkpoint
-                .info(&name)
-                .map(|i| i.shape.clone())
-                .unwrap_or_default(),
-        })?;
+        let info = self.checkpoint.require_shape(&name, &[vocab, hidden])?;
         let row_bytes = hidden * info.dtype.n_bytes();
         let mut rows = Vec::with_capacity(input_ids.len() * hidden);
         for &id in input_ids {

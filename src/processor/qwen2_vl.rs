@@ -19,6 +19,8 @@ const CHANNELS: usize = 3;
 /// Bounds of what a configuration may ask for, far above every published model.
 const MAX_PATCH: usize = 256;
 const MAX_PIXELS: usize = 1 << 28;
+/// Values of one image's patches, 8 GiB of them: each setting within its bounds, all together.
+const MAX_VALUES: usize = 1 << 31;
 
 /// The patches of one image.
 #[derive(Clone, Debug, PartialEq)]
@@ -233,17 +235,22 @@ impl Preprocessor {
     /// The patches of `image`, bit-identical to transformers' `pixel_values` in f32.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if the image is empty, its aspect ratio exceeds 200, or `do_resize` is
-    /// off and its sides are no multiples of `patch_size · merge_size`.
+    /// [`Error::Invalid`] if the image is empty, its aspect ratio exceeds 200, its patches would
+    /// have more than 2³¹ values, or `do_resize` is off and its sides are no multiples of
+    /// `patch_size · merge_size`.
     pub fn vision_input(&self, image: &RgbImage) -> Result<VisionInput> {
         image.check()?;
         let factor = self.patch_size * self.merge_size;
+        let size = Size {
+            height: image.height,
+            width: image.width,
+        };
+        let to = match self.resizes {
+            true => smart_resize(size, factor, self.min_pixels, self.max_pixels)?,
+            false => size,
+        };
+        self.check_values(to)?;
         let image = if self.resizes {
-            let size = Size {
-                height: image.height,
-                width: image.width,
-            };
-            let to = smart_resize(size, factor, self.min_pixels, self.max_pixels)?;
             &resize(image, to.width, to.height, self.filter)?
         } else {
             image
@@ -255,6 +262,21 @@ impl Preprocessor {
             });
         }
         self.patchify(image)
+    }
+
+    fn check_values(&self, size: Size) -> Result<()> {
+        let sides = [size.height, size.width, CHANNELS, self.temporal_patch_size];
+        let n_values = sides.iter().try_fold(1usize, |n, s| n.checked_mul(*s));
+        if n_values.is_some_and(|n| n <= MAX_VALUES) {
+            return Ok(());
+        }
+        Err(Error::Invalid {
+            what: format!("image of {}x{} pixels, resized", size.width, size.height),
+            why: format!(
+                "{CHANNELS} channels times {} frames of it are more than {MAX_VALUES} values",
+                self.temporal_patch_size
+            ),
+        })
     }
 
     fn patchify(&self, image: &RgbImage) -> Result<VisionInput> {

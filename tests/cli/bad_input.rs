@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Output;
 
 /// The run failed as it should: the error names `expected`, and `folder` holds only `kept` entries.
-fn assert_clear_failure(run: &Output, expected: &[&str], folder: &Path, kept: usize) {
+pub fn assert_clear_failure(run: &Output, expected: &[&str], folder: &Path, kept: usize) {
     let stderr = text(&run.stderr);
     assert_eq!(run.status.code(), Some(2), "{stderr}");
     assert!(!stderr.contains("panicked"), "{stderr}");

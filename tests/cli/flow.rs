@@ -1,12 +1,8 @@
 //! From the bundled model to a written folder and its answers.
 
-use super::{quantize, repository, text, vlmq};
+use super::{json, quantize, repository, text, vlmq};
 use serde_json::Value;
 use std::path::Path;
-
-fn json(bytes: &[u8]) -> Value {
-    serde_json::from_slice(bytes).unwrap_or_else(|e| panic!("{e}: {}", text(bytes)))
-}
 
 #[test]
 fn every_method_writes_a_folder_that_answers() {
@@ -157,6 +153,18 @@ fn inspect_and_generate_speak_json() {
 #[test]
 #[cfg(unix)]
 fn an_interrupted_run_leaves_nothing() {
+    interrupt("-INT");
+}
+
+/// As a job scheduler does it.
+#[test]
+#[cfg(unix)]
+fn a_terminated_run_leaves_nothing() {
+    interrupt("-TERM");
+}
+
+#[cfg(unix)]
+fn interrupt(signal: &str) {
     use std::io::{BufRead, BufReader};
     use std::process::{Command, Stdio};
     let home = tempfile::tempdir().unwrap();
@@ -181,7 +189,7 @@ fn an_interrupted_run_leaves_nothing() {
     let pid = child.id().to_string();
     assert!(
         Command::new("kill")
-            .args(["-INT", &pid])
+            .args([signal, &pid])
             .status()
             .unwrap()
             .success()

@@ -1,5 +1,8 @@
 mod bad_input;
+mod damaged_parts;
 mod flow;
+mod small_flow;
+mod tiny;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -48,4 +51,8 @@ fn model_copy(home: &Path) -> PathBuf {
 
 fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
+}
+
+fn json(bytes: &[u8]) -> serde_json::Value {
+    serde_json::from_slice(bytes).unwrap_or_else(|e| panic!("{e}: {}", text(bytes)))
 }

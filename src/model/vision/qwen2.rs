@@ -16,6 +16,9 @@ use candle_nn::ops::{layer_norm, sigmoid, softmax_last_dim};
 /// Epsilon of every layer norm of the tower; no configuration key changes it.
 const LAYER_NORM_EPS: f32 = 1e-6;
 
+/// Bound of what sizes may multiply to, so that every product of them fits.
+const MAX_WIDTH: usize = 1 << 31;
+
 /// Sizes of the tower.
 #[derive(Clone, Debug, PartialEq)]
 pub struct VisionConfig {
@@ -59,6 +62,16 @@ impl VisionConfig {
         }
         let channels = node.size_or("in_channels", node.size_or("in_chans", 3)?)?;
         let patch = node.size_or("patch_size", 14)?;
+        let frames = node.size_or("temporal_patch_size", 2)?;
+        let merge_size = node.size_or("spatial_merge_size", 2)?;
+        let product = |key: &str, sizes: &[usize]| {
+            let product = sizes
+                .iter()
+                .try_fold(1usize, |n, size| n.checked_mul(*size));
+            let bounded = product.filter(|n| *n < MAX_WIDTH);
+            bounded.ok_or_else(|| node.invalid(key, format!("{sizes:?} multiply beyond 2^31")))
+        };
+        product("spatial_merge_size", &[embed_dim, merge_size, merge_size])?;
         let out_dim = node.size_or("hidden_size", 3584)?;
         if out_dim != decoder_hidden_size {
             let why = format!("{out_dim}, but the decoder's hidden_size is {decoder_hidden_size}");
@@ -77,11 +90,49 @@ impl VisionConfig {
             embed_dim,
             n_heads,
             mlp_dim: (embed_dim as f64 * node.positive_or("mlp_ratio", 4.0)?) as usize,
-            patch_dim: channels * node.size_or("temporal_patch_size", 2)? * patch * patch,
-            merge_size: node.size_or("spatial_merge_size", 2)?,
+            patch_dim: product("patch_size", &[channels, frames, patch, patch])?,
+            merge_size,
             out_dim,
             activation,
         })
+    }
+
+    /// Looks at the shapes of the first linear of the tower under `prefix` and of each layer.
+    ///
+    /// # Errors
+    /// [`Error::Missing`] or [`Error::Shape`].
+    pub fn check_shapes(&self, checkpoint: &Checkpoint, prefix: &str) -> Result<()> {
+        self.patch_embed_shape(checkpoint, prefix)?;
+        for i in 0..self.depth {
+            let qkv = format!("{prefix}.blocks.{i}.attn.qkv.weight");
+            checkpoint.require_shape(&qkv, &[3 * self.embed_dim, self.embed_dim])?;
+        }
+        Ok(())
+    }
+
+    /// Name and five sides of the convolution over patches, whose product alone is known.
+    fn patch_embed_shape(
+        &self,
+        checkpoint: &Checkpoint,
+        prefix: &str,
+    ) -> Result<(String, Vec<usize>)> {
+        let name = format!("{prefix}.patch_embed.proj.weight");
+        let info = checkpoint.info(&name).ok_or_else(|| Error::Missing {
+            what: format!("tensor {name}"),
+            place: checkpoint.dir().display().to_string(),
+        })?;
+        let shape = info.shape.clone();
+        let is_known = shape.len() == 5
+            && shape[0] == self.embed_dim
+            && shape[1..].iter().product::<usize>() == self.patch_dim;
+        match is_known {
+            true => Ok((name, shape)),
+            false => Err(Error::Shape {
+                module: name,
+                expected: vec![self.embed_dim, self.patch_dim],
+                found: shape,
+            }),
+        }
     }
 }
 
@@ -280,22 +331,7 @@ fn load_patch_embed(
     config: &VisionConfig,
     device: &Device,
 ) -> Result<Linear> {
-    let name = format!("{prefix}.patch_embed.proj.weight");
-    let info = checkpoint.info(&name).ok_or_else(|| Error::Missing {
-        what: name.clone(),
-        place: checkpoint.dir().display().to_string(),
-    })?;
-    let shape = info.shape.clone();
-    if shape.len() != 5
-        || shape[0] != config.embed_dim
-        || shape[1..].iter().product::<usize>() != config.patch_dim
-    {
-        return Err(Error::Shape {
-            module: name,
-            expected: vec![config.embed_dim, config.patch_dim],
-            found: shape,
-        });
-    }
+    let (name, shape) = config.patch_embed_shape(checkpoint, prefix)?;
     let weight = Tensor::from_vec(
         checkpoint.load(&name, &shape)?,
         (config.embed_dim, config.patch_dim),
