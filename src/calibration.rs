@@ -7,6 +7,7 @@ use crate::dataset::Sample;
 use crate::model::qwen2_vl::Qwen2Vl;
 use crate::model::rope::Rope;
 use crate::model::vision::qwen2::VisionTower;
+use crate::pipeline::Observer;
 use crate::processor::{ModelInput, Processor, TokenClass};
 use crate::{Error, Result};
 use candle_core::Tensor;
@@ -29,15 +30,19 @@ pub struct CalibrationSample {
 /// larger than everything that follows, are gone before the next one's are made.
 ///
 /// # Errors
-/// [`Error::Missing`] for a sample without an image; else the reader's, the processor's or the
+/// [`Error::Interrupted`] if the observer says so; [`Error::Missing`] for a sample without an image; else the reader's, the processor's or the
 /// model's error.
 pub fn prepare(
     model: &Qwen2Vl,
     tower: &VisionTower,
     processor: &Processor,
     samples: &[&Sample],
+    observer: &dyn Observer,
 ) -> Result<Vec<CalibrationSample>> {
     let one = |sample: &&Sample| {
+        if observer.is_cancelled() {
+            return Err(Error::Interrupted);
+        }
         let input = encode(processor, sample)?;
         let features = input.images.iter().map(|image| tower.forward(image));
         let features = features.collect::<Result<Vec<_>>>()?;

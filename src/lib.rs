@@ -56,6 +56,7 @@ pub mod pack;
 pub mod pipeline;
 pub mod plan;
 pub mod processor;
+pub mod quantized;
 pub mod recipe;
 pub mod report;
 pub mod run;
@@ -65,3 +66,4 @@ pub mod sweep;
 
 pub use error::{Error, Result};
 pub use matrix::Matrix;
+pub use quantized::QuantizedWeight;

@@ -5,16 +5,15 @@
 
 use crate::calibration::{self, CalibrationSample};
 use crate::dataset::{Sample, SampleSet};
+use crate::export::ModulePlan;
 use crate::export::compressed_tensors::{Exported, Exporter};
-use crate::export::{ModulePlan, PackedSource};
 use crate::model::qwen2_vl::{Module, Qwen2Vl};
 use crate::pipeline::{self, Observer};
 use crate::plan::Scheme;
 use crate::processor::Processor;
 use crate::recipe::Recipe;
 use crate::report::{CalibrationReport, REPORT_FILE, RunReport, SCHEMA, peak_memory_bytes};
-use crate::solver::QuantizedWeight;
-use crate::{Error, Result};
+use crate::{Error, QuantizedWeight, Result};
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -79,12 +78,12 @@ pub fn quantize_folder(
     let plan = module_plan(model, recipe)?;
     let mut exporter = Exporter::create(model.checkpoint(), &plan, output)?;
     check_copied(model, &plan)?;
-    let samples = load_samples(model, recipe, choice)?;
+    let samples = load_samples(model, recipe, choice, observer)?;
     let calibration = choice.filter(|_| recipe.needs_calibration());
     let calibration = calibration.map(|c| calibration_report(c, &samples));
     let prepared = began.elapsed().as_secs_f64();
     let mut sink = |module: &Module, _: Scheme, weight: &QuantizedWeight| {
-        exporter.write_module(&module.name, source_of(weight))
+        exporter.write_module(&module.name, weight)
     };
     let outcome = pipeline::quantize(model, samples, recipe, observer, &mut sink)?;
     let mut seconds = outcome.seconds;
@@ -128,6 +127,7 @@ pub fn load_samples(
     model: &Qwen2Vl,
     recipe: &Recipe,
     choice: Option<&SampleChoice>,
+    observer: &dyn Observer,
 ) -> Result<Vec<CalibrationSample>> {
     if !recipe.needs_calibration() {
         return Ok(Vec::new());
@@ -138,7 +138,7 @@ pub fn load_samples(
     })?;
     let processor = Processor::open(model.checkpoint().dir())?;
     let chosen: Vec<&Sample> = choice.set.choose(choice.n_samples, choice.seed)?;
-    calibration::prepare(model, &model.load_tower()?, &processor, &chosen)
+    calibration::prepare(model, &model.load_tower()?, &processor, &chosen, observer)
 }
 
 fn calibration_report(choice: &SampleChoice, samples: &[CalibrationSample]) -> CalibrationReport {
@@ -152,17 +152,6 @@ fn calibration_report(choice: &SampleChoice, samples: &[CalibrationSample]) -> C
         n_samples: samples.len(),
         seed: choice.seed,
         n_tokens,
-    }
-}
-
-fn source_of(weight: &QuantizedWeight) -> PackedSource<'_> {
-    PackedSource {
-        scheme: weight.scheme(),
-        rows: weight.rows(),
-        cols: weight.cols(),
-        codes: weight.codes(),
-        scales: weight.scales(),
-        zero_points: weight.zero_points(),
     }
 }
 

@@ -11,8 +11,7 @@ use crate::pipeline::{self, Observer};
 use crate::plan::{ScaleDtype, Scheme};
 use crate::recipe::{Method, Recipe};
 use crate::run::{SampleChoice, load_samples};
-use crate::solver::QuantizedWeight;
-use crate::{Error, Result};
+use crate::{Error, QuantizedWeight, Result};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -108,6 +107,33 @@ pub struct SweepRow {
     pub tasks: BTreeMap<String, TaskScore>,
     /// Seconds that quantizing took, samples prepared.
     pub seconds: f64,
+}
+
+impl SweepRow {
+    /// The line of a run.
+    pub fn new(
+        recipe: &Recipe,
+        seed: Option<u64>,
+        tasks: BTreeMap<String, TaskScore>,
+        seconds: f64,
+    ) -> Self {
+        Self {
+            method: recipe.method.name().into(),
+            bits: Some(recipe.scheme().bits()),
+            group_size: recipe.scheme().group_size(),
+            seed,
+            tasks,
+            seconds,
+        }
+    }
+
+    /// Whether this is the line of such a run.
+    pub fn is_of(&self, recipe: &Recipe, seed: Option<u64>) -> bool {
+        self.method == recipe.method.name()
+            && self.bits == Some(recipe.scheme().bits())
+            && self.group_size == recipe.scheme().group_size()
+            && self.seed == seed
+    }
 }
 
 /// A model's scores on one task.
@@ -227,7 +253,7 @@ pub fn quantize_in_memory(
     let mut layers = (0..n_layers)
         .map(|i| model.load_layer(i))
         .collect::<Result<Vec<_>>>()?;
-    let samples = load_samples(model, recipe, choice)?;
+    let samples = load_samples(model, recipe, choice, observer)?;
     let mut sink = |module: &Module, _: Scheme, weight: &QuantizedWeight| {
         let layer = &mut layers[module.layer_idx];
         let linear = layer

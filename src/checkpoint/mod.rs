@@ -16,7 +16,7 @@ pub mod write;
 
 pub use dtype::DType;
 pub use folder::PendingFolder;
-pub use quantization::{PackedModule, QuantizationConfig, QuantizationGroup};
+pub use quantization::{QuantizationConfig, QuantizationGroup};
 
 use crate::{Error, Matrix, Result};
 use serde_json::Value;
@@ -276,11 +276,11 @@ impl Checkpoint {
             return Matrix::from_vec(&name, out, inp, self.load(&name, &[out, inp])?);
         }
         let packed = self.packed_module(module)?;
-        if (packed.rows, packed.cols) != (out, inp) {
+        if (packed.rows(), packed.cols()) != (out, inp) {
             return Err(Error::Shape {
                 module: module.to_owned(),
                 expected: vec![out, inp],
-                found: vec![packed.rows, packed.cols],
+                found: vec![packed.rows(), packed.cols()],
             });
         }
         Ok(packed.dequantize())

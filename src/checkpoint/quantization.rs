@@ -13,7 +13,7 @@
 use super::{Checkpoint, DType};
 use crate::pack::{unpack, words_for};
 use crate::plan::{ScaleDtype, Scheme};
-use crate::{Error, Matrix, Result};
+use crate::{Error, Matrix, QuantizedWeight, Result};
 use regex::Regex;
 use serde_json::Value;
 use std::path::Path;
@@ -36,37 +36,6 @@ pub struct QuantizationGroup {
     pub group_size: Option<usize>,
     /// Whether the zero point is fixed at 2^(bits−1) and not stored.
     pub symmetric: bool,
-}
-
-/// A quantized weight, unpacked and checked.
-#[derive(Clone, Debug, PartialEq)]
-pub struct PackedModule {
-    /// Number format.
-    pub scheme: Scheme,
-    /// Output features.
-    pub rows: usize,
-    /// Input features.
-    pub cols: usize,
-    /// Unsigned codes `[rows, cols]`.
-    pub codes: Vec<u8>,
-    /// Scales `[rows, n_groups]`, as stored, in f32.
-    pub scales: Matrix,
-    /// Unsigned zero points `[rows, n_groups]`; all 2^(bits−1) if the scheme is symmetric.
-    pub zero_points: Vec<u8>,
-}
-
-impl PackedModule {
-    /// The weight `[rows, cols]`: (code − zero point) · scale, in f32.
-    pub fn dequantize(&self) -> Matrix {
-        let n_groups = self.scales.cols();
-        let group_len = self.cols / n_groups;
-        Matrix::from_fn(self.rows, self.cols, |row, col| {
-            let group = col / group_len;
-            let code = i16::from(self.codes[row * self.cols + col]);
-            let zero = i16::from(self.zero_points[row * n_groups + group]);
-            f32::from(code - zero) * self.scales[(row, group)]
-        })
-    }
 }
 
 impl QuantizationConfig {
@@ -192,8 +161,9 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::Missing`] if a tensor or its format is absent; [`Error::Shape`] if a tensor's shape
     /// disagrees with `weight_shape` and the format; [`Error::Format`] for a wrong element type or
-    /// a spare bit that is not zero; [`Error::NotFinite`] for scales.
-    pub fn packed_module(&self, module: &str) -> Result<PackedModule> {
+    /// a spare bit that is not zero; [`Error::NotFinite`] for scales, and [`Error::Invalid`] if one
+    /// is not positive.
+    pub fn packed_module(&self, module: &str) -> Result<QuantizedWeight> {
         let group = self.quantization().and_then(|q| q.group_of(module));
         let group = group.ok_or_else(|| Error::Missing {
             what: format!("a quantization group for {module}"),
@@ -210,14 +180,8 @@ impl Checkpoint {
         } else {
             self.packed_zero_points(module, rows, n_groups, scheme)?
         };
-        Ok(PackedModule {
-            scheme,
-            rows,
-            cols,
-            codes,
-            scales: Matrix::from_vec(&scale_name, rows, n_groups, scales)?,
-            zero_points,
-        })
+        let scales = Matrix::from_vec(&scale_name, rows, n_groups, scales)?;
+        QuantizedWeight::new(module, scheme, [rows, cols], codes, scales, zero_points)
     }
 
     fn packed_scheme(&self, module: &str, group: &QuantizationGroup) -> Result<Scheme> {

@@ -28,16 +28,27 @@ pub struct Args {
 
 pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
     let sweep = Sweep::read(&args.sweep)?;
+    let rows = measure(&sweep, &args.output)?;
+    match json {
+        true => {
+            print_json(serde_json::json!({"schema": SCHEMA, "command": "compare", "rows": rows}))?
+        }
+        false => print!("{}", table(&rows)),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// All lines of the sweep, those that `output` has and those that it lacked.
+fn measure(sweep: &Sweep, output: &PathBuf) -> anyhow::Result<Vec<SweepRow>> {
     let model = open_model(&sweep.model)?;
     let runs = sweep.runs(scale_dtype(&model))?;
-    let processor = Processor::open(&sweep.model)?;
-    let tasks = open_tasks(&sweep.tasks, &processor, sweep.limit)?;
+    let mut rows = read_rows(output)?;
+    let tasks = open_tasks(&sweep.tasks, &Processor::open(&sweep.model)?, sweep.limit)?;
     let samples = open_samples(&sweep.calibration)?;
-    let mut rows = read_rows(&args.output)?;
     let mut loaded = LoadedModel::load(open_model(&sweep.model)?)?;
     let (original, references) = score_original(&loaded, &tasks)?;
     if !rows.iter().any(|r| r.method == original.method) {
-        add_row(&args.output, &mut rows, original)?;
+        add_row(output, &mut rows, original)?;
     }
     let progress = Progress::start()?;
     let n_runs = runs.len();
@@ -46,14 +57,7 @@ pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
         if progress.is_cancelled() {
             return Err(Error::Interrupted.into());
         }
-        let scheme = recipe.scheme();
-        let is_done = |r: &SweepRow| {
-            r.method == recipe.method.name()
-                && r.bits == Some(scheme.bits())
-                && r.group_size == scheme.group_size()
-                && r.seed == seed
-        };
-        if rows.iter().any(is_done) {
+        if rows.iter().any(|row| row.is_of(&recipe, seed)) {
             continue;
         }
         let choice = seed.map(|seed| SampleChoice {
@@ -65,24 +69,12 @@ pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
         let layers = quantize_in_memory(&model, &recipe, choice.as_ref(), &Unobserved)?;
         let seconds = began.elapsed().as_secs_f64();
         loaded.set_layers(layers)?;
-        let row = SweepRow {
-            method: recipe.method.name().into(),
-            bits: Some(scheme.bits()),
-            group_size: scheme.group_size(),
-            seed,
-            tasks: score_tasks(&loaded, &tasks, &references)?,
-            seconds,
-        };
-        add_row(&args.output, &mut rows, row)?;
+        let scores = score_tasks(&loaded, &tasks, &references)?;
+        let row = SweepRow::new(&recipe, seed, scores, seconds);
+        add_row(output, &mut rows, row)?;
     }
     progress.finish();
-    match json {
-        true => {
-            print_json(serde_json::json!({"schema": SCHEMA, "command": "compare", "rows": rows}))?
-        }
-        false => print!("{}", table(&rows)),
-    }
-    Ok(ExitCode::SUCCESS)
+    Ok(rows)
 }
 
 fn read_rows(path: &PathBuf) -> anyhow::Result<Vec<SweepRow>> {

@@ -4,6 +4,7 @@ use super::quantize::scale_dtype;
 use super::{ModelArg, SCHEMA, open_model, print_json};
 use std::process::ExitCode;
 use vlmq::model::Qwen2Vl;
+use vlmq::model::qwen2_vl::Module;
 use vlmq::plan::Scheme;
 
 #[derive(clap::Args)]
@@ -22,66 +23,84 @@ struct Candidate {
 
 pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
     let model = open_model(&args.model.model)?;
-    let modules = model.modules();
-    let checkpoint = model.checkpoint();
-    let n_weights: usize = modules.iter().map(|m| m.shape[0] * m.shape[1]).sum();
     let candidates = candidates(&model)?;
-    let quantized: Vec<_> = modules
+    match json {
+        true => print_json(summary(&model, &candidates))?,
+        false => {
+            print_model(&model);
+            print_candidates(&candidates);
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn n_weights(model: &Qwen2Vl) -> usize {
+    let modules = model.modules();
+    modules.iter().map(|m| m.shape[0] * m.shape[1]).sum()
+}
+
+fn n_quantized(model: &Qwen2Vl) -> usize {
+    let checkpoint = model.checkpoint();
+    let modules = model.modules();
+    modules
         .iter()
         .filter(|m| checkpoint.is_quantized(&m.name))
-        .collect();
-    if json {
-        let row = |c: &Candidate| serde_json::json!({"scheme": c.scheme, "tensor_bytes": c.bytes, "misfits": c.misfits});
-        print_json(serde_json::json!({
-            "schema": SCHEMA,
-            "command": "inspect",
-            "family": vlmq::model::qwen2_vl::MODEL_TYPE,
-            "n_tensors": checkpoint.names().count(),
-            "tensor_bytes": checkpoint.total_bytes(),
-            "n_modules": modules.len(),
-            "n_module_weights": n_weights,
-            "n_quantized_modules": quantized.len(),
-            "modules": modules.iter()
-                .map(|m| serde_json::json!({"name": m.name, "shape": m.shape}))
-                .collect::<Vec<_>>(),
-            "schemes": candidates.iter().map(row).collect::<Vec<_>>(),
-        }))?;
-        return Ok(ExitCode::SUCCESS);
-    }
-    let d = model.decoder();
+        .count()
+}
+
+fn summary(model: &Qwen2Vl, candidates: &[Candidate]) -> serde_json::Value {
+    let modules = model.modules();
+    let module = |m: &Module| serde_json::json!({"name": m.name, "shape": m.shape});
+    let row = |c: &Candidate| serde_json::json!({"scheme": c.scheme, "tensor_bytes": c.bytes, "misfits": c.misfits});
+    serde_json::json!({
+        "schema": SCHEMA,
+        "command": "inspect",
+        "family": vlmq::model::qwen2_vl::MODEL_TYPE,
+        "n_tensors": model.checkpoint().names().count(),
+        "tensor_bytes": model.checkpoint().total_bytes(),
+        "n_modules": modules.len(),
+        "n_module_weights": n_weights(model),
+        "n_quantized_modules": n_quantized(model),
+        "modules": modules.iter().map(module).collect::<Vec<_>>(),
+        "schemes": candidates.iter().map(row).collect::<Vec<_>>(),
+    })
+}
+
+fn print_model(model: &Qwen2Vl) {
+    let (d, v) = (model.decoder(), model.vision());
+    let checkpoint = model.checkpoint();
     println!("family      {}", vlmq::model::qwen2_vl::MODEL_TYPE);
     println!(
         "decoder     {} layers, hidden {}, MLP {}, heads {}/{} of {}",
         d.n_layers, d.hidden_size, d.intermediate_size, d.n_heads, d.n_kv_heads, d.head_dim
     );
-    let v = model.vision();
     println!(
         "vision      {} layers, width {}, heads {}",
         v.depth, v.embed_dim, v.n_heads
     );
-    let megabytes = checkpoint.total_bytes() as f64 / 1e6;
     println!(
-        "tensors     {}, {megabytes:.1} MB",
-        checkpoint.names().count()
+        "tensors     {}, {:.1} MB",
+        checkpoint.names().count(),
+        checkpoint.total_bytes() as f64 / 1e6
     );
     println!(
         "to quantize {} modules, {:.2} M weights",
-        modules.len(),
-        n_weights as f64 / 1e6
+        model.modules().len(),
+        n_weights(model) as f64 / 1e6
     );
-    if !quantized.is_empty() {
-        println!("quantized   {} modules already", quantized.len());
+    if n_quantized(model) > 0 {
+        println!("quantized   {} modules already", n_quantized(model));
     }
+}
+
+fn print_candidates(candidates: &[Candidate]) {
     println!("\n{:<24} {:>10}", "scheme", "MB");
-    for c in &candidates {
-        let group = c
-            .scheme
-            .group_size()
-            .map_or("channel".into(), |g| format!("g{g}"));
-        let kind = if c.scheme.symmetric() {
-            "symmetric"
-        } else {
-            "asymmetric"
+    for c in candidates {
+        let group = c.scheme.group_size();
+        let group = group.map_or("channel".into(), |g| format!("g{g}"));
+        let kind = match c.scheme.symmetric() {
+            true => "symmetric",
+            false => "asymmetric",
         };
         let name = format!("{} bits {group} {kind}", c.scheme.bits());
         let misfits = match c.misfits.first() {
@@ -90,7 +109,6 @@ pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
         };
         println!("{name:<24} {:>10.1}{misfits}", c.bytes as f64 / 1e6);
     }
-    Ok(ExitCode::SUCCESS)
 }
 
 fn candidates(model: &Qwen2Vl) -> vlmq::Result<Vec<Candidate>> {

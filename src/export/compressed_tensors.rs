@@ -11,12 +11,12 @@
 //! Format: vllm-project/compressed-tensors 0.20.0, `compressors/pack_quantized`. Its 3-bit words
 //! are dense since 0.18.0, so that is the oldest version that reads 3-bit folders.
 
-use super::{ModulePlan, PackedSource};
+use super::ModulePlan;
 use crate::checkpoint::write::{MAX_SHARD_BYTES, ShardedWriter, TensorSpec};
-use crate::checkpoint::{CONFIG_FILE, Checkpoint, DType, PackedModule, PendingFolder};
+use crate::checkpoint::{CONFIG_FILE, Checkpoint, DType, PendingFolder};
 use crate::pack::{pack, words_for};
 use crate::plan::{ScaleDtype, Scheme};
-use crate::{Error, Matrix, Result};
+use crate::{Error, Matrix, QuantizedWeight, Result};
 use serde_json::{Value, json};
 use std::collections::hash_map::DefaultHasher;
 use std::collections::{BTreeMap, BTreeSet};
@@ -97,41 +97,47 @@ impl<'a> Exporter<'a> {
     ///
     /// # Errors
     /// [`Error::Missing`] if it was not planned, [`Error::Shape`] or [`Error::Invalid`] if it is
-    /// not what was planned or no sound quantized weight, [`Error::NotFinite`], [`Error::Io`].
-    pub fn write_module(&mut self, name: &str, module: PackedSource) -> Result<()> {
+    /// not what was planned, [`Error::Io`].
+    pub fn write_module(&mut self, name: &str, weight: &QuantizedWeight) -> Result<()> {
         let planned = self.schemes.get(name).ok_or_else(|| Error::Missing {
             what: format!("module {name}"),
             place: "the plan of this export".into(),
         })?;
-        if *planned != module.scheme {
+        let scheme = weight.scheme();
+        if *planned != scheme {
             return Err(Error::Invalid {
                 what: name.to_owned(),
-                why: format!("{:?} given, {planned:?} planned", module.scheme),
+                why: format!("{scheme:?} given, {planned:?} planned"),
             });
         }
-        let n_groups = check_module(self.source, name, &module)?;
-        let scale_type = scale_dtype(module.scheme.scale_dtype());
-        let scales = scale_type.bytes_from_f32(module.scales.data());
+        let info = self.source.info(&format!("{name}.weight"));
+        let expected = info.map(|i| i.shape.clone()).unwrap_or_default();
+        let found = vec![weight.rows(), weight.cols()];
+        if expected != found {
+            return Err(Error::Shape {
+                module: name.to_owned(),
+                expected,
+                found,
+            });
+        }
+        let scale_type = scale_dtype(scheme.scale_dtype());
+        let scales = scale_type.bytes_from_f32(weight.scales().data());
         let scales = scales.ok_or_else(|| Error::Unsupported {
             what: format!("{name}: scales in {}", scale_type.name()),
         })?;
-        let shape = [module.rows as i64, module.cols as i64].map(i64::to_le_bytes);
-        let bits = module.scheme.bits();
+        let shape = [weight.rows() as i64, weight.cols() as i64].map(i64::to_le_bytes);
+        let bits = scheme.bits();
+        let codes = packed_rows(weight.codes(), weight.cols(), bits);
         let mut put = |suffix, bytes: &[u8]| self.writer.write(&format!("{name}.{suffix}"), bytes);
-        put(
-            "weight_packed",
-            &packed_rows(module.codes, module.cols, bits),
-        )?;
+        put("weight_packed", &codes)?;
         put("weight_scale", &scales)?;
         put("weight_shape", shape.as_flattened())?;
-        if !module.scheme.symmetric() {
-            put(
-                "weight_zero_point",
-                &packed_columns(module.zero_points, n_groups, bits),
-            )?;
+        if !scheme.symmetric() {
+            let zeros = packed_columns(weight.zero_points(), weight.n_groups(), bits);
+            put("weight_zero_point", &zeros)?;
         }
         self.digests
-            .insert(name.to_owned(), digest(&dequantized(&module)));
+            .insert(name.to_owned(), digest(&weight.dequantize()));
         Ok(())
     }
 
@@ -246,7 +252,7 @@ pub fn verify_against(written: &Checkpoint, source: &Checkpoint) -> Result<Verif
         if let Some(module) = module.filter(|m| written.is_quantized(m)) {
             let packed = written.packed_module(module)?;
             let shape = source.info(name).map(|info| info.shape.clone());
-            let found = vec![packed.rows, packed.cols];
+            let found = vec![packed.rows(), packed.cols()];
             if shape.as_ref() != Some(&found) {
                 return Err(Error::Shape {
                     module: name.to_owned(),
@@ -310,10 +316,10 @@ fn check_copy(written: &Checkpoint, source: &Checkpoint, name: &str) -> Result<(
 fn check_zero_point_presence(
     written: &Checkpoint,
     module: &str,
-    packed: &PackedModule,
+    packed: &QuantizedWeight,
 ) -> Result<()> {
     let name = format!("{module}.weight_zero_point");
-    if packed.scheme.symmetric() && written.contains(&name) {
+    if packed.scheme().symmetric() && written.contains(&name) {
         let why = "a symmetric scheme has no zero points";
         return Err(Error::format(written.dir(), format!("tensor {name}"), why));
     }
@@ -432,70 +438,6 @@ fn packed_specs(module: &str, scheme: Scheme, rows: usize, cols: usize) -> Resul
     Ok(specs)
 }
 
-/// Checks a module against the source and its own scheme; returns its groups per row.
-fn check_module(source: &Checkpoint, name: &str, module: &PackedSource) -> Result<usize> {
-    let shape = |expected: Vec<usize>, found: Vec<usize>| match expected == found {
-        true => Ok(()),
-        false => Err(Error::Shape {
-            module: name.to_owned(),
-            expected,
-            found,
-        }),
-    };
-    let info = source.info(&format!("{name}.weight"));
-    let expected = info.map(|i| i.shape.clone()).unwrap_or_default();
-    shape(expected, vec![module.rows, module.cols])?;
-    let n_groups = module.cols / module.scheme.group_len(name, module.cols)?;
-    shape(vec![module.rows * module.cols], vec![module.codes.len()])?;
-    shape(vec![module.rows * n_groups], vec![module.zero_points.len()])?;
-    shape(
-        vec![module.rows, n_groups],
-        vec![module.scales.rows(), module.scales.cols()],
-    )?;
-    let count = module.scales.count_not_finite();
-    if count > 0 {
-        return Err(Error::NotFinite {
-            module: name.to_owned(),
-            stage: "scales".into(),
-            count,
-        });
-    }
-    check_values(name, module)?;
-    Ok(n_groups)
-}
-
-/// Every number must be one that the format can hold exactly.
-fn check_values(name: &str, module: &PackedSource) -> Result<()> {
-    let fail = |why: String| Error::Invalid {
-        what: name.to_owned(),
-        why,
-    };
-    let max = module.scheme.max_code();
-    if let Some(code) = module.codes.iter().find(|c| **c > max) {
-        return Err(fail(format!("code {code} found, at most {max} expected")));
-    }
-    let center = 1u8 << (module.scheme.bits() - 1);
-    let is_good = |z: u8| match module.scheme.symmetric() {
-        true => z == center,
-        false => z <= max,
-    };
-    if let Some(zero) = module.zero_points.iter().find(|z| !is_good(**z)) {
-        return Err(fail(format!(
-            "zero point {zero} found, which the scheme cannot hold"
-        )));
-    }
-    let dtype = module.scheme.scale_dtype();
-    match module
-        .scales
-        .data()
-        .iter()
-        .find(|s| dtype.round(**s) != **s)
-    {
-        Some(scale) => Err(fail(format!("scale {scale} is not rounded to {dtype:?}"))),
-        None => Ok(()),
-    }
-}
-
 fn scale_dtype(dtype: ScaleDtype) -> DType {
     match dtype {
         ScaleDtype::Bf16 => DType::Bf16,
@@ -525,19 +467,6 @@ fn packed_columns(zero_points: &[u8], n_groups: usize, bits: u8) -> Vec<u8> {
         .flat_map(|word| columns.iter().map(move |column| column[word]))
         .flat_map(u32::to_le_bytes)
         .collect()
-}
-
-/// The weight that a checked module stands for.
-fn dequantized(module: &PackedSource) -> Matrix {
-    PackedModule {
-        scheme: module.scheme,
-        rows: module.rows,
-        cols: module.cols,
-        codes: module.codes.to_vec(),
-        scales: module.scales.clone(),
-        zero_points: module.zero_points.to_vec(),
-    }
-    .dequantize()
 }
 
 /// Digest of a matrix's bits, good for comparing within one run.

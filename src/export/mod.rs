@@ -4,7 +4,6 @@
 
 pub mod compressed_tensors;
 
-use crate::Matrix;
 use crate::plan::Scheme;
 
 /// Which module gets which number format.
@@ -14,21 +13,4 @@ pub struct ModulePlan {
     pub name: String,
     /// Its number format.
     pub scheme: Scheme,
-}
-
-/// A quantized weight, borrowed from the solver: (code − zero point) · scale.
-#[derive(Clone, Copy, Debug)]
-pub struct PackedSource<'a> {
-    /// Number format.
-    pub scheme: Scheme,
-    /// Output features.
-    pub rows: usize,
-    /// Input features.
-    pub cols: usize,
-    /// Unsigned codes `[rows, cols]`.
-    pub codes: &'a [u8],
-    /// Scales `[rows, n_groups]`, already rounded to the scheme's scale type.
-    pub scales: &'a Matrix,
-    /// Unsigned zero points `[rows, n_groups]`; all 2^(bits−1) if the scheme is symmetric.
-    pub zero_points: &'a [u8],
 }

@@ -24,10 +24,10 @@
 use super::factor::Factor;
 use super::grid::{Grid, Grids, steps};
 use super::loss::{layer_loss, weighted_energy};
-use super::{QuantizedWeight, Solved, SolverSettings, check_weight};
+use super::{Solved, SolverSettings, check_weight};
 use crate::plan::Scheme;
 use crate::statistics::Statistics;
-use crate::{Error, Matrix, Result};
+use crate::{Error, Matrix, QuantizedWeight, Result};
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;

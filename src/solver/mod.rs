@@ -15,15 +15,13 @@ mod grid;
 mod loss;
 pub mod reference;
 mod rtn;
-mod weight;
 
 pub use factor::Factor;
 pub use gptq::gptq;
 pub use loss::layer_loss;
 pub use rtn::rtn;
-pub use weight::QuantizedWeight;
 
-use crate::{Error, Matrix, Result};
+use crate::{Error, Matrix, QuantizedWeight, Result};
 use serde::{Deserialize, Serialize};
 
 #[cfg(test)]

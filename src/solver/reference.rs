@@ -10,10 +10,10 @@
 //! arXiv:2504.02692.
 
 use super::grid::Grid;
-use super::{QuantizedWeight, SolverSettings, check_weight};
+use super::{SolverSettings, check_weight};
 use crate::plan::Scheme;
 use crate::statistics::Statistics;
-use crate::{Error, Matrix, Result};
+use crate::{Error, Matrix, QuantizedWeight, Result};
 
 /// What [`gptq`] found.
 #[derive(Clone, Debug, PartialEq)]

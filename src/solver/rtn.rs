@@ -2,9 +2,9 @@
 //! at calibration data. The baseline, and what solvers fall back on for columns never excited.
 
 use super::grid::{Grid, Grids};
-use super::{Clip, QuantizedWeight, check_weight};
+use super::{Clip, check_weight};
 use crate::plan::Scheme;
-use crate::{Matrix, Result};
+use crate::{Matrix, QuantizedWeight, Result};
 use rayon::prelude::*;
 
 /// `w` rounded to nearest.

@@ -492,39 +492,6 @@ fn loss_is_the_weighted_output_error() {
     assert!(layer_loss(&layer.w, &layer.u, &statistics.hessian()).is_nan());
 }
 
-#[test]
-fn a_weight_is_checked_when_it_is_made() {
-    let make = |codes: Vec<u8>, scales: Vec<f32>, zeros: Vec<u8>, symmetric| {
-        let scales = Matrix::from_vec("scales", 1, scales.len(), scales).unwrap();
-        QuantizedWeight::new(
-            "layer",
-            scheme(2, Some(8), symmetric),
-            [1, 16],
-            codes,
-            scales,
-            zeros,
-        )
-    };
-    let good = make(vec![3; 16], vec![0.5, 2.0], vec![2, 2], true).unwrap();
-    assert_eq!(good.dequantize().row(0)[7..9], [0.5, 2.0]);
-    assert_eq!((good.rows(), good.cols(), good.n_groups()), (1, 16, 2));
-    let bad = [
-        make(vec![3; 15], vec![0.5, 2.0], vec![2, 2], true),
-        make(vec![4; 16], vec![0.5, 2.0], vec![2, 2], true),
-        make(vec![3; 16], vec![0.5, 2.0], vec![2, 1], true),
-        make(vec![3; 16], vec![0.5, 2.0], vec![2, 4], false),
-        make(vec![3; 16], vec![0.5, 2.0], vec![2], false),
-        make(vec![3; 16], vec![0.5], vec![2, 2], false),
-        make(vec![3; 16], vec![0.5, -2.0], vec![2, 2], false),
-        make(vec![3; 16], vec![0.5, 0.0], vec![2, 2], false),
-        make(vec![3; 16], vec![0.5, f32::NAN], vec![2, 2], false),
-        make(vec![3; 16], vec![0.5, 0.1], vec![2, 2], false),
-    ];
-    for (index, weight) in bad.into_iter().enumerate() {
-        assert!(weight.is_err(), "case {index}");
-    }
-}
-
 /// Loss and codes against plain numpy in f64, whose source is `tests/oracle/solver_golden.py`.
 #[test]
 fn agrees_with_numpy() {

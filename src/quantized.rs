@@ -1,6 +1,5 @@
-//! A weight on its grid.
+//! A weight on its grid: what solvers make, exporters write and readers give back.
 
-use super::grid::check_scales;
 use crate::plan::Scheme;
 use crate::{Error, Matrix, Result};
 
@@ -16,7 +15,7 @@ pub struct QuantizedWeight {
 }
 
 impl QuantizedWeight {
-    /// A weight of `shape` `[rows, cols]` from its parts, for solvers and readers of files.
+    /// A weight of `shape` `[rows, cols]` from its parts, checked.
     ///
     /// Shapes: `codes [rows, cols]` in original column order, `scales` and `zero_points`
     /// `[rows, n_groups]`.
@@ -143,7 +142,14 @@ impl QuantizedWeight {
         if let Some(zero) = self.zero_points.iter().find(|z| !allowed.contains(z)) {
             return invalid("zero point", format!("{zero} found, {allowed:?} expected"));
         }
-        check_scales(module, &self.scales)?;
+        let count = self.scales.count_not_finite();
+        if count > 0 {
+            return Err(Error::NotFinite {
+                module: module.to_owned(),
+                stage: "scales".into(),
+                count,
+            });
+        }
         let dtype = self.scheme.scale_dtype();
         let is_bad = |scale: &&f32| !(**scale > 0.0 && dtype.round(**scale) == **scale);
         if let Some(scale) = self.scales.data().iter().find(is_bad) {
@@ -153,5 +159,44 @@ impl QuantizedWeight {
             );
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::ScaleDtype;
+
+    #[test]
+    fn a_weight_is_checked_when_it_is_made() {
+        let make = |codes: Vec<u8>, scales: Vec<f32>, zeros: Vec<u8>, symmetric| {
+            let scales = Matrix::from_vec("scales", 1, scales.len(), scales).unwrap();
+            QuantizedWeight::new(
+                "layer",
+                Scheme::new(2, Some(8), symmetric, ScaleDtype::Bf16).unwrap(),
+                [1, 16],
+                codes,
+                scales,
+                zeros,
+            )
+        };
+        let good = make(vec![3; 16], vec![0.5, 2.0], vec![2, 2], true).unwrap();
+        assert_eq!(good.dequantize().row(0)[7..9], [0.5, 2.0]);
+        assert_eq!((good.rows(), good.cols(), good.n_groups()), (1, 16, 2));
+        let bad = [
+            make(vec![3; 15], vec![0.5, 2.0], vec![2, 2], true),
+            make(vec![4; 16], vec![0.5, 2.0], vec![2, 2], true),
+            make(vec![3; 16], vec![0.5, 2.0], vec![2, 1], true),
+            make(vec![3; 16], vec![0.5, 2.0], vec![2, 4], false),
+            make(vec![3; 16], vec![0.5, 2.0], vec![2], false),
+            make(vec![3; 16], vec![0.5], vec![2, 2], false),
+            make(vec![3; 16], vec![0.5, -2.0], vec![2, 2], false),
+            make(vec![3; 16], vec![0.5, 0.0], vec![2, 2], false),
+            make(vec![3; 16], vec![0.5, f32::NAN], vec![2, 2], false),
+            make(vec![3; 16], vec![0.5, 0.1], vec![2, 2], false),
+        ];
+        for (index, weight) in bad.into_iter().enumerate() {
+            assert!(weight.is_err(), "case {index}");
+        }
     }
 }
