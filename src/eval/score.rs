@@ -2,7 +2,8 @@
 
 use crate::eval::task::{EvalItem, Task, shared_prefix};
 use crate::model::LoadedModel;
-use crate::model::loaded::Prefix;
+use crate::model::loaded::Continuation;
+use crate::processor::ModelInput;
 use crate::{Error, Result};
 use rayon::prelude::*;
 
@@ -53,14 +54,13 @@ pub fn score_answers(
         start += group.len();
     }
     let score = |(group, own): &(&[EvalItem], Option<&[Reference]>)| {
-        let prefix = shared_prefix(model, group)?;
-        let one = |(i, item): (usize, &EvalItem)| {
-            score_answer(model, &prefix, item, own.map(|references| &references[i]))
-        };
-        group
-            .iter()
-            .enumerate()
-            .map(one)
+        let found = distributions(model, group)?;
+        let pairs = group.iter().zip(found).enumerate();
+        pairs
+            .map(|(i, (item, found))| {
+                let score = score_answer(item, &found, own.map(|references| &references[i]))?;
+                Ok((score, found))
+            })
             .collect::<Result<Vec<_>>>()
     };
     Ok(groups
@@ -70,34 +70,58 @@ pub fn score_answers(
         .concat())
 }
 
-fn score_answer(
-    model: &LoadedModel,
-    prefix: &Prefix,
-    item: &EvalItem,
-    reference: Option<&Reference>,
-) -> Result<(AnswerScore, Reference)> {
-    let (input, start) = item.answered.as_ref().ok_or_else(|| Error::Missing {
+/// The model's distributions on the right answers of questions on the same images.
+fn distributions(model: &LoadedModel, group: &[EvalItem]) -> Result<Vec<Reference>> {
+    let prefix = shared_prefix(model, group)?;
+    let inputs = group.iter().map(|item| continuation(model, item));
+    let inputs = inputs.collect::<Result<Vec<_>>>()?;
+    let logits = model.logits_at(&prefix, &inputs)?;
+    let pairs = group.iter().zip(logits);
+    pairs
+        .map(|(item, logits)| {
+            let mut log_probabilities: Vec<Vec<f32>> = logits.to_vec2()?;
+            log_probabilities
+                .iter_mut()
+                .try_for_each(|row| normalise(row, &item.origin))?;
+            Ok(Reference { log_probabilities })
+        })
+        .collect()
+}
+
+fn continuation<'a>(model: &LoadedModel, item: &'a EvalItem) -> Result<Continuation<'a>> {
+    let (input, start) = answered(item)?;
+    Ok(Continuation {
+        input,
+        features: item.features(model)?,
+        tokens: start - 1..input.input_ids.len() - 1,
+    })
+}
+
+/// The prompt with its right answer, and where the answer begins.
+fn answered(item: &EvalItem) -> Result<(&ModelInput, usize)> {
+    let missing = || Error::Missing {
         what: "right answer".into(),
         place: item.origin.clone(),
-    })?;
-    let n = input.input_ids.len() - start;
-    let features = item.features(model)?;
-    let logits = model.logits_at(prefix, input, &features, start - 1..start - 1 + n)?;
-    let mut log_probabilities: Vec<Vec<f32>> = logits.to_vec2()?;
-    log_probabilities
-        .iter_mut()
-        .try_for_each(|row| normalise(row, &item.origin))?;
-    let found = Reference { log_probabilities };
-    let expected = &input.input_ids[*start..];
+    };
+    let (input, start) = item.answered.as_ref().ok_or_else(missing)?;
+    Ok((input, *start))
+}
+
+fn score_answer(
+    item: &EvalItem,
+    found: &Reference,
+    reference: Option<&Reference>,
+) -> Result<AnswerScore> {
+    let (input, start) = answered(item)?;
+    let expected = &input.input_ids[start..];
     let rows = || found.log_probabilities.iter().zip(expected);
-    let score = AnswerScore {
+    Ok(AnswerScore {
         exact: rows().all(|(row, id)| top(row) == *id as usize),
         negative_log_likelihood: -rows()
             .map(|(row, id)| f64::from(row[*id as usize]))
             .sum::<f64>(),
-        divergence: reference.map(|r| divergence(r, &found)).transpose()?,
-    };
-    Ok((score, found))
+        divergence: reference.map(|r| divergence(r, found)).transpose()?,
+    })
 }
 
 /// Logits to log probabilities, in place.

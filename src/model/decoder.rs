@@ -203,10 +203,12 @@ impl DecoderLayer {
     /// # Errors
     /// A tensor error if shapes disagree.
     pub fn attention(&self, n1: &Tensor, rope: &Rope) -> Result<AttentionTrace> {
-        self.attention_cached(n1, rope, &mut KvCache::default())
+        let mask = causal_mask(&[n1.dim(0)?], 0, n1.device())?;
+        self.attention_cached(n1, rope, &mask, &mut KvCache::default())
     }
 
-    /// Causal attention of new tokens over `cache` and themselves; `rope` belongs to the new ones.
+    /// Attention of new tokens over `cache` and themselves; `rope` and the [`causal_mask`] belong to
+    /// the new ones.
     ///
     /// # Errors
     /// A tensor error if shapes disagree.
@@ -214,6 +216,7 @@ impl DecoderLayer {
         &self,
         n1: &Tensor,
         rope: &Rope,
+        mask: &Tensor,
         cache: &mut KvCache,
     ) -> Result<AttentionTrace> {
         let n = n1.dim(0)?;
@@ -228,7 +231,7 @@ impl DecoderLayer {
         let scores = (grouped.matmul(&keys.t()?)? * self.score_scale())?;
         let scores = scores.reshape((self.n_heads, n, n_past + n))?;
         let scores = if n > 1 {
-            scores.broadcast_add(&causal_mask(n, n_past, n1.device())?)?
+            scores.broadcast_add(mask)?
         } else {
             scores
         };
@@ -299,13 +302,20 @@ impl DecoderLayer {
         Ok((y + self.linear(Projection::Down).forward(h)?)?)
     }
 
-    /// The whole layer on new tokens `x [n, hidden]`, extending `cache`.
+    /// The whole layer on new tokens `x [n, hidden]`, extending `cache`; `rope` and the
+    /// [`causal_mask`] belong to the new ones.
     ///
     /// # Errors
     /// A tensor error if shapes disagree.
-    pub fn forward(&self, x: &Tensor, rope: &Rope, cache: &mut KvCache) -> Result<Tensor> {
+    pub fn forward(
+        &self,
+        x: &Tensor,
+        rope: &Rope,
+        mask: &Tensor,
+        cache: &mut KvCache,
+    ) -> Result<Tensor> {
         let a = self
-            .attention_cached(&self.qkv_input(x)?, rope, cache)?
+            .attention_cached(&self.qkv_input(x)?, rope, mask, cache)?
             .output;
         let y = self.after_attention(x, &a)?;
         let h = self.down_input(&self.gate_up_input(&y)?)?;
@@ -348,12 +358,23 @@ pub fn merge_heads(x: &Tensor) -> Result<Tensor> {
         .reshape((n, heads * head_dim))?)
 }
 
-/// 0 where new token `i` may see token `j ≤ n_past + i`, −∞ elsewhere; `[n, n_past + n]`.
-fn causal_mask(n: usize, n_past: usize, device: &Device) -> Result<Tensor> {
+/// What new tokens may see: all `n_past` earlier ones, and of the new ones, which are sequences of
+/// `lengths` side by side, those of their own sequence up to themselves. 0 there, −∞ elsewhere;
+/// `[n, n_past + n]` with n = Σ `lengths`.
+///
+/// # Errors
+/// A tensor error of the device.
+pub fn causal_mask(lengths: &[usize], n_past: usize, device: &Device) -> Result<Tensor> {
+    let n: usize = lengths.iter().sum();
     let width = n_past + n;
-    let hidden = |i: usize| i % width > n_past + i / width;
-    let mask: Vec<f32> = (0..n * width)
-        .map(|i| if hidden(i) { f32::NEG_INFINITY } else { 0.0 })
-        .collect();
+    let mut mask = vec![f32::NEG_INFINITY; n * width];
+    let mut start = 0;
+    for length in lengths {
+        for i in start..start + length {
+            mask[i * width..][..n_past].fill(0.0);
+            mask[i * width + n_past..][start..=i].fill(0.0);
+        }
+        start += length;
+    }
     Ok(Tensor::from_vec(mask, (n, width), device)?)
 }

@@ -1,6 +1,6 @@
 //! A model with all its layers in memory, to answer questions and to score answers.
 
-use crate::model::decoder::{DecoderLayer, KvCache};
+use crate::model::decoder::{DecoderLayer, KvCache, causal_mask};
 use crate::model::head::Head;
 use crate::model::positions::Positions;
 use crate::model::qwen2_vl::Qwen2Vl;
@@ -9,6 +9,7 @@ use crate::model::vision::qwen2::VisionTower;
 use crate::processor::{ModelInput, VisionInput};
 use crate::{Error, Result};
 use candle_core::{D, Tensor};
+use std::ops::Range;
 
 /// All parts of a model.
 pub struct LoadedModel {
@@ -23,6 +24,16 @@ pub struct LoadedModel {
 pub struct Prefix {
     caches: Vec<KvCache>,
     n_tokens: usize,
+}
+
+/// An input that goes on from a prefix, and the tokens of it whose logits are asked for.
+pub struct Continuation<'a> {
+    /// The whole input, the prefix's tokens included.
+    pub input: &'a ModelInput,
+    /// Features of its images.
+    pub features: Vec<Tensor>,
+    /// Tokens after the prefix; the logits at one predict the one after.
+    pub tokens: Range<usize>,
 }
 
 impl LoadedModel {
@@ -69,15 +80,20 @@ impl LoadedModel {
         self.tower.forward(image)
     }
 
-    /// The last layer's output `[n, hidden]` for embeddings `x [n, hidden]` that follow what
-    /// `caches`, one per layer, hold.
-    ///
-    /// # Errors
-    /// A tensor error if shapes disagree.
-    pub fn hidden_states(&self, x: &Tensor, rope: &Rope, caches: &mut [KvCache]) -> Result<Tensor> {
+    /// The last layer's output `[n, hidden]` for embeddings `x [n, hidden]` of sequences of
+    /// `lengths`, each of which follows what `caches`, one per layer, hold.
+    fn hidden_states(
+        &self,
+        x: &Tensor,
+        rope: &Rope,
+        lengths: &[usize],
+        caches: &mut [KvCache],
+    ) -> Result<Tensor> {
+        let n_past = caches.first().map_or(0, KvCache::n_tokens);
+        let mask = causal_mask(lengths, n_past, x.device())?;
         let mut x = x.clone();
         for (layer, cache) in self.layers.iter().zip(caches) {
-            x = layer.forward(&x, rope, cache)?;
+            x = layer.forward(&x, rope, &mask, cache)?;
         }
         Ok(x)
     }
@@ -91,21 +107,29 @@ impl LoadedModel {
         self.head.logits(&x)
     }
 
-    /// Logits `[end − start, vocab]` at the tokens `start..end` of an input, which predict the ones
-    /// after, where `prefix` is what was read of it.
+    /// Logits `[n_tokens, vocab]` of each input at its tokens. The inputs are read side by side, and
+    /// none sees another.
     ///
     /// # Errors
-    /// As [`LoadedModel::read_prefix`], and a tensor error if the range is not after the prefix.
-    pub fn logits_at(
-        &self,
-        prefix: &Prefix,
-        input: &ModelInput,
-        features: &[Tensor],
-        tokens: std::ops::Range<usize>,
-    ) -> Result<Tensor> {
-        let (x, _) = self.read(prefix, input, features)?;
-        let start = tokens.start.saturating_sub(prefix.n_tokens);
-        self.head.logits(&x.narrow(0, start, tokens.len())?)
+    /// As [`LoadedModel::read_prefix`], and a tensor error if tokens are not after the prefix.
+    pub fn logits_at(&self, prefix: &Prefix, inputs: &[Continuation]) -> Result<Vec<Tensor>> {
+        let parts = inputs
+            .iter()
+            .map(|c| self.after_prefix(prefix, c.input, &c.features));
+        let (x, ropes): (Vec<_>, Vec<_>) = parts.collect::<Result<Vec<_>>>()?.into_iter().unzip();
+        let lengths = x.iter().map(|x| Ok(x.dim(0)?));
+        let lengths = lengths.collect::<Result<Vec<usize>>>()?;
+        let mut caches = prefix.caches.clone();
+        let (x, rope) = (Tensor::cat(&x, 0)?, Rope::cat(&ropes)?);
+        let x = self.hidden_states(&x, &rope, &lengths, &mut caches)?;
+        let mut end = 0;
+        let logits = inputs.iter().zip(lengths).map(|(c, length)| {
+            let own = x.narrow(0, end, length)?;
+            end += length;
+            let start = c.tokens.start.saturating_sub(prefix.n_tokens);
+            self.head.logits(&own.narrow(0, start, c.tokens.len())?)
+        });
+        logits.collect()
     }
 
     /// The most likely continuation, token by token, until an end token (which is not returned)
@@ -137,7 +161,7 @@ impl LoadedModel {
                 ids,
                 next: position + 1,
             })?;
-            last = self.hidden_states(&self.source.embed_text(&[id])?, &rope, &mut caches)?;
+            last = self.hidden_states(&self.source.embed_text(&[id])?, &rope, &[1], &mut caches)?;
         }
         Ok(answer)
     }
@@ -164,7 +188,7 @@ impl LoadedModel {
         let x = self.source.embed(&input.input_ids, features)?;
         let rope = self.source.rope(&self.source.positions(input)?)?;
         let (x, rope) = (x.narrow(0, 0, n_tokens)?, rope.narrow(0, n_tokens)?);
-        self.hidden_states(&x, &rope, &mut caches)?;
+        self.hidden_states(&x, &rope, &[n_tokens], &mut caches)?;
         Ok(Prefix { caches, n_tokens })
     }
 
@@ -175,6 +199,19 @@ impl LoadedModel {
         input: &ModelInput,
         features: &[Tensor],
     ) -> Result<(Tensor, Vec<KvCache>)> {
+        let (x, rope) = self.after_prefix(prefix, input, features)?;
+        let mut caches = prefix.caches.clone();
+        let x = self.hidden_states(&x, &rope, &[x.dim(0)?], &mut caches)?;
+        Ok((x, caches))
+    }
+
+    /// Embeddings and angles of the tokens after the prefix.
+    fn after_prefix(
+        &self,
+        prefix: &Prefix,
+        input: &ModelInput,
+        features: &[Tensor],
+    ) -> Result<(Tensor, Rope)> {
         let n = input.input_ids.len();
         if n <= prefix.n_tokens {
             return Err(Error::Invalid {
@@ -185,10 +222,7 @@ impl LoadedModel {
         let (start, rest) = (prefix.n_tokens, n - prefix.n_tokens);
         let x = self.source.embed(&input.input_ids, features)?;
         let rope = self.source.rope(&self.source.positions(input)?)?;
-        let mut caches = prefix.caches.clone();
-        let (x, rope) = (x.narrow(0, start, rest)?, rope.narrow(start, rest)?);
-        let x = self.hidden_states(&x, &rope, &mut caches)?;
-        Ok((x, caches))
+        Ok((x.narrow(0, start, rest)?, rope.narrow(start, rest)?))
     }
 }
 

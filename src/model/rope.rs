@@ -84,6 +84,20 @@ impl Rope {
         })
     }
 
+    /// The angles of several runs of tokens, one after the other.
+    ///
+    /// # Errors
+    /// A tensor error if there are none or their widths differ.
+    pub fn cat(parts: &[Self]) -> Result<Self> {
+        let join = |part: fn(&Self) -> &Tensor| {
+            Tensor::cat(&parts.iter().map(part).collect::<Vec<_>>(), 0)
+        };
+        Ok(Self {
+            cos: join(|rope| &rope.cos)?,
+            sin: join(|rope| &rope.sin)?,
+        })
+    }
+
     /// Rotates `x [heads, n, head_dim]`.
     ///
     /// # Errors
