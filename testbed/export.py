@@ -61,7 +61,7 @@ def export_model(work, out):
 
 def png(image):
     buffer = io.BytesIO()
-    image.quantize(192, dither=0).convert("RGB").save(buffer, "PNG", optimize=True)
+    image.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from transformers import Qwen2VLForConditionalGeneration
 
-from data import IGNORE, LABELS, TASKS, scenes
+from data import COLOURS, GRID, IGNORE, LABELS, LETTERS, TASKS, scenes
 from network import Pack, image_features, make_config, make_tokenizer, hidden_states, patches
 
 SLOT, N_SLOTS = 25, 6
@@ -60,7 +60,7 @@ def new_model(args, found):
 def rate(args, step, share):
     """Warm-up, then constant, then a cosine to a fiftieth from two thirds of the time on."""
     warm = min(1, (step + 1) / args.warm)
-    late = max(0, (share - 2 / 3) * 3)
+    late = 0 if args.constant else max(0, (share - 2 / 3) * 3)
     return args.lr * warm * (0.51 + 0.49 * math.cos(math.pi * late))
 
 
@@ -72,14 +72,52 @@ def optimizer_of(parameters, weight_decay):
         lr=1e-3, betas=(0.9, 0.95), fused=True)
 
 
+def orthogonal(x):
+    """Five Newton-Schulz steps towards the nearest orthogonal matrix, for a batch `[n, rows, cols]`."""
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        a = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum made orthogonal (K. Jordan, 2024), as large as AdamW's step usually is (RMS 0.2)."""
+
+    def __init__(self, matrices, weight_decay):
+        super().__init__(matrices, dict(lr=1e-3, weight_decay=weight_decay))
+        self.shapes = {}
+        for p in matrices:
+            self.shapes.setdefault(tuple(sorted(p.shape)), []).append(p)
+
+    @torch.no_grad()
+    def step(self):
+        (group,) = self.param_groups
+        for (small, large), matrices in self.shapes.items():
+            wide = []
+            for p in matrices:
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 0.05)
+                update = p.grad.lerp(momentum, 0.95)
+                wide.append(update if p.shape[0] == small else update.T)
+            for p, update in zip(matrices, orthogonal(torch.stack(wide))):
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.sub_(update if p.shape[0] == small else update.T,
+                       alpha=group["lr"] * 0.2 * large ** 0.5)
+
+
+BARS = [(letter, colour, value) for letter in LETTERS for colour in COLOURS for value in range(1, 10)]
+
+
 def name_tokens(tokenizer, vocab):
-    """`[labels, vocab]`: for each label, equal shares on the tokens of the words that name it."""
-    shares = torch.zeros(len(LABELS), vocab)
-    for i, label in enumerate(LABELS):
-        words = label.removeprefix("emoji ").removeprefix("easy ")
-        # A cell of a bar shows one unit or two; an empty one has a token of its own.
-        words = words.replace("bar half", "1").replace("bar full", "2")
-        words = words.replace("nothing", "<|endoftext|>").split()
+    """`[labels + bars, vocab]`: for each, equal shares on the tokens of the words that name it."""
+    named = [label.removeprefix("emoji ").removeprefix("easy ") for label in LABELS]
+    # An empty cell has a token of its own.
+    named[0] = "<|endoftext|>"
+    named += [f"{letter} {colour} {value}" for letter, colour, value in BARS]
+    shares = torch.zeros(len(named), vocab)
+    for i, words in enumerate(named):
+        words = words.split()
         tokens = [t for w in words for t in tokenizer.encode(w).ids + tokenizer.encode(" " + w).ids
                   if tokenizer.id_to_token(t) != "\u0120"]
         shares[i, tokens] = 1 / len(set(tokens))
@@ -90,48 +128,72 @@ def train_tower(args):
     found = build_scenes(args, args.images, held=False)
     test = build_scenes(args, 60, held=True)
     model = new_model(args, found)
-    tower, head = model.model.visual, torch.nn.Linear(256, len(LABELS))
+    if args.init:
+        model = Qwen2VLForConditionalGeneration.from_pretrained(args.init, dtype=torch.float32)
+    tower, head = model.model.visual, torch.nn.Linear(256, len(LABELS) + 2 * GRID)
     words = model.model.language_model.embed_tokens
     tokenizer = Tokenizer.from_file(str(args.work / "model/tokenizer.json"))
     names = name_tokens(tokenizer, words.weight.shape[0])
+    # A part of a bar is named by the whole bar: its letter, its colour and its value.
+    bar = {b: len(LABELS) + i for i, b in enumerate(BARS)}
+    told = lambda scenes: torch.tensor([[bar[s.bars[c]] if c in s.bars else max(label, 0)
+                                         for c, label in enumerate(s.labels)] for _, s in scenes])
+    say, say_test = told(found), told(test)
     x, y = pixels_of(found), torch.tensor([s.labels for _, s in found])
     xt, yt = pixels_of(test), torch.tensor([s.labels for _, s in test])
-    optimizer = optimizer_of([*tower.parameters(), *head.parameters(), words.weight], 0.01)
+    by_task = {t: [i for i, (task, _) in enumerate(found) if task == t] for t in TASKS}
+    mix = list(map(float, args.mix.split(",")))
+    # The words of a decoder that has learned already stay as they are.
+    learned = [*tower.parameters(), *head.parameters(), *([] if args.init else [words.weight])]
+    optimizer = optimizer_of(learned, 0.01)
     rng, began, step, log = random.Random(args.seed), time.time(), 0, []
 
+    @torch.no_grad()
     def accuracy():
-        with torch.no_grad():
-            guess = torch.cat([head(image_features(tower, patches(xt[i:i + 50]))).argmax(-1)
-                               for i in range(0, len(xt), 50)])
-        right, known = guess == yt, (yt != IGNORE) & (yt > 0)
+        """Percent of known cells told right by task, and of bars' parts nearest to all their words."""
+        parts = [image_features(tower, patches(xt[i:i + 50])) for i in range(0, len(xt), 50)]
+        features = torch.cat(parts)
+        right, known = head(features)[..., :len(LABELS)].argmax(-1) == yt, (yt != IGNORE) & (yt > 0)
         by_task = {}
         for task in TASKS:
             rows = torch.tensor([t == task for t, _ in test])
             by_task[task] = round(100 * right[rows][known[rows]].float().mean().item(), 1)
+        bars = say_test >= len(LABELS)
+        wanted = names[say_test[bars]] > 0
+        near = features[bars] @ words.weight.T
+        lowest = near.masked_fill(~wanted, 1e9).amin(-1)
+        by_task["bars"] = 100 * (lowest > near.masked_fill(wanted, -1e9).amax(-1)).float().mean().item()
         return by_task
 
     while (share := (time.time() - began) / (args.minutes * 60)) < 1:
         for group in optimizer.param_groups:
             group["lr"] = rate(args, step, share)
-        rows = rng.sample(range(len(found)), args.batch)
+        rows = [rng.choice(by_task[t]) for t in rng.choices(TASKS, mix, k=args.batch)]
         features = image_features(tower, patches(x[rows]))
-        scores = head(features)
+        scores, at_row, at_col = head(features).split([len(LABELS), GRID, GRID], -1)
         target = y[rows].flatten()
         # Empty cells are most cells; they count a quarter.
         weight = torch.where(target > 0, 1.0, 0.25)
         each = F.cross_entropy(scores.flatten(0, 1), target, ignore_index=IGNORE, reduction="none")
         # The features speak the decoder's language: each lies near the words for what it shows.
-        known = target.clamp(min=0)
+        known = say[rows].flatten()
         said = F.rms_norm(features, features.shape[-1:]).flatten(0, 1) @ words.weight.T
         each = each - (names[known] * said.log_softmax(-1)).sum(-1) * (target != IGNORE)
         loss = (each * weight).sum() / weight[target != IGNORE].sum()
+        # Where a token is: only our own backgrounds tell.
+        tells = torch.tensor([found[i][0] != "easy_vqa" for i in rows])
+        cells = torch.arange(GRID * GRID).repeat(int(tells.sum()))
+        place = [F.cross_entropy(s[tells].flatten(0, 1), where) for s, where in
+                 ((at_row, cells // GRID), (at_col, cells % GRID))]
+        loss = loss + sum(place)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(tower.parameters(), 1.0)
         optimizer.step()
         step += 1
         if step % 200 == 0:
-            log.append((step, round(time.time() - began), round(loss.item(), 4), accuracy()))
+            log.append((step, round(time.time() - began), round(loss.item(), 4),
+                        [round(p.item(), 3) for p in place], accuracy()))
             print(*log[-1], flush=True)
     print("final", step, accuracy(), flush=True)
     model.save_pretrained(args.work / "tower")
@@ -195,9 +257,10 @@ def answers_right(model, pack, features, rows):
     return {k: round(100 * sum(v) / len(v), 1) for k, v in sorted(right.items())}
 
 
-def choose_questions(rng, questions, list_share):
-    """Some of an image's questions. A list of everything in the picture has many answer tokens,
-    so it teaches the decoder to see before single answers can."""
+def choose_questions(rng, questions, list_share, focus):
+    """Some of an image's questions, of the kinds in focus where there are some. A list of everything
+    in the picture has many answer tokens, so it teaches the decoder to see before single answers can."""
+    questions = [q for q in questions if q[0] in focus] or questions
     lists = [q for q in questions if q[0] == "list"]
     rest = [q for q in questions if q[0] != "list"]
     first = lists if lists and rng.random() < list_share else []
@@ -218,27 +281,34 @@ def train_decoder(args):
         row["questions"] = [q for q in row["questions"] if pack.fits(q[1], q[2])]
     by_task = {t: [i for i, r in enumerate(rows) if r["task"] == t] for t in TASKS}
     mix = dict(zip(TASKS, map(float, args.mix.split(","))))
+    focus = {t: [f.split("/", 1)[1] for f in args.focus.split(",") if f.startswith(t)] for t in TASKS}
     decoder = model.model.language_model
-    optimizer = optimizer_of(decoder.parameters(), args.weight_decay)
+    matrices = [p for n, p in decoder.named_parameters() if p.ndim == 2 and "embed" not in n]
+    inside = set(map(id, matrices))
+    rest = [p for p in decoder.parameters() if id(p) not in inside]
+    optimizers = [Muon(matrices, args.weight_decay), optimizer_of(rest, args.weight_decay)]
+    if args.adamw:
+        optimizers = [optimizer_of(decoder.parameters(), args.weight_decay)]
     rng = random.Random(args.seed)
     torch.manual_seed(args.seed)
     began, step, losses, spent = time.time(), 0, [], 0.0
     log = csv.writer(open(args.work / "curves.csv", "a"))
     evaluations = 0
     while (share := (time.time() - began - spent) / (args.minutes * 60)) < 1:
-        for group in optimizer.param_groups:
+        for group in [g for o in optimizers for g in o.param_groups]:
             group["lr"] = rate(args, step, share)
         picked = [rng.choice(by_task[t]) for t in rng.choices(TASKS, mix.values(), k=args.batch)]
-        asked = [choose_questions(rng, rows[i]["questions"], 0.8 if share < 0.6 else 0.2)
-                 for i in picked]
+        asked = [choose_questions(rng, rows[i]["questions"], args.lists if share < 0.6 else 0.2,
+                                  focus.get(rows[i]["task"], ())) for i in picked]
         ids, labels = pack.batch(asked)
         f = torch.from_numpy(np.stack([features[i] for i in picked])).float()
         states = hidden_states(model, pack, f, ids)[labels >= 0]
         loss = F.cross_entropy(model.lm_head(states), labels[labels >= 0])
-        optimizer.zero_grad(set_to_none=True)
+        decoder.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         step += 1
         losses.append(loss.item())
         elapsed = time.time() - began - spent
@@ -268,10 +338,15 @@ def main():
     p.add_argument("--layers", type=int, default=4)
     p.add_argument("--batch", type=int, default=16)
     p.add_argument("--lr", type=float, default=1e-3)
+    p.add_argument("--adamw", action="store_true")
+    p.add_argument("--constant", action="store_true", help="no fall of the rate at the end")
     p.add_argument("--warm", type=int, default=100)
     p.add_argument("--weight-decay", type=float, default=0.05)
     p.add_argument("--every", type=float, default=3, help="minutes between evaluations")
     p.add_argument("--mix", default=".12,.26,.24,.22,.16", help="share of each task")
+    p.add_argument("--lists", type=float, default=0.8,
+                   help="share of pictures whose list is asked, in the first 60 percent of the time")
+    p.add_argument("--focus", default="", help="only these kinds of a task, as charts/value,charts/look")
     p.add_argument("--init", type=Path)
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args()
