@@ -30,8 +30,8 @@ pub struct CalibrationSample {
 /// larger than everything that follows, are gone before the next one's are made.
 ///
 /// # Errors
-/// [`Error::Interrupted`] if the observer says so; [`Error::Missing`] for a sample without an image; else the reader's, the processor's or the
-/// model's error.
+/// [`Error::Interrupted`] if the observer says so; [`Error::Missing`] for a sample without an
+/// image; else the reader's, the processor's or the model's error.
 pub fn prepare(
     model: &Qwen2Vl,
     tower: &VisionTower,

@@ -93,7 +93,7 @@ pub enum Error {
         path: PathBuf,
     },
     /// The user asked the run to stop.
-    #[error("interrupted; nothing was written")]
+    #[error("interrupted; nothing unfinished was kept")]
     Interrupted,
     /// The tensor library failed; shapes and devices are in its message.
     #[error("{context}: {source}")]
@@ -147,7 +147,7 @@ impl Error {
                 "the weights or the calibration data hold NaN or infinity; check their source"
             }
             Self::Exists { .. } => "choose another --output, or remove that folder yourself",
-            Self::Interrupted => "start the command again to have the result",
+            Self::Interrupted => "start the command again to have the rest",
             Self::Tensor { .. } => {
                 "this is a bug in vlmq unless memory ran out; please report it with the command"
             }

@@ -1,7 +1,7 @@
 """What the testbed model must be before methods are ranked on it: good, looking at its pictures,
 unharmed by 4 bits, harmed by 3 and ruined by 2. Prints one Markdown table.
 
-Usage: gates.py [--limit N]   (questions of each task)
+Usage: gates.py [--testbed DIR] [--limit N]   (questions of each task)
 """
 
 import argparse
@@ -21,8 +21,6 @@ from transformers import Qwen2VLForConditionalGeneration
 from data import TASKS, scenes
 from network import Pack, hidden_states, image_features, patches
 from train import SLOT
-
-HERE = Path(__file__).resolve().parent
 
 
 def blind_answers(task):
@@ -63,13 +61,16 @@ def round_to_nearest(model, bits, group):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--limit", type=int, default=10 ** 9)
-    limit = parser.parse_args().limit
+    parser.add_argument("--testbed", type=Path, default=Path(__file__).resolve().parent,
+                        help="folder with model/ and eval/")
+    args = parser.parse_args()
+    here, limit = args.testbed, args.limit
     load = lambda: Qwen2VLForConditionalGeneration.from_pretrained(
-        HERE / "model", dtype=torch.float32, attn_implementation="sdpa").eval()
-    pack = Pack(Tokenizer.from_file(str(HERE / "model/tokenizer.json")), 1, SLOT + 16)
+        here / "model", dtype=torch.float32, attn_implementation="sdpa").eval()
+    pack = Pack(Tokenizer.from_file(str(here / "model/tokenizer.json")), 1, SLOT + 16)
     data = {}
     for task in TASKS:
-        rows = pq.read_table(HERE / f"eval/{task}.parquet").to_pylist()[:limit]
+        rows = pq.read_table(here / f"eval/{task}.parquet").to_pylist()[:limit]
         pixels = np.stack([np.asarray(Image.open(io.BytesIO(r["image"]["bytes"])).convert("RGB"))
                            for r in rows])
         data[task] = rows, pixels

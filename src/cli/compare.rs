@@ -11,7 +11,7 @@ use vlmq::Error;
 use vlmq::dataset::open_samples;
 use vlmq::eval::open_tasks;
 use vlmq::model::LoadedModel;
-use vlmq::pipeline::{Observer, Unobserved};
+use vlmq::pipeline::Observer;
 use vlmq::processor::Processor;
 use vlmq::run::SampleChoice;
 use vlmq::sweep::{Sweep, SweepRow, quantize_in_memory, score_original, score_tasks};
@@ -66,7 +66,8 @@ fn measure(sweep: &Sweep, output: &PathBuf) -> anyhow::Result<Vec<SweepRow>> {
             seed,
         });
         let began = Instant::now();
-        let layers = quantize_in_memory(&model, &recipe, choice.as_ref(), &Unobserved)?;
+        let within = WithinRun(&progress);
+        let layers = quantize_in_memory(&model, &recipe, choice.as_ref(), &within)?;
         let seconds = began.elapsed().as_secs_f64();
         loaded.set_layers(layers)?;
         let scores = score_tasks(&loaded, &tasks, &references)?;
@@ -75,6 +76,17 @@ fn measure(sweep: &Sweep, output: &PathBuf) -> anyhow::Result<Vec<SweepRow>> {
     }
     progress.finish();
     Ok(rows)
+}
+
+/// One run of many: its layers are not shown, but Ctrl-C ends it.
+struct WithinRun<'a>(&'a Progress);
+
+impl Observer for WithinRun<'_> {
+    fn on_layer(&self, _: usize, _: usize) {}
+
+    fn is_cancelled(&self) -> bool {
+        self.0.is_cancelled()
+    }
 }
 
 fn read_rows(path: &PathBuf) -> anyhow::Result<Vec<SweepRow>> {

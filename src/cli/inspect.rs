@@ -88,8 +88,9 @@ fn print_model(model: &Qwen2Vl) {
         model.modules().len(),
         n_weights(model) as f64 / 1e6
     );
-    if n_quantized(model) > 0 {
-        println!("quantized   {} modules already", n_quantized(model));
+    let n_quantized = n_quantized(model);
+    if n_quantized > 0 {
+        println!("quantized   {n_quantized} modules already");
     }
 }
 
