@@ -18,7 +18,7 @@ pub struct MemoryPlan {
     pub vision: u64,
     /// Hidden states and stage inputs of all samples.
     pub streams: u64,
-    /// The layer at work in f32, and the checkpoint's pages, which are read in the end to be copied.
+    /// The layer at work in f32.
     pub layer: u64,
     /// H and C of the stage that needs most, with the inputs they come from or with their factor.
     pub solver: u64,
@@ -54,7 +54,6 @@ pub fn plan_memory(model: &Qwen2Vl, recipe: &Recipe, n_tokens: &[usize]) -> Memo
         true => 3 * sizes.sum::<u64>(),
         false => 2 * sizes.max().unwrap_or(0),
     };
-    let mapped: u64 = model.checkpoint().total_bytes();
 
     // Per token: U's residual and stage input, rotary tables; F's residual, attention input and y.
     let own = hidden + inter.max(heads) + 2 * decoder.head_dim as u64;
@@ -73,7 +72,7 @@ pub fn plan_memory(model: &Qwen2Vl, recipe: &Recipe, n_tokens: &[usize]) -> Memo
         process: peak_memory_bytes().unwrap_or(32 << 20),
         vision: calibrated * tower as u64 * F32,
         streams: calibrated * tokens * (own + full) * F32,
-        layer: weights * F32 + mapped,
+        layer: weights * F32,
         solver: calibrated * solver,
     }
 }

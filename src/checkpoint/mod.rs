@@ -1,10 +1,9 @@
 //! A Hugging Face model folder: `config.json`, safetensors files, and the files beside them.
 //!
-//! Weights are mapped, not read: opening a checkpoint costs its headers, and a tensor costs
-//! memory only when it is asked for. Nothing in the folder is trusted; what is wrong with it is
-//! reported with the file, the tensor, what was expected and what was found. **The files must not
-//! be changed by others while a [`Checkpoint`] is open**: a mapped file that is cut short ends the
-//! process, as with every program that maps files.
+//! Opening a checkpoint costs its headers, and a tensor costs memory only when it is asked for.
+//! Nothing in the folder is trusted; what is wrong with it is reported with the file, the tensor,
+//! what was expected and what was found. Weight files stay open, so one that is replaced is not
+//! noticed and does no harm; one that is written to meanwhile is an error at the next read.
 //!
 //! [`write::ShardedWriter`] and [`PendingFolder`] are the way back to disk.
 
@@ -35,8 +34,8 @@ pub const INDEX_FILE: &str = "model.safetensors.index.json";
 /// Largest JSON side file that is read, in bytes; a 700 B model's index has 10 MB.
 const MAX_JSON_BYTES: u64 = 256 << 20;
 
-/// Bytes of a tensor that are looked at in one go; a multiple of every element's size.
-const SCAN_BYTES: usize = 1 << 20;
+/// Bytes of a tensor that are read in one go; a multiple of every element's size.
+const PIECE_BYTES: usize = 1 << 20;
 
 /// Endings of files that hold weights in some other form, or tables of such files.
 const WEIGHT_ENDINGS: [&str; 11] = [
@@ -195,10 +194,37 @@ impl Checkpoint {
     /// The stored bytes of a tensor, row-major, little-endian.
     ///
     /// # Errors
-    /// [`Error::Missing`] if there is no such tensor.
-    pub fn bytes(&self, name: &str) -> Result<&[u8]> {
+    /// [`Error::Missing`] if there is no such tensor; [`Error::Io`] or [`Error::Format`] if its
+    /// file fails or was written to since it was opened.
+    pub fn bytes(&self, name: &str) -> Result<Vec<u8>> {
         let info = self.require_info(name)?;
-        self.shards[info.shard].bytes(&info.range)
+        self.shards[info.shard].read(info.range.clone())
+    }
+
+    /// As [`Checkpoint::bytes`], one part only; `None` if the tensor ends before `range` does.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::bytes`].
+    pub fn bytes_at(&self, name: &str, range: Range<usize>) -> Result<Option<Vec<u8>>> {
+        let info = self.require_info(name)?;
+        if range.end > info.n_bytes {
+            return Ok(None);
+        }
+        let start = info.range.start;
+        let range = start + range.start..start + range.end;
+        self.shards[info.shard].read(range).map(Some)
+    }
+
+    /// As [`Checkpoint::bytes`], piece after piece, each a whole number of elements and none
+    /// large.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::bytes`], each piece's own inside.
+    pub fn pieces(&self, name: &str) -> Result<impl Iterator<Item = Result<Vec<u8>>>> {
+        let info = self.require_info(name)?;
+        let (shard, end) = (&self.shards[info.shard], info.range.end);
+        let starts = info.range.clone().step_by(PIECE_BYTES);
+        Ok(starts.map(move |start| shard.read(start..end.min(start + PIECE_BYTES))))
     }
 
     /// A float tensor (bf16, f16, f32 or f64) as f32, which must have exactly this `shape`.
@@ -208,14 +234,17 @@ impl Checkpoint {
     /// [`Error::NotFinite`] for NaN or infinity; each names the tensor.
     pub fn load(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
         let info = self.require_shape(name, shape)?;
-        let values = info.dtype.f32_from_bytes(self.bytes(name)?);
-        let values = values.ok_or_else(|| {
-            let found = info.dtype.name();
-            self.tensor_error(
-                name,
-                format!("expected BF16, F16, F32 or F64, found {found}"),
-            )
-        })?;
+        let mut values = Vec::with_capacity(info.n_bytes / info.dtype.n_bytes());
+        for piece in self.pieces(name)? {
+            let piece = info.dtype.f32_from_bytes(&piece?);
+            values.extend(piece.ok_or_else(|| {
+                let found = info.dtype.name();
+                self.tensor_error(
+                    name,
+                    format!("expected BF16, F16, F32 or F64, found {found}"),
+                )
+            })?);
+        }
         let count = values.iter().filter(|v| !v.is_finite()).count();
         if count > 0 {
             return Err(Error::NotFinite {
@@ -249,12 +278,11 @@ impl Checkpoint {
     /// [`Error::NotFinite`], or [`Error::Missing`] if there is no such tensor.
     pub fn check_finite(&self, name: &str) -> Result<()> {
         let dtype = self.require_info(name)?.dtype;
-        let pieces = self.bytes(name)?.chunks(SCAN_BYTES);
-        let count = pieces
-            .filter_map(|piece| dtype.f32_from_bytes(piece))
-            .flatten()
-            .filter(|v| !v.is_finite())
-            .count();
+        let mut count = 0;
+        for piece in self.pieces(name)? {
+            let values = dtype.f32_from_bytes(&piece?).into_iter().flatten();
+            count += values.filter(|v| !v.is_finite()).count();
+        }
         match count {
             0 => Ok(()),
             _ => Err(Error::NotFinite {

@@ -205,8 +205,8 @@ impl Checkpoint {
         let info = self.require_info(&name)?;
         let bytes = self.bytes(&name)?;
         let sides: Option<Vec<usize>> = match info.dtype {
-            DType::I64 => sides(bytes, i64::from_le_bytes),
-            DType::I32 => sides(bytes, |b| i64::from(i32::from_le_bytes(b))),
+            DType::I64 => sides(&bytes, i64::from_le_bytes),
+            DType::I32 => sides(&bytes, |b| i64::from(i32::from_le_bytes(b))),
             _ => None,
         };
         match sides.as_deref() {
@@ -277,7 +277,8 @@ impl Checkpoint {
                 found: info.shape.clone(),
             });
         }
-        let (words, _) = self.bytes(name)?.as_chunks::<4>();
+        let bytes = self.bytes(name)?;
+        let (words, _) = bytes.as_chunks::<4>();
         Ok(words.iter().map(|b| u32::from_le_bytes(*b)).collect())
     }
 

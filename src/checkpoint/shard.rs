@@ -1,5 +1,5 @@
-//! One safetensors file: mapped into memory, its header checked completely before anything
-//! else is believed.
+//! One safetensors file: its header checked completely before anything else is believed, its
+//! data read piece by piece from where it lies.
 //!
 //! The layout is 8 bytes of little-endian header length, a JSON header naming each tensor's type,
 //! shape and byte range, then the data. The ranges must tile the data: no hole, no overlap. The
@@ -8,13 +8,15 @@
 
 use super::DType;
 use crate::{Error, Result};
-use memmap2::Mmap;
 use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
+use std::fs::{File, Metadata};
+use std::io::{Read, Seek, SeekFrom};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::time::SystemTime;
 
 /// Largest header that is read, in bytes; the same bound as the reference implementation's.
 pub(super) const MAX_HEADER_BYTES: usize = 100_000_000;
@@ -22,11 +24,32 @@ pub(super) const MAX_HEADER_BYTES: usize = 100_000_000;
 /// Bytes of the length field before the header.
 pub(super) const LENGTH_BYTES: usize = 8;
 
-/// A mapped file whose header was found to be consistent with its size.
+/// An open file whose header was found to be consistent with its size.
+///
+/// Data is read, not mapped: a disk that fails or a file that another program cuts short is then
+/// an error to report and not the end of the process, and what is read is counted as memory only
+/// where it is kept.
 pub(super) struct Shard {
     path: PathBuf,
-    map: Mmap,
+    file: Mutex<File>,
+    state: FileState,
     pub(super) tensors: BTreeMap<String, Entry>,
+}
+
+/// What tells that a file was written to.
+#[derive(Debug, PartialEq, Eq)]
+struct FileState {
+    n_bytes: u64,
+    modified: Option<SystemTime>,
+}
+
+impl FileState {
+    fn of(metadata: &Metadata) -> Self {
+        Self {
+            n_bytes: metadata.len(),
+            modified: metadata.modified().ok(),
+        }
+    }
 }
 
 /// One tensor of a shard.
@@ -39,28 +62,22 @@ pub(super) struct Entry {
 }
 
 impl Shard {
-    /// Maps `path` and checks its header.
+    /// Opens `path` and checks its header.
     ///
     /// # Errors
     /// [`Error::Io`] if it cannot be opened, [`Error::Format`] if it is no sound safetensors file.
     pub(super) fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path).map_err(|e| Error::io(path, "open", e))?;
+        let mut file = File::open(path).map_err(|e| Error::io(path, "open", e))?;
         let metadata = file.metadata().map_err(|e| Error::io(path, "inspect", e))?;
         if !metadata.is_file() {
             return Err(Error::format(path, "file type", "expected a regular file"));
         }
-        if metadata.len() < LENGTH_BYTES as u64 {
-            let why = format!("expected at least 8 bytes, found {}", metadata.len());
-            return Err(Error::format(path, "length", why));
-        }
-        // SAFETY: the mapping is read-only and private to this process. Another process that
-        // truncates or rewrites the file meanwhile could end this one or change its data; the
-        // documentation of `Checkpoint` asks that this does not happen.
-        let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::io(path, "map", e))?;
-        let tensors = parse_header(path, &map)?;
+        let start = read_header(path, &mut file)?;
+        let tensors = parse_header(path, &start, metadata.len())?;
         Ok(Self {
             path: path.to_path_buf(),
-            map,
+            file: Mutex::new(file),
+            state: FileState::of(&metadata),
             tensors,
         })
     }
@@ -69,20 +86,49 @@ impl Shard {
         &self.path
     }
 
-    /// The bytes of a range that [`Shard::open`] checked.
-    pub(super) fn bytes(&self, range: &Range<usize>) -> Result<&[u8]> {
-        self.map
-            .get(range.clone())
-            .ok_or_else(|| Error::format(&self.path, "data", "the file became shorter"))
+    /// The bytes of a range inside one that [`Shard::open`] checked.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the disk fails, [`Error::Format`] if the file was changed since.
+    pub(super) fn read(&self, range: Range<usize>) -> Result<Vec<u8>> {
+        // No panic leaves a file in a state that matters here: every read seeks first.
+        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        let fail = |e| Error::io(&self.path, "read", e);
+        let mut bytes = vec![0; range.len()];
+        let start = SeekFrom::Start(range.start as u64);
+        let read = file
+            .seek(start)
+            .and_then(|_| file.read_exact(&mut bytes))
+            .map_err(fail);
+        // A file cut short ends early; that it was changed is the better explanation.
+        if FileState::of(&file.metadata().map_err(fail)?) != self.state {
+            let why = "it was written to after this run had opened it";
+            return Err(Error::format(&self.path, "data", why));
+        }
+        read.map(|()| bytes)
     }
 }
 
-/// Checks the header of a whole file's `bytes`; `path` is for messages only.
-fn parse_header(path: &Path, bytes: &[u8]) -> Result<BTreeMap<String, Entry>> {
+/// The length field and, if it is believable, the header.
+fn read_header(path: &Path, file: &mut File) -> Result<Vec<u8>> {
+    let fail = |e| Error::io(path, "read", e);
+    let mut start = Vec::new();
+    let take = |file: &mut File, n: u64, start: &mut Vec<u8>| {
+        file.take(n).read_to_end(start).map_err(fail)
+    };
+    take(file, LENGTH_BYTES as u64, &mut start)?;
+    if let Some(length) = start.first_chunk().map(|b| u64::from_le_bytes(*b)) {
+        take(file, length.min(MAX_HEADER_BYTES as u64), &mut start)?;
+    }
+    Ok(start)
+}
+
+/// Checks the header at the `start` of a file of `n_bytes`; `path` is for messages only.
+fn parse_header(path: &Path, start: &[u8], n_bytes: u64) -> Result<BTreeMap<String, Entry>> {
     let fail = |why: String| Error::format(path, "header", why);
-    let (length, rest) = bytes
+    let (length, rest) = start
         .split_first_chunk::<LENGTH_BYTES>()
-        .ok_or_else(|| fail(format!("expected at least 8 bytes, found {}", bytes.len())))?;
+        .ok_or_else(|| fail(format!("expected at least 8 bytes, found {}", start.len())))?;
     let declared = u64::from_le_bytes(*length);
     if declared < 2 || declared > MAX_HEADER_BYTES as u64 {
         let why = format!("declares {declared} bytes, 2 to {MAX_HEADER_BYTES} expected");
@@ -100,8 +146,8 @@ fn parse_header(path: &Path, bytes: &[u8]) -> Result<BTreeMap<String, Entry>> {
     }
     let raw: RawHeader = serde_json::from_str(header).map_err(|e| fail(e.to_string()))?;
     let data_start = LENGTH_BYTES + header.len();
-    let n_data = bytes.len() - data_start;
-    check_tiling(path, &raw.tensors, n_data as u64)?;
+    let n_data = n_bytes.saturating_sub(data_start as u64);
+    check_tiling(path, &raw.tensors, n_data)?;
     let mut tensors = BTreeMap::new();
     for (name, entry) in raw.tensors {
         let entry = check_entry(path, &name, entry, data_start)?;
@@ -224,7 +270,7 @@ mod tests {
     }
 
     fn message(bytes: &[u8]) -> String {
-        parse_header(Path::new("m.safetensors"), bytes)
+        parse_header(Path::new("m.safetensors"), bytes, bytes.len() as u64)
             .unwrap_err()
             .to_string()
     }
@@ -290,7 +336,8 @@ mod tests {
     fn empty_tensors_and_scalars_are_sound() {
         let header = r#"{"z":{"dtype":"F32","shape":[0,7],"data_offsets":[0,0]},
             "s":{"dtype":"F32","shape":[],"data_offsets":[0,4]}}"#;
-        let parsed = parse_header(Path::new("m"), &file(header, &[0; 4])).unwrap();
+        let bytes = file(header, &[0; 4]);
+        let parsed = parse_header(Path::new("m"), &bytes, bytes.len() as u64).unwrap();
         assert_eq!(parsed["z"].shape, [0, 7]);
         assert_eq!(parsed["s"].range.len(), 4);
     }
@@ -300,9 +347,10 @@ mod tests {
 
         #[test]
         fn arbitrary_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
-            let _ = parse_header(Path::new("m"), &bytes);
+            let parse = |bytes: &[u8]| parse_header(Path::new("m"), bytes, bytes.len() as u64);
+            let _ = parse(&bytes);
             let wrapped = file(&String::from_utf8_lossy(&bytes), &[]);
-            prop_assert!(parse_header(Path::new("m"), &wrapped).is_err());
+            prop_assert!(parse(&wrapped).is_err());
         }
     }
 }

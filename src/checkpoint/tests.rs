@@ -101,6 +101,34 @@ fn nan_and_infinity_are_named_with_their_count() {
 }
 
 #[test]
+fn a_file_that_is_written_to_is_noticed() {
+    let dir = small(MAX_SHARD_BYTES);
+    let path = dir.path().join(WEIGHTS_FILE);
+    let bytes = fs::read(&path).unwrap();
+    let noticed = |change: &dyn Fn()| {
+        fs::write(&path, &bytes).unwrap();
+        let checkpoint = Checkpoint::open(dir.path()).unwrap();
+        checkpoint.load("a.weight", &[1, 3]).unwrap();
+        change();
+        checkpoint.load("a.weight", &[1, 3]).map(|_| ())
+    };
+    let cut = noticed(&|| fs::write(&path, &bytes[..bytes.len() / 2]).unwrap());
+    assert!(cut.unwrap_err().to_string().contains("written to"));
+    let later = std::time::SystemTime::now() + std::time::Duration::from_secs(9);
+    let touched = noticed(&|| {
+        let file = fs::File::options().write(true).open(&path).unwrap();
+        file.set_modified(later).unwrap();
+    });
+    assert!(touched.unwrap_err().to_string().contains("written to"));
+    // A file that takes its name is another file; the open one stays as it was.
+    let replaced = noticed(&|| {
+        fs::write(dir.path().join("new"), b"no weights").unwrap();
+        fs::rename(dir.path().join("new"), &path).unwrap();
+    });
+    assert!(replaced.is_ok());
+}
+
+#[test]
 fn an_integer_tensor_is_no_weight() {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join(CONFIG_FILE), "{}").unwrap();

@@ -111,29 +111,45 @@ impl ShardedWriter {
     /// [`Error::Missing`] for a name that was not announced, [`Error::Invalid`] for a length that
     /// was not or a second time, [`Error::Io`] if the disk refuses.
     pub fn write(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
+        self.write_pieces(name, std::iter::once(Ok(bytes)))
+    }
+
+    /// As [`ShardedWriter::write`], from pieces in their order.
+    ///
+    /// # Errors
+    /// As [`ShardedWriter::write`], and the first piece's that has one; the tensor then counts as
+    /// not written.
+    pub fn write_pieces<B: AsRef<[u8]>>(
+        &mut self,
+        name: &str,
+        pieces: impl Iterator<Item = Result<B>>,
+    ) -> Result<()> {
         let slot = self.slots.get_mut(name).ok_or_else(|| Error::Missing {
             what: format!("tensor {name}"),
             place: format!("the tensors announced for {}", self.dir.display()),
         })?;
-        if bytes.len() as u64 != slot.n_bytes || (slot.is_written && slot.n_bytes > 0) {
-            let written = if slot.is_written {
-                ", written before"
-            } else {
-                ""
-            };
-            return Err(Error::Invalid {
-                what: format!("tensor {name}"),
-                why: format!(
-                    "{} bytes given, {} expected once{written}",
-                    bytes.len(),
-                    slot.n_bytes
-                ),
-            });
+        let wrong = |found: String| Error::Invalid {
+            what: format!("tensor {name}"),
+            why: format!("{found}, {} bytes expected once", slot.n_bytes),
+        };
+        if slot.is_written && slot.n_bytes > 0 {
+            return Err(wrong("given a second time".into()));
         }
         let (path, file) = &mut self.files[slot.file];
-        file.seek(SeekFrom::Start(slot.offset))
-            .and_then(|_| file.write_all(bytes))
-            .map_err(|e| Error::io(path, "write", e))?;
+        let fail = |e| Error::io(path, "write", e);
+        file.seek(SeekFrom::Start(slot.offset)).map_err(fail)?;
+        let mut n_bytes = 0;
+        for piece in pieces {
+            let piece = piece?;
+            n_bytes += piece.as_ref().len() as u64;
+            if n_bytes > slot.n_bytes {
+                return Err(wrong(format!("{n_bytes} bytes given")));
+            }
+            file.write_all(piece.as_ref()).map_err(fail)?;
+        }
+        if n_bytes < slot.n_bytes {
+            return Err(wrong(format!("{n_bytes} bytes given")));
+        }
         slot.is_written = true;
         Ok(())
     }

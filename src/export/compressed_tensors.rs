@@ -162,7 +162,7 @@ impl<'a> Exporter<'a> {
             .filter(|n| !is_replaced(&self.schemes, n))
         {
             if self.writer.is_open(name) {
-                self.writer.write(name, self.source.bytes(name)?)?;
+                self.writer.write_pieces(name, self.source.pieces(name)?)?;
             }
             n_copied += 1;
         }
@@ -306,9 +306,11 @@ fn check_copy(written: &Checkpoint, source: &Checkpoint, name: &str) -> Result<(
         let why = format!("expected {expected:?}, found {found:?}");
         return Err(Error::format(written.dir(), format!("tensor {name}"), why));
     }
-    if written.bytes(name)? != source.bytes(name)? {
-        let why = "its bytes differ from the source's";
-        return Err(Error::format(written.dir(), format!("tensor {name}"), why));
+    for (found, expected) in written.pieces(name)?.zip(source.pieces(name)?) {
+        if found? != expected? {
+            let why = "its bytes differ from the source's";
+            return Err(Error::format(written.dir(), format!("tensor {name}"), why));
+        }
     }
     Ok(())
 }

@@ -256,21 +256,21 @@ impl Qwen2Vl {
     fn embedding_rows(&self, input_ids: &[u32]) -> Result<Vec<f32>> {
         let name = embedding_name(&self.names);
         let (vocab, hidden) = (self.decoder.vocab_size, self.decoder.hidden_size);
-        let bytes = self.checkpoint.bytes(&name)?;
         let info = self.checkpoint.require_shape(&name, &[vocab, hidden])?;
         let row_bytes = hidden * info.dtype.n_bytes();
         let mut rows = Vec::with_capacity(input_ids.len() * hidden);
         for &id in input_ids {
             let start = id as usize * row_bytes;
-            let row = bytes
-                .get(start..start + row_bytes)
+            let row = self
+                .checkpoint
+                .bytes_at(&name, start..start + row_bytes)?
                 .ok_or_else(|| Error::Invalid {
                     what: format!("token id {id}"),
                     why: format!("the vocabulary has {vocab} entries"),
                 })?;
             rows.extend(
                 info.dtype
-                    .f32_from_bytes(row)
+                    .f32_from_bytes(&row)
                     .ok_or_else(|| Error::Unsupported {
                         what: format!("{name} stored as {}", info.dtype.name()),
                     })?,
