@@ -25,6 +25,24 @@ pub struct CalibrationSample {
     pub embeddings: Tensor,
 }
 
+impl CalibrationSample {
+    /// Adds everything that a layer will see of the sample to a digest.
+    ///
+    /// # Errors
+    /// A tensor error.
+    pub fn add_to(&self, digest: &mut blake3::Hasher) -> Result<()> {
+        digest.update(&(self.classes.len() as u64).to_le_bytes());
+        let classes: Vec<u8> = self.classes.iter().map(|class| *class as u8).collect();
+        digest.update(&classes);
+        for tensor in self.rope.tables().into_iter().chain([&self.embeddings]) {
+            for value in tensor.flatten_all()?.to_vec1::<f32>()? {
+                digest.update(&value.to_le_bytes());
+            }
+        }
+        Ok(())
+    }
+}
+
 /// Brings samples to the first layer: images read and cut into patches, text tokenized and
 /// classed, image features computed and put in their places. A sample's patches, which may be
 /// larger than everything that follows, are gone before the next one's are made.

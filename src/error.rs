@@ -92,6 +92,20 @@ pub enum Error {
         /// The path in the way.
         path: PathBuf,
     },
+    /// Another process is at work on the same output.
+    #[error("{path}: another process is at work here", path = path.display())]
+    Busy {
+        /// Its progress folder.
+        path: PathBuf,
+    },
+    /// There is progress of a run that was made of something else.
+    #[error("{path}: holds finished layers of a run with other {what}", path = path.display())]
+    OtherRun {
+        /// The progress folder.
+        path: PathBuf,
+        /// What was otherwise.
+        what: String,
+    },
     /// The user asked the run to stop.
     #[error("interrupted; nothing unfinished was kept")]
     Interrupted,
@@ -147,6 +161,11 @@ impl Error {
                 "the weights or the calibration data hold NaN or infinity; check their source"
             }
             Self::Exists { .. } => "choose another --output, or remove that folder yourself",
+            Self::Busy { .. } => "wait until it is done, or choose another --output",
+            Self::OtherRun { .. } => {
+                "start it as it was started then, choose another --output, or give up those layers with \
+                 --resume never"
+            }
             Self::Interrupted => "start the command again to have the rest",
             Self::Tensor { .. } => {
                 "this is a bug in vlmq unless memory ran out; please report it with the command"

@@ -49,6 +49,7 @@ pub mod error;
 pub mod eval;
 pub mod export;
 pub mod importance;
+pub mod journal;
 pub mod matrix;
 pub mod memory;
 pub mod model;

@@ -77,16 +77,32 @@ pub fn plan_memory(model: &Qwen2Vl, recipe: &Recipe, n_tokens: &[usize]) -> Memo
     }
 }
 
-/// Bytes of the tensors that a run will write.
-pub fn plan_disk(model: &Qwen2Vl, recipe: &Recipe) -> u64 {
-    let mut bytes = model.checkpoint().total_bytes();
+/// Bytes that a run will write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct DiskPlan {
+    /// Tensors of the output.
+    pub tensors: u64,
+    /// Finished layers, until the output is whole ([`crate::journal`]).
+    pub progress: u64,
+}
+
+/// What a run will write.
+pub fn plan_disk(model: &Qwen2Vl, recipe: &Recipe) -> DiskPlan {
+    let mut plan = DiskPlan {
+        tensors: model.checkpoint().total_bytes(),
+        progress: 0,
+    };
     for module in model.modules() {
         let info = model.checkpoint().info(&format!("{}.weight", module.name));
         if let (Some(info), Some(scheme)) = (info, recipe.scheme_of(&module.name)) {
-            let n_weights = (module.shape[0] * module.shape[1]) as f64;
-            let packed = (n_weights * scheme.bits_per_weight(module.shape[1]) / 8.0).ceil();
-            bytes = bytes - info.n_bytes as u64 + packed as u64;
+            let [rows, cols] = module.shape;
+            let packed = (rows * cols) as f64 * scheme.bits_per_weight(cols) / 8.0;
+            plan.tensors = plan.tensors - info.n_bytes as u64 + packed.ceil() as u64;
+            // A scale in f32 and a zero point of a byte in each group.
+            let groups = rows * (cols / scheme.group_size().unwrap_or(cols).max(1));
+            plan.progress += (rows * cols * scheme.bits() as usize).div_ceil(8) as u64
+                + groups as u64 * (F32 + 1);
         }
     }
-    bytes
+    plan
 }

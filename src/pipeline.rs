@@ -23,6 +23,7 @@ use crate::report::{Deviation, ModuleReport};
 use crate::solver::{Factor, gptq, rtn};
 use crate::statistics::Statistics;
 use crate::{Error, QuantizedWeight, Result};
+use serde::{Deserialize, Serialize};
 use stage::Stage;
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -48,9 +49,9 @@ impl Observer for Unobserved {
     }
 }
 
-/// What a run has to tell besides the weights.
-#[derive(Clone, Debug, Default)]
-pub struct Outcome {
+/// What a layer has to tell besides its weights.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct LayerOutcome {
     /// One entry per module, in solving order.
     pub modules: Vec<ModuleReport>,
     /// Everything that went another way than planned.
@@ -59,7 +60,41 @@ pub struct Outcome {
     pub seconds: BTreeMap<String, f64>,
 }
 
-/// Quantizes every linear of the decoder and hands each to `sink` as soon as it is solved.
+/// A layer that an earlier run finished.
+pub struct FinishedLayer {
+    /// Modules by name, in solving order.
+    pub weights: Vec<(String, QuantizedWeight)>,
+    /// What it had to tell.
+    pub outcome: LayerOutcome,
+}
+
+/// Who takes the layers as they are finished, and may have some of them already.
+pub trait LayerSink {
+    /// The layer, if an earlier run finished it; its modules are then not handed over again.
+    ///
+    /// # Errors
+    /// The sink's own, which end the run.
+    fn finished(&mut self, _layer_idx: usize) -> Result<Option<FinishedLayer>> {
+        Ok(None)
+    }
+
+    /// Takes a module as soon as it is solved.
+    ///
+    /// # Errors
+    /// The sink's own, which end the run.
+    fn module(&mut self, module: &Module, weight: &QuantizedWeight) -> Result<()>;
+
+    /// All modules of a layer were taken.
+    ///
+    /// # Errors
+    /// The sink's own, which end the run.
+    fn layer(&mut self, _layer_idx: usize, _outcome: &LayerOutcome) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// Quantizes every linear of the decoder, hands each to `sink` as soon as it is solved, and says
+/// what each layer has to tell.
 ///
 /// # Errors
 /// The solver's, the model's and `sink`'s; [`Error::Invalid`] if the recipe needs samples and
@@ -69,75 +104,98 @@ pub fn quantize(
     samples: Vec<CalibrationSample>,
     recipe: &Recipe,
     observer: &dyn Observer,
-    sink: &mut dyn FnMut(&Module, Scheme, &QuantizedWeight) -> Result<()>,
-) -> Result<Outcome> {
+    sink: &mut dyn LayerSink,
+) -> Result<Vec<LayerOutcome>> {
     if recipe.needs_calibration() && samples.is_empty() {
         return Err(Error::Invalid {
             what: "calibration".into(),
             why: format!("{} needs samples, none given", recipe.method.name()),
         });
     }
-    let mut run = Run {
-        model,
-        recipe,
-        observer,
-        outcome: Outcome::default(),
-    };
-    let names: Vec<String> = model.modules().into_iter().map(|m| m.name).collect();
-    for pattern in recipe.idle_rules(&names) {
-        let pattern = pattern.to_owned();
-        run.outcome.deviations.push(Deviation::IdleRule { pattern });
-    }
-    let schemes: Vec<Scheme> = names.iter().filter_map(|n| recipe.scheme_of(n)).collect();
+    let modules = model.modules();
+    let schemes = modules.iter().filter_map(|m| recipe.scheme_of(&m.name));
+    let schemes: Vec<Scheme> = schemes.collect();
     let mut streams = Streams::new(samples, recipe.needs_full_stream(&schemes));
     let n_layers = model.decoder().n_layers;
+    let mut outcomes = Vec::new();
     for layer_idx in 0..n_layers {
         observer.on_layer(layer_idx, n_layers);
-        match recipe.needs_calibration() {
-            true => run.calibrated_layer(layer_idx, &mut streams, sink)?,
-            false => run.nearest_layer(layer_idx, sink)?,
+        let mut run = Run {
+            model,
+            recipe,
+            observer,
+            layer_idx,
+            outcome: LayerOutcome::default(),
+        };
+        match (sink.finished(layer_idx)?, recipe.needs_calibration()) {
+            (Some(finished), true) => run.finished_layer(finished, &mut streams)?,
+            (Some(finished), false) => run.outcome = finished.outcome,
+            (None, true) => run.calibrated_layer(&mut streams, sink)?,
+            (None, false) => run.nearest_layer(sink)?,
         }
+        outcomes.push(run.outcome);
     }
-    Ok(run.outcome)
+    Ok(outcomes)
 }
 
+/// The work on one layer.
 struct Run<'a> {
     model: &'a Qwen2Vl,
     recipe: &'a Recipe,
     observer: &'a dyn Observer,
-    outcome: Outcome,
+    layer_idx: usize,
+    outcome: LayerOutcome,
 }
 
-type Sink<'a> = &'a mut dyn FnMut(&Module, Scheme, &QuantizedWeight) -> Result<()>;
-
 impl Run<'_> {
-    fn calibrated_layer(
-        &mut self,
-        layer_idx: usize,
-        streams: &mut Streams,
-        sink: Sink,
-    ) -> Result<()> {
-        let full = self.timed("load", |run| run.model.load_layer(layer_idx))?;
+    /// Takes both streams through a layer that is solved already: the same products of the same
+    /// numbers as when it was solved, so that the next layer sees the same bits.
+    fn finished_layer(&mut self, finished: FinishedLayer, streams: &mut Streams) -> Result<()> {
+        self.outcome = finished.outcome;
+        let full = self.model.load_layer(self.layer_idx)?;
+        let mut quantized = full.clone();
+        let modules = self.model.layer_modules(self.layer_idx);
+        for (name, weight) in &finished.weights {
+            let module = modules.iter().find(|m| m.name == *name);
+            let module = module.ok_or_else(|| Error::Missing {
+                what: format!("module {name}"),
+                place: format!("layer {}", self.layer_idx),
+            })?;
+            let linear = quantized.linear(module.projection);
+            let linear = linear.with_weight(&weight.dequantize())?;
+            quantized.replace(module.projection, linear);
+        }
+        streams.begin_layer(&full, None)?;
+        for stage in Stage::ALL {
+            self.check_cancelled()?;
+            streams.enter(stage, &quantized)?;
+        }
+        streams.end_layer(&full, &quantized)
+    }
+
+    fn calibrated_layer(&mut self, streams: &mut Streams, sink: &mut dyn LayerSink) -> Result<()> {
+        let full = self.timed("load", |run| run.model.load_layer(run.layer_idx))?;
         let importance = self.timed("importance", |run| {
             streams.begin_layer(&full, run.recipe.importance)
         })?;
         let mut quantized = full.clone();
-        let modules = self.model.layer_modules(layer_idx);
+        let modules = self.model.layer_modules(self.layer_idx);
         for stage in Stage::ALL {
             self.check_cancelled()?;
             self.timed("forward", |_| streams.enter(stage, &quantized))?;
-            let shared = self.shared(stage, layer_idx, &modules, importance.as_ref());
+            let shared = self.shared(stage, &modules, importance.as_ref());
             let shared = self.timed("statistics", |_| streams.accumulate(stage, &full, shared))?;
             for group in &shared {
                 self.solve_group(&modules, group, &mut quantized, sink)?;
             }
         }
-        self.timed("forward", |_| streams.end_layer(&full, &quantized))
+        self.timed("forward", |_| streams.end_layer(&full, &quantized))?;
+        sink.layer(self.layer_idx, &self.outcome)
     }
 
     /// RTN needs neither streams nor a forward.
-    fn nearest_layer(&mut self, layer_idx: usize, sink: Sink) -> Result<()> {
-        for module in self.model.layer_modules(layer_idx) {
+    fn nearest_layer(&mut self, sink: &mut dyn LayerSink) -> Result<()> {
+        for module in self.model.layer_modules(self.layer_idx) {
             self.check_cancelled()?;
             let Some(scheme) = self.scheme_or_skip(&module) else {
                 continue;
@@ -151,19 +209,18 @@ impl Run<'_> {
                     .linear_weight(&module.name, out, inp)?;
                 rtn(&module.name, &w, scheme, clip)
             })?;
-            self.timed("write", |_| sink(&module, scheme, &weight))?;
+            self.timed("write", |_| sink.module(&module, &weight))?;
             self.outcome
                 .modules
                 .push(blank_report(&module, Some(scheme)));
         }
-        Ok(())
+        sink.layer(self.layer_idx, &self.outcome)
     }
 
     /// The statistics that a stage needs: one for all linears with the same token weights.
     fn shared(
         &mut self,
         stage: Stage,
-        layer_idx: usize,
         modules: &[Module],
         importance: Option<&LayerImportance>,
     ) -> Vec<Shared> {
@@ -177,7 +234,7 @@ impl Run<'_> {
                 None | Some(Ok(None)) => None,
                 Some(Ok(Some(weights))) => Some(weights),
                 Some(Err(reason)) => {
-                    let entry = Deviation::uniform(layer_idx, projection, reason);
+                    let entry = Deviation::uniform(self.layer_idx, projection, reason);
                     self.outcome.deviations.push(entry);
                     None
                 }
@@ -202,7 +259,7 @@ impl Run<'_> {
         modules: &[Module],
         group: &Shared,
         quantized: &mut DecoderLayer,
-        sink: Sink,
+        sink: &mut dyn LayerSink,
     ) -> Result<()> {
         let mut factor: Option<(f32, Factor)> = None;
         for &projection in &group.projections {
@@ -231,7 +288,7 @@ impl Run<'_> {
             })?;
             let linear: Linear = linear.with_weight(&solved.weight.dequantize())?;
             quantized.replace(projection, linear);
-            self.timed("write", |_| sink(module, scheme, &solved.weight))?;
+            self.timed("write", |_| sink.module(module, &solved.weight))?;
             self.note_deviations(module, factored, &group.statistics);
             self.outcome.modules.push(ModuleReport {
                 loss: Some(solved.loss),

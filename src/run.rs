@@ -4,15 +4,18 @@
 //! place of the output.
 
 use crate::calibration::{self, CalibrationSample};
+use crate::checkpoint::write::MAX_SHARD_BYTES;
 use crate::dataset::{Sample, SampleSet};
 use crate::export::ModulePlan;
 use crate::export::compressed_tensors::{Exported, Exporter};
+use crate::journal::{Fingerprint, Journal, LayerWriter, Resume};
 use crate::model::qwen2_vl::{Module, Qwen2Vl};
-use crate::pipeline::{self, Observer};
-use crate::plan::Scheme;
+use crate::pipeline::{self, FinishedLayer, LayerOutcome, LayerSink, Observer};
 use crate::processor::Processor;
 use crate::recipe::Recipe;
-use crate::report::{CalibrationReport, REPORT_FILE, RunReport, SCHEMA, peak_memory_bytes};
+use crate::report::{
+    CalibrationReport, Deviation, REPORT_FILE, RunReport, SCHEMA, peak_memory_bytes,
+};
 use crate::{Error, QuantizedWeight, Result};
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
@@ -63,45 +66,127 @@ pub fn module_plan(model: &Qwen2Vl, recipe: &Recipe) -> Result<Vec<ModulePlan>> 
     }
 }
 
-/// Quantizes `model` into the new folder `output`.
+/// Quantizes `model` into the new folder `output`, from where an earlier run was ended.
 ///
 /// # Errors
-/// Those of every stage; nothing is left behind then.
+/// Those of every stage; nothing is left behind then but finished layers, in the [`Journal`].
 pub fn quantize_folder(
     model: &Qwen2Vl,
     recipe: &Recipe,
     choice: Option<&SampleChoice>,
     output: &Path,
+    resume: Resume,
     observer: &dyn Observer,
 ) -> Result<(RunReport, Exported)> {
     let began = Instant::now();
     let plan = module_plan(model, recipe)?;
-    let mut exporter = Exporter::create(model.checkpoint(), &plan, output)?;
+    let journal = Journal::open(output, resume)?;
+    let pending = journal.pending()?;
+    let exporter = Exporter::create_in(model.checkpoint(), &plan, pending, MAX_SHARD_BYTES)?;
     check_copied(model, &plan)?;
     let samples = load_samples(model, recipe, choice, observer)?;
+    journal.bind(&fingerprint(recipe, &plan, &samples)?)?;
+    let n_resumed_layers = journal.n_finished()?;
     let calibration = choice.filter(|_| recipe.needs_calibration());
     let calibration = calibration.map(|c| calibration_report(c, &samples));
     let prepared = began.elapsed().as_secs_f64();
-    let mut sink = |module: &Module, _: Scheme, weight: &QuantizedWeight| {
-        exporter.write_module(&module.name, weight)
+    let mut sink = Journaled {
+        model,
+        exporter,
+        journal,
+        layer: None,
     };
-    let outcome = pipeline::quantize(model, samples, recipe, observer, &mut sink)?;
-    let mut seconds = outcome.seconds;
-    seconds.insert("samples".into(), prepared);
-    seconds.insert("total".into(), began.elapsed().as_secs_f64());
-    let report = RunReport {
+    let layers = pipeline::quantize(model, samples, recipe, observer, &mut sink)?;
+    let mut report = RunReport {
         schema: SCHEMA,
         vlmq: env!("CARGO_PKG_VERSION").into(),
         method: recipe.method.name().into(),
         settings: settings(recipe),
         calibration,
-        modules: outcome.modules,
-        deviations: outcome.deviations,
-        seconds,
-        peak_memory_bytes: peak_memory_bytes(),
+        n_resumed_layers,
+        modules: Vec::new(),
+        deviations: idle_rules(model, recipe),
+        layers: Vec::new(),
+        seconds: BTreeMap::from([("samples".into(), prepared)]),
+        peak_memory_bytes: None,
     };
+    layers.into_iter().for_each(|layer| report.add_layer(layer));
+    let total = began.elapsed().as_secs_f64();
+    report.seconds.insert("total".into(), total);
+    report.peak_memory_bytes = peak_memory_bytes();
+    let Journaled {
+        exporter, journal, ..
+    } = sink;
     exporter.write_file(REPORT_FILE, &json_bytes(&report))?;
-    Ok((report, exporter.finish()?))
+    let exported = exporter.finish()?;
+    journal.discard()?;
+    Ok((report, exported))
+}
+
+/// Modules go to the output folder and to the journal at once.
+struct Journaled<'a> {
+    model: &'a Qwen2Vl,
+    exporter: Exporter<'a>,
+    journal: Journal,
+    /// The layer at work.
+    layer: Option<LayerWriter>,
+}
+
+impl LayerSink for Journaled<'_> {
+    fn finished(&mut self, layer_idx: usize) -> Result<Option<FinishedLayer>> {
+        let digest = || self.model.layer_digest(layer_idx);
+        let Some(layer) = self.journal.finished(layer_idx, digest)? else {
+            return Ok(None);
+        };
+        for (name, weight) in &layer.weights {
+            self.exporter.write_module(name, weight)?;
+        }
+        Ok(Some(layer))
+    }
+
+    fn module(&mut self, module: &Module, weight: &QuantizedWeight) -> Result<()> {
+        let layer = match &mut self.layer {
+            Some(layer) => layer,
+            None => {
+                let path = self.journal.layer_path(module.layer_idx);
+                self.layer.insert(LayerWriter::create(path)?)
+            }
+        };
+        layer.module(&module.name, weight)?;
+        self.exporter.write_module(&module.name, weight)
+    }
+
+    fn layer(&mut self, layer_idx: usize, outcome: &LayerOutcome) -> Result<()> {
+        let path = self.journal.layer_path(layer_idx);
+        let layer = self.layer.take();
+        let layer = layer.map_or_else(|| LayerWriter::create(path), Ok)?;
+        layer.finish(layer_idx, &self.model.layer_digest(layer_idx)?, outcome)
+    }
+}
+
+fn fingerprint(
+    recipe: &Recipe,
+    plan: &[ModulePlan],
+    samples: &[CalibrationSample],
+) -> Result<Fingerprint> {
+    let mut digest = blake3::Hasher::new();
+    for sample in samples {
+        sample.add_to(&mut digest)?;
+    }
+    let mut settings = blake3::Hasher::new();
+    settings.update(format!("{recipe:?} {plan:?}").as_bytes());
+    Ok(Fingerprint {
+        vlmq: env!("CARGO_PKG_VERSION").into(),
+        settings: settings.finalize().to_string(),
+        samples: digest.finalize().to_string(),
+    })
+}
+
+fn idle_rules(model: &Qwen2Vl, recipe: &Recipe) -> Vec<Deviation> {
+    let names: Vec<String> = model.modules().into_iter().map(|m| m.name).collect();
+    let idle = recipe.idle_rules(&names).map(str::to_owned);
+    idle.map(|pattern| Deviation::IdleRule { pattern })
+        .collect()
 }
 
 /// What is copied as it is would else be looked at by nobody.

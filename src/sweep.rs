@@ -7,7 +7,7 @@ use crate::eval::{AnswerScore, Divergence, Reference, Task, score_answers};
 use crate::model::LoadedModel;
 use crate::model::decoder::DecoderLayer;
 use crate::model::qwen2_vl::{Module, Qwen2Vl};
-use crate::pipeline::{self, Observer};
+use crate::pipeline::{self, LayerSink, Observer};
 use crate::plan::{ScaleDtype, Scheme};
 use crate::recipe::{Method, Recipe};
 use crate::run::{SampleChoice, load_samples};
@@ -250,18 +250,24 @@ pub fn quantize_in_memory(
     observer: &dyn Observer,
 ) -> Result<Vec<DecoderLayer>> {
     let n_layers = model.decoder().n_layers;
-    let mut layers = (0..n_layers)
+    let layers = (0..n_layers)
         .map(|i| model.load_layer(i))
         .collect::<Result<Vec<_>>>()?;
     let samples = load_samples(model, recipe, choice, observer)?;
-    let mut sink = |module: &Module, _: Scheme, weight: &QuantizedWeight| {
-        let layer = &mut layers[module.layer_idx];
-        let linear = layer
-            .linear(module.projection)
-            .with_weight(&weight.dequantize())?;
+    let mut layers = InMemory(layers);
+    pipeline::quantize(model, samples, recipe, observer, &mut layers)?;
+    Ok(layers.0)
+}
+
+/// Takes each module to its place in the layers.
+struct InMemory(Vec<DecoderLayer>);
+
+impl LayerSink for InMemory {
+    fn module(&mut self, module: &Module, weight: &QuantizedWeight) -> Result<()> {
+        let layer = &mut self.0[module.layer_idx];
+        let linear = layer.linear(module.projection);
+        let linear = linear.with_weight(&weight.dequantize())?;
         layer.replace(module.projection, linear);
         Ok(())
-    };
-    pipeline::quantize(model, samples, recipe, observer, &mut sink)?;
-    Ok(layers)
+    }
 }

@@ -125,7 +125,7 @@ def counting(r, held):
         q.append(("count", f"how many {c} shapes are there?", str(n(lambda i: i[0] == c))))
     for s in shapes + [any_shape]:
         q.append(("count", f"how many {plural(s)} are there?", str(n(lambda i: i[1] == s))))
-    for c, s in {(i[0], i[1]) for i in items[:3]} | {(any_colour, r.choice(shapes))}:
+    for c, s in sorted({(i[0], i[1]) for i in items[:3]} | {(any_colour, r.choice(shapes))}):
         q.append(("count both", f"how many {c} {plural(s)} are there?",
                   str(n(lambda i: i[:2] == (c, s)))))
         q.append(("exists", f"is there a {c} {s}?", "yes" if n(lambda i: i[:2] == (c, s)) else "no"))

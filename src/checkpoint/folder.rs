@@ -27,15 +27,11 @@ impl PendingFolder {
     /// [`Error::Exists`] if `output` is there already in any form, [`Error::Io`] if its parent
     /// cannot be written, [`Error::Invalid`] if it names no folder.
     pub fn create(output: &Path) -> Result<Self> {
-        refuse_existing(output)?;
-        let name = output.file_name().ok_or_else(|| Error::Invalid {
-            what: output.display().to_string(),
-            why: "the name of a folder to be made expected".into(),
-        })?;
+        Self::refuse_existing(output)?;
         let mut last = std::io::ErrorKind::AlreadyExists.into();
         for attempt in 0..MAX_ATTEMPTS {
-            let suffix = format!("{}-{attempt}", std::process::id());
-            let path = parent(output).join(format!(".{}.partial-{suffix}", name.display()));
+            let suffix = format!("partial-{}-{attempt}", std::process::id());
+            let path = Self::beside(output, &suffix)?;
             match fs::create_dir(&path) {
                 Ok(()) => {
                     return Ok(Self {
@@ -49,6 +45,45 @@ impl PendingFolder {
             }
         }
         Err(Error::io(output, "find a free temporary name beside", last))
+    }
+
+    /// As [`PendingFolder::create`], with the temporary folder at `path`, which must be on the
+    /// same file system and nobody else's business.
+    ///
+    /// # Errors
+    /// As [`PendingFolder::create`].
+    pub fn create_at(path: PathBuf, output: &Path) -> Result<Self> {
+        Self::refuse_existing(output)?;
+        fs::create_dir(&path).map_err(|e| Error::io(&path, "create the folder", e))?;
+        Ok(Self {
+            output: output.to_path_buf(),
+            path,
+            is_committed: false,
+        })
+    }
+
+    /// The hidden name `.OUT.suffix` beside `output`.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if `output` names no folder.
+    pub fn beside(output: &Path, suffix: &str) -> Result<PathBuf> {
+        let name = output.file_name().ok_or_else(|| Error::Invalid {
+            what: output.display().to_string(),
+            why: "the name of a folder to be made expected".into(),
+        })?;
+        Ok(parent(output).join(format!(".{}.{suffix}", name.display())))
+    }
+
+    /// # Errors
+    /// [`Error::Exists`] if `output` is there in any form, [`Error::Io`] if that cannot be told.
+    pub fn refuse_existing(output: &Path) -> Result<()> {
+        match output.symlink_metadata() {
+            Ok(_) => Err(Error::Exists {
+                path: output.to_path_buf(),
+            }),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
+            Err(e) => Err(Error::io(output, "look for", e)),
+        }
     }
 
     /// The temporary folder.
@@ -96,7 +131,7 @@ impl PendingFolder {
             sync(&entry.map_err(list)?.path())?;
         }
         sync(&self.path)?;
-        refuse_existing(&self.output)?;
+        Self::refuse_existing(&self.output)?;
         fs::rename(&self.path, &self.output)
             .map_err(|e| Error::io(&self.output, "rename the finished folder to", e))?;
         self.is_committed = true;
@@ -120,16 +155,6 @@ impl Drop for PendingFolder {
             // Nothing can be reported from here, and a leftover folder harms no later run.
             let _ = fs::remove_dir_all(&self.path);
         }
-    }
-}
-
-fn refuse_existing(output: &Path) -> Result<()> {
-    match output.symlink_metadata() {
-        Ok(_) => Err(Error::Exists {
-            path: output.to_path_buf(),
-        }),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        Err(e) => Err(Error::io(output, "look for", e)),
     }
 }
 

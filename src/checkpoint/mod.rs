@@ -227,6 +227,23 @@ impl Checkpoint {
         Ok(starts.map(move |start| shard.read(start..end.min(start + PIECE_BYTES))))
     }
 
+    /// A digest of all tensors whose names begin with `prefix`: their names, types, shapes and
+    /// bytes.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::bytes`].
+    pub fn digest(&self, prefix: &str) -> Result<String> {
+        let mut digest = blake3::Hasher::new();
+        let tensors = self.tensors.iter();
+        for (name, info) in tensors.filter(|(name, _)| name.starts_with(prefix)) {
+            digest.update(format!("{name} {} {:?};", info.dtype.name(), info.shape).as_bytes());
+            for piece in self.pieces(name)? {
+                digest.update(&piece?);
+            }
+        }
+        Ok(digest.finalize().to_string())
+    }
+
     /// A float tensor (bf16, f16, f32 or f64) as f32, which must have exactly this `shape`.
     ///
     /// # Errors

@@ -3,11 +3,12 @@
 use super::progress::Progress;
 use super::{ModelArg, SCHEMA, open_model, print_json};
 use anyhow::Context;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use vlmq::Error;
 use vlmq::checkpoint::DType;
 use vlmq::dataset::open_samples;
+use vlmq::journal::{Journal, Resume};
 use vlmq::memory::{plan_disk, plan_memory};
 use vlmq::model::Qwen2Vl;
 use vlmq::plan::{ScaleDtype, Scheme};
@@ -37,9 +38,33 @@ pub struct Args {
     /// Output format
     #[arg(long, value_parser = ["compressed-tensors"], default_value = "compressed-tensors")]
     format: String,
+    /// What to do with the layers that an earlier run for the same output finished
+    #[arg(long, value_enum, default_value_t)]
+    resume: ResumeArg,
     /// Say what would be done and what it would cost, and do nothing
     #[arg(long)]
     dry_run: bool,
+}
+
+#[derive(Clone, Copy, Default, clap::ValueEnum)]
+enum ResumeArg {
+    /// Go on with them if there are any
+    #[default]
+    Auto,
+    /// Go on with them; there must be some
+    Required,
+    /// Remove them
+    Never,
+}
+
+impl From<ResumeArg> for Resume {
+    fn from(arg: ResumeArg) -> Self {
+        match arg {
+            ResumeArg::Auto => Self::Auto,
+            ResumeArg::Required => Self::Required,
+            ResumeArg::Never => Self::Never,
+        }
+    }
 }
 
 /// Method, format and settings, as flags.
@@ -124,8 +149,10 @@ pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
     }
     let output = args.output.as_deref().context("--output DIR is needed")?;
     let progress = Progress::start()?;
-    let (report, exported) = quantize_folder(&model, &recipe, choice.as_ref(), output, &progress)?;
+    let resume = args.resume.into();
+    let outcome = quantize_folder(&model, &recipe, choice.as_ref(), output, resume, &progress);
     progress.finish();
+    let (report, exported) = outcome.inspect_err(|error| tell_what_is_kept(error, output))?;
     if json {
         print_json(serde_json::json!({
             "schema": SCHEMA,
@@ -140,6 +167,18 @@ pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
         println!("wrote {} ({megabytes:.1} MB of tensors)", output.display());
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// After a failure: which work the next run of the same command need not do again.
+fn tell_what_is_kept(error: &Error, output: &Path) {
+    let is_of_others = matches!(
+        error,
+        Error::Busy { .. } | Error::OtherRun { .. } | Error::Exists { .. }
+    );
+    if let Some((dir, n_layers)) = Journal::kept(output).filter(|_| !is_of_others) {
+        let dir = dir.display();
+        eprintln!("note: {n_layers} finished layers are kept in {dir}; the same command goes on");
+    }
 }
 
 fn print_summary(report: &RunReport) {
@@ -220,7 +259,8 @@ fn dry_run(
             "n_tokens": tokens,
             "memory": memory,
             "peak_memory_bytes": memory.total(),
-            "disk_bytes": disk,
+            "disk_bytes": disk.tensors,
+            "progress_bytes": disk.progress,
         }))?;
     } else {
         let mb = |bytes: u64| bytes as f64 / 1e6;
@@ -230,7 +270,11 @@ fn dry_run(
             n_tokens.len()
         );
         println!("memory {:>8.0} MB at most", mb(memory.total()));
-        println!("disk   {:>8.1} MB of tensors", mb(disk));
+        println!(
+            "disk   {:>8.1} MB of tensors, {:.1} MB of progress while at work",
+            mb(disk.tensors),
+            mb(disk.progress)
+        );
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -63,20 +63,24 @@ impl<'a> Exporter<'a> {
     /// or a set of modules that no `ignore` pattern can tell apart; [`Error::Unsupported`] for a
     /// source that is quantized already, a module that is no matrix, or the `lm_head`.
     pub fn create(source: &'a Checkpoint, plan: &[ModulePlan], output: &Path) -> Result<Self> {
-        Self::create_sharded(source, plan, output, MAX_SHARD_BYTES)
+        Self::create_in(
+            source,
+            plan,
+            PendingFolder::create(output)?,
+            MAX_SHARD_BYTES,
+        )
     }
 
-    /// As [`Exporter::create`], with another limit of data per file.
+    /// As [`Exporter::create`], in a folder that is there already, with a limit of data per file.
     ///
     /// # Errors
     /// As [`Exporter::create`].
-    pub fn create_sharded(
+    pub fn create_in(
         source: &'a Checkpoint,
         plan: &[ModulePlan],
-        output: &Path,
+        pending: PendingFolder,
         max_shard_bytes: u64,
     ) -> Result<Self> {
-        let pending = PendingFolder::create(output)?;
         let schemes = schemes_by_name(source, plan)?;
         let ignore = ignore_patterns(source, &schemes)?;
         let config_text = config_with_quantization(source, &schemes, &ignore)?;

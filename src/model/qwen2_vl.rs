@@ -180,6 +180,15 @@ impl Qwen2Vl {
         DecoderLayer::load(&self.checkpoint, &prefix, &self.decoder, &self.device)
     }
 
+    /// A digest of everything that a layer's loading reads.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::digest`].
+    pub fn layer_digest(&self, layer_idx: usize) -> Result<String> {
+        self.checkpoint
+            .digest(&format!("{}.", self.layer_prefix(layer_idx)))
+    }
+
     /// Loads the final norm and the head.
     ///
     /// # Errors

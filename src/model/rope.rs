@@ -60,6 +60,11 @@ impl Rope {
         Self::from_angles(&angles, rows_cols.len(), device)
     }
 
+    /// Cosines and sines, `[n, head_dim]` each.
+    pub fn tables(&self) -> [&Tensor; 2] {
+        [&self.cos, &self.sin]
+    }
+
     fn from_angles(angles: &[f32], n: usize, device: &Device) -> Result<Self> {
         let half = angles.len().checked_div(n).unwrap_or(0);
         let table = |f: fn(f32) -> f32| -> Result<Tensor> {

@@ -7,6 +7,7 @@ pub use memory::peak_memory_bytes;
 
 use crate::importance::Uniform;
 use crate::model::Projection;
+use crate::pipeline::LayerOutcome;
 use crate::plan::Scheme;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -30,14 +31,32 @@ pub struct RunReport {
     pub settings: serde_json::Value,
     /// What was calibrated on; absent without calibration.
     pub calibration: Option<CalibrationReport>,
+    /// Layers that an earlier run had finished.
+    #[serde(default)]
+    pub n_resumed_layers: usize,
     /// One entry per module, in solving order.
     pub modules: Vec<ModuleReport>,
     /// Everything that went another way than planned.
     pub deviations: Vec<Deviation>,
-    /// Wall time per stage in seconds.
+    /// Wall time per layer and stage in seconds, by the run that solved the layer.
+    #[serde(default)]
+    pub layers: Vec<BTreeMap<String, f64>>,
+    /// Wall time per stage in seconds, over all layers; `samples` and `total` are this run's.
     pub seconds: BTreeMap<String, f64>,
     /// Highest resident memory of the process, where the system tells it.
     pub peak_memory_bytes: Option<u64>,
+}
+
+impl RunReport {
+    /// Adds what a layer has to tell.
+    pub fn add_layer(&mut self, layer: LayerOutcome) {
+        self.modules.extend(layer.modules);
+        self.deviations.extend(layer.deviations);
+        for (stage, seconds) in &layer.seconds {
+            *self.seconds.entry(stage.clone()).or_default() += seconds;
+        }
+        self.layers.push(layer.seconds);
+    }
 }
 
 /// The calibration data of a run.

@@ -1,6 +1,7 @@
 mod bad_input;
 mod damaged_parts;
 mod flow;
+mod resume;
 mod small_flow;
 mod tiny;
 

@@ -90,8 +90,8 @@ fn export(modules: &[(&str, Scheme)], output: &Path, max_shard_bytes: u64) -> Ex
     let dir = source(&names);
     let checkpoint = Checkpoint::open(dir.path()).unwrap();
     let plan = plan(modules);
-    let mut exporter =
-        Exporter::create_sharded(&checkpoint, &plan, output, max_shard_bytes).unwrap();
+    let pending = PendingFolder::create(output).unwrap();
+    let mut exporter = Exporter::create_in(&checkpoint, &plan, pending, max_shard_bytes).unwrap();
     for (i, (name, scheme)) in modules.iter().enumerate().rev() {
         let weight = weight(*scheme, 12, i as u32);
         exporter.write_module(name, &weight).unwrap();
