@@ -21,7 +21,6 @@ use crate::plan::Scheme;
 use crate::recipe::Recipe;
 use crate::report::{Deviation, ModuleReport};
 use crate::solver::{Factor, gptq, rtn};
-use crate::statistics::Statistics;
 use crate::{Error, QuantizedWeight, Result};
 use serde::{Deserialize, Serialize};
 use stage::Stage;
@@ -185,7 +184,7 @@ impl Run<'_> {
             self.timed("forward", |_| streams.enter(stage, &quantized))?;
             let shared = self.shared(stage, &modules, importance.as_ref());
             let shared = self.timed("statistics", |_| streams.accumulate(stage, &full, shared))?;
-            for group in &shared {
+            for group in shared {
                 self.solve_group(&modules, group, &mut quantized, sink)?;
             }
         }
@@ -257,11 +256,18 @@ impl Run<'_> {
     fn solve_group(
         &mut self,
         modules: &[Module],
-        group: &Shared,
+        group: Shared,
         quantized: &mut DecoderLayer,
         sink: &mut dyn LayerSink,
     ) -> Result<()> {
-        let mut factor: Option<(f32, Factor)> = None;
+        let Some(first) = group.projections.first() else {
+            return Ok(());
+        };
+        let effective_sample_size = group.statistics.effective_sample_size();
+        let name = &modules[*first as usize].name;
+        let factor = self.timed("factor", |run| {
+            Factor::new(name, group.statistics, &run.recipe.solver)
+        })?;
         for &projection in &group.projections {
             self.check_cancelled()?;
             let module = &modules[projection as usize];
@@ -270,33 +276,22 @@ impl Run<'_> {
             };
             let mut settings = self.recipe.solver.clone();
             settings.alpha = self.recipe.alpha(scheme);
-            // Modules of one group differ in α only where their bit widths differ.
-            let kept = factor.take().filter(|(alpha, _)| *alpha == settings.alpha);
-            let (_, factored) = factor.insert(match kept {
-                Some(kept) => kept,
-                None => (
-                    settings.alpha,
-                    self.timed("factor", |_| {
-                        Factor::new(&module.name, &group.statistics, &settings)
-                    })?,
-                ),
-            });
             let linear = quantized.linear(projection);
             let w = linear.weight_matrix()?;
             let solved = self.timed("solve", |_| {
-                gptq::solve(&module.name, &w, factored, scheme, &settings)
+                gptq::solve(&module.name, &w, &factor, scheme, &settings)
             })?;
             let linear: Linear = linear.with_weight(&solved.weight.dequantize())?;
             quantized.replace(projection, linear);
             self.timed("write", |_| sink.module(module, &solved.weight))?;
-            self.note_deviations(module, factored, &group.statistics);
+            self.note_deviations(module, &factor, effective_sample_size);
             self.outcome.modules.push(ModuleReport {
                 loss: Some(solved.loss),
                 relative_loss: Some(solved.loss / solved.energy.max(f64::MIN_POSITIVE)),
-                dampening_frac: Some(factored.dampening_frac),
+                dampening_frac: Some(factor.dampening_frac),
                 alpha: Some(settings.alpha),
-                n_dead_columns: Some(factored.n_dead_columns),
-                effective_sample_size: Some(group.statistics.effective_sample_size()),
+                n_dead_columns: Some(factor.n_dead_columns),
+                effective_sample_size: Some(effective_sample_size),
                 weight_share: group.weight_share.clone(),
                 ..blank_report(module, Some(scheme))
             });
@@ -304,7 +299,7 @@ impl Run<'_> {
         Ok(())
     }
 
-    fn note_deviations(&mut self, module: &Module, factor: &Factor, statistics: &Statistics) {
+    fn note_deviations(&mut self, module: &Module, factor: &Factor, effective_sample_size: f64) {
         let name = || module.name.clone();
         if !factor.dampening_steps.is_empty() {
             self.outcome.deviations.push(Deviation::DampingRaised {
@@ -313,7 +308,6 @@ impl Run<'_> {
                 used: factor.dampening_frac,
             });
         }
-        let effective_sample_size = statistics.effective_sample_size();
         if effective_sample_size < module.shape[1] as f64 {
             self.outcome.deviations.push(Deviation::FewTokens {
                 module: name(),

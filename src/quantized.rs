@@ -2,6 +2,7 @@
 
 use crate::plan::Scheme;
 use crate::{Error, Matrix, Result};
+use std::ops::Range;
 
 /// Codes, scales and zero points of one linear: w = (code − zero_point) · scale.
 #[derive(Clone, Debug, PartialEq)]
@@ -108,11 +109,17 @@ impl QuantizedWeight {
 
     /// The weight `[rows, cols]` that the codes stand for, computed in f32.
     pub fn dequantize(&self) -> Matrix {
-        let group_len = self.cols / self.n_groups().max(1);
-        let mut values = Matrix::zeros(self.rows, self.cols);
-        let groups = values.data_mut().chunks_mut(group_len.max(1));
-        for (index, (values, codes)) in groups.zip(self.codes.chunks(group_len.max(1))).enumerate()
-        {
+        self.dequantize_rows(0..self.rows)
+    }
+
+    /// Some rows of [`QuantizedWeight::dequantize`].
+    pub(crate) fn dequantize_rows(&self, rows: Range<usize>) -> Matrix {
+        let n_groups = self.n_groups();
+        let group_len = (self.cols / n_groups.max(1)).max(1);
+        let mut values = Matrix::zeros(rows.len(), self.cols);
+        let codes = self.codes[rows.start * self.cols..].chunks(group_len);
+        let groups = values.data_mut().chunks_mut(group_len).zip(codes);
+        for (index, (values, codes)) in (rows.start * n_groups..).zip(groups) {
             let scale = self.scales.data()[index];
             let zero = f32::from(self.zero_points[index]);
             for (value, code) in values.iter_mut().zip(codes) {

@@ -163,6 +163,11 @@ impl Statistics {
         self.cross.as_ref()
     }
 
+    /// H with its upper triangle left zero, and C.
+    pub(crate) fn into_moments(self) -> (Matrix, Option<Matrix>) {
+        (self.hessian_lower, self.cross)
+    }
+
     /// H with its upper triangle left zero, without a copy.
     pub(crate) fn hessian_lower(&self) -> &Matrix {
         &self.hessian_lower

@@ -23,7 +23,7 @@
 
 use super::factor::Factor;
 use super::grid::{Grid, Grids, steps};
-use super::loss::{layer_loss, weighted_energy};
+use super::loss::{quantization_loss, weighted_energy};
 use super::{Solved, SolverSettings, check_weight};
 use crate::plan::Scheme;
 use crate::statistics::Statistics;
@@ -51,27 +51,35 @@ pub fn gptq(
 ) -> Result<Solved> {
     // Before the factor, which costs more than all else.
     check_fit(module, w, statistics.in_features(), scheme)?;
-    let factor = Factor::new(module, statistics, settings)?;
+    if settings.alpha > 0.0 && statistics.cross().is_none() {
+        return Err(no_cross_moments(module));
+    }
+    let factor = Factor::new(module, statistics.clone(), settings)?;
     solve(module, w, &factor, scheme, settings)
 }
 
-/// `w` quantized with a factor that other linears of the same inputs may share. Dampings, α and
-/// the order of columns are the factor's; `settings` give the clip and the column block.
+/// `w` quantized with a factor that other linears of the same inputs may share. Dampings and the
+/// order of columns are the factor's; `settings` give α, the clip and the column block.
 ///
 /// Shapes: `w [out, in]`, factor of the same `in`.
 /// # Errors
 /// [`Error::Shape`] if they differ; [`Error::Invalid`] for a setting outside its range or a group
-/// size that does not divide; [`Error::NotFinite`] for NaN or infinity among the weights, or a
+/// size that does not divide; [`Error::Missing`] if α > 0 and the statistics kept no cross moments;
+/// [`Error::NotFinite`] for NaN or infinity among the weights, or a
 /// scale too large for its storage type.
 pub fn solve(
     module: &str,
     w: &Matrix,
-    factor: &Factor<'_>,
+    factor: &Factor,
     scheme: Scheme,
     settings: &SolverSettings,
 ) -> Result<Solved> {
     settings.check()?;
-    let group_len = check_fit(module, w, factor.order.len(), scheme)?;
+    let group_len = check_fit(module, w, factor.in_features(), scheme)?;
+    let pull = factor.pull().filter(|_| settings.alpha > 0.0);
+    if settings.alpha > 0.0 && pull.is_none() {
+        return Err(no_cross_moments(module));
+    }
     let grids = if factor.act_order {
         Some(Grids::fit(module, w, group_len, scheme, settings.clip)?)
     } else {
@@ -83,17 +91,25 @@ pub fn solve(
         settings,
         group_len,
         factor,
+        pull,
         grids: grids.as_ref(),
     };
     let weight = problem.solve(module)?;
     Ok(Solved {
-        loss: layer_loss(w, &weight.dequantize(), factor.hessian_lower),
-        energy: weighted_energy(w, factor.hessian_lower),
+        loss: quantization_loss(w, &weight, factor.hessian_lower()),
+        energy: weighted_energy(w, factor.hessian_lower()),
         weight,
         dampening_frac: factor.dampening_frac,
         dampening_steps: factor.dampening_steps.clone(),
         n_dead_columns: factor.n_dead_columns,
     })
+}
+
+fn no_cross_moments(module: &str) -> Error {
+    Error::Missing {
+        what: "the cross moments of both streams, which alpha > 0 needs".into(),
+        place: format!("the statistics of {module}"),
+    }
 }
 
 /// Columns per group, if weight, inputs and scheme fit together.
@@ -116,7 +132,9 @@ struct Problem<'a> {
     scheme: Scheme,
     settings: &'a SolverSettings,
     group_len: usize,
-    factor: &'a Factor<'a>,
+    factor: &'a Factor,
+    /// P for α = 1, if α is not zero.
+    pull: Option<&'a Matrix>,
     /// Grids fitted beforehand; absent if they are fitted on the way.
     grids: Option<&'a Grids>,
 }
@@ -296,17 +314,19 @@ impl Chunk {
         let (before, after) = self.weights.split_at_mut((column + 1) * n);
         let own = &before[column * n..];
         let errors = &self.errors[(column - base) * n..][..n];
-        let factors = &problem.factor.unit_upper.row(column)[column + 1..end];
+        let factors = &problem.factor.unit_row(column)[..end - column - 1];
         for (weights, factor) in after.chunks_exact_mut(n).zip(factors) {
             for (weight, error) in weights.iter_mut().zip(errors) {
                 *weight -= error * factor;
             }
         }
-        let Some(pull) = &problem.factor.pull else {
+        let Some(pull) = problem.pull else {
             return;
         };
+        let alpha = problem.settings.alpha;
         let factors = &pull.row(column)[column + 1..end];
         for (weights, factor) in after.chunks_exact_mut(n).zip(factors) {
+            let factor = alpha * factor;
             for (weight, own) in weights.iter_mut().zip(own) {
                 *weight += own * factor;
             }
@@ -331,7 +351,7 @@ impl Chunk {
         let errors = &self.errors[(from.start - base) * n..][..from.len() * n];
         let own = &before[from.start * n..][..from.len() * n];
         let view = |values| MatRef::from_column_major_slice(values, n, from.len());
-        let unit = problem.factor.unit_upper.as_faer();
+        let unit = problem.factor.unit_upper();
         let unit = unit.submatrix(from.start, to.start, from.len(), to.len());
         matmul(
             target.as_mut(),
@@ -341,10 +361,11 @@ impl Chunk {
             -1.0,
             Par::Seq,
         );
-        if let Some(pull) = &problem.factor.pull {
+        if let Some(pull) = problem.pull {
+            let alpha = problem.settings.alpha;
             let pull = pull.as_faer();
             let pull = pull.submatrix(from.start, to.start, from.len(), to.len());
-            matmul(target, Accum::Add, view(own), pull, 1.0, Par::Seq);
+            matmul(target, Accum::Add, view(own), pull, alpha, Par::Seq);
         }
     }
 
@@ -360,5 +381,8 @@ impl Chunk {
         }
         self.codes = codes;
         self.n_not_finite = self.weights.iter().filter(|w| !w.is_finite()).count();
+        // All chunks are held until the last is done; what only solving needs is not.
+        self.weights = Vec::new();
+        self.errors = Vec::new();
     }
 }

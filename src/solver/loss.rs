@@ -1,9 +1,10 @@
 //! The error that a quantized weight makes on the calibration data.
 
-use crate::Matrix;
+use crate::{Matrix, QuantizedWeight};
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
+use std::ops::Range;
 
 /// Columns of H multiplied at once.
 const BAND: usize = 256;
@@ -22,21 +23,47 @@ pub fn layer_loss(w: &Matrix, q: &Matrix, hessian: &Matrix) -> f64 {
     if !fits {
         return f64::NAN;
     }
-    let difference: Vec<f32> = w.data().iter().zip(q.data()).map(|(w, q)| w - q).collect();
-    sum_of_chunks(&difference, n, hessian)
+    sum_over_chunks(w.rows(), n, hessian, |rows| {
+        let pairs = rows.flat_map(|row| w.row(row).iter().zip(q.row(row)));
+        pairs.map(|(w, q)| w - q).collect()
+    })
+}
+
+/// [`layer_loss`] of a weight on its grid, which is never held as a whole.
+pub(crate) fn quantization_loss(w: &Matrix, q: &QuantizedWeight, hessian_lower: &Matrix) -> f64 {
+    sum_over_chunks(w.rows(), w.cols(), hessian_lower, |rows| {
+        let mut difference = q.dequantize_rows(rows.clone()).into_vec();
+        let original = rows.flat_map(|row| w.row(row));
+        let pairs = difference.iter_mut().zip(original);
+        pairs.for_each(|(q, w)| *q = w - *q);
+        difference
+    })
 }
 
 /// tr(W H Wᵀ), the squared output that a loss is to be compared with; units and layout of
 /// [`layer_loss`].
 pub(crate) fn weighted_energy(w: &Matrix, hessian_lower: &Matrix) -> f64 {
-    sum_of_chunks(w.data(), w.cols(), hessian_lower)
+    sum_over_chunks(w.rows(), w.cols(), hessian_lower, |rows| {
+        rows.flat_map(|row| w.row(row)).copied().collect()
+    })
 }
 
-fn sum_of_chunks(d: &[f32], n: usize, hessian: &Matrix) -> f64 {
-    let chunks = d.par_chunks(CHUNK_ROWS * n.max(1));
-    let sums: Vec<f64> = chunks
-        .map(|rows| quadratic_form(rows, n, hessian))
-        .collect();
+/// tr(D H Dᵀ), rows of D made when they are needed.
+fn sum_over_chunks(
+    n_rows: usize,
+    n_cols: usize,
+    hessian: &Matrix,
+    rows: impl Fn(Range<usize>) -> Vec<f32> + Sync,
+) -> f64 {
+    if n_cols == 0 {
+        return 0.0;
+    }
+    let starts: Vec<usize> = (0..n_rows).step_by(CHUNK_ROWS).collect();
+    let sums = starts.into_par_iter().map(|start| {
+        let chunk = rows(start..n_rows.min(start + CHUNK_ROWS));
+        quadratic_form(&chunk, n_cols, hessian)
+    });
+    let sums: Vec<f64> = sums.collect();
     sums.iter().sum()
 }
 

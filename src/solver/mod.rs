@@ -13,8 +13,10 @@ mod factor;
 pub mod gptq;
 mod grid;
 mod loss;
+mod pull;
 pub mod reference;
 mod rtn;
+mod triangle;
 
 pub use factor::Factor;
 pub use gptq::gptq;

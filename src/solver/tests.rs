@@ -443,8 +443,9 @@ fn same_bytes_for_any_number_of_threads() {
             let settings = with(true, 0.25);
             let scheme = scheme(3, Some(8), false);
             let solved = gptq("layer", &layer.w, &statistics, scheme, &settings).unwrap();
-            let factor = super::factor::Factor::new("layer", &statistics, &settings).unwrap();
-            let (upper, pull) = (factor.unit_upper.clone(), factor.pull.clone());
+            let factor =
+                super::factor::Factor::new("layer", statistics.clone(), &settings).unwrap();
+            let (upper, pull) = (factor.hessian_lower().clone(), factor.pull().cloned());
             (statistics, solved, upper, pull)
         })
     };
