@@ -4,37 +4,66 @@
 //! each other.
 
 use crate::dataset::Sample;
+use crate::hidden_states::{HiddenState, Store};
 use crate::model::qwen2_vl::Qwen2Vl;
 use crate::model::rope::Rope;
 use crate::model::vision::qwen2::VisionTower;
 use crate::pipeline::Observer;
 use crate::processor::{ModelInput, Processor, TokenClass};
 use crate::{Error, Result};
-use candle_core::Tensor;
+use candle_core::Device;
 use rayon::prelude::*;
 use std::sync::Arc;
 
+/// All samples of a run, and where their hidden states are kept.
+#[derive(Debug)]
+pub struct CalibrationSet {
+    /// In the order in which they were chosen.
+    pub samples: Vec<CalibrationSample>,
+    /// Holds their embeddings, and what becomes of them.
+    pub store: Store,
+}
+
+impl CalibrationSet {
+    /// No samples, for a method that needs none.
+    pub fn none() -> Self {
+        Self {
+            samples: Vec::new(),
+            store: Store::in_memory(&Device::Cpu),
+        }
+    }
+
+    /// A digest of everything that a layer will see of the samples.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; a tensor error.
+    pub fn digest(&self) -> Result<String> {
+        let mut digest = blake3::Hasher::new();
+        for sample in &self.samples {
+            sample.add_to(&mut digest, &self.store)?;
+        }
+        Ok(digest.finalize().to_string())
+    }
+}
+
 /// One sample ready for the first layer.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct CalibrationSample {
     /// One class per token.
     pub classes: Vec<TokenClass>,
     /// Rotary tables of its tokens.
     pub rope: Rope,
     /// `[n_tokens, hidden]`, image features in their places.
-    pub embeddings: Tensor,
+    pub embeddings: HiddenState,
 }
 
 impl CalibrationSample {
-    /// Adds everything that a layer will see of the sample to a digest.
-    ///
-    /// # Errors
-    /// A tensor error.
-    pub fn add_to(&self, digest: &mut blake3::Hasher) -> Result<()> {
+    fn add_to(&self, digest: &mut blake3::Hasher, store: &Store) -> Result<()> {
         digest.update(&(self.classes.len() as u64).to_le_bytes());
         let classes: Vec<u8> = self.classes.iter().map(|class| *class as u8).collect();
         digest.update(&classes);
-        for tensor in self.rope.tables().into_iter().chain([&self.embeddings]) {
+        let embeddings = self.embeddings.all(store)?;
+        for tensor in self.rope.tables().into_iter().chain([&embeddings]) {
             for value in tensor.flatten_all()?.to_vec1::<f32>()? {
                 digest.update(&value.to_le_bytes());
             }
@@ -55,8 +84,9 @@ pub fn prepare(
     tower: &VisionTower,
     processor: &Processor,
     samples: &[&Sample],
+    store: Store,
     observer: &dyn Observer,
-) -> Result<Vec<CalibrationSample>> {
+) -> Result<CalibrationSet> {
     let one = |sample: &&Sample| {
         if observer.is_cancelled() {
             return Err(Error::Interrupted);
@@ -64,13 +94,18 @@ pub fn prepare(
         let input = encode(processor, sample)?;
         let features = input.images.iter().map(|image| tower.forward(image));
         let features = features.collect::<Result<Vec<_>>>()?;
+        let rows = model.embed(&input.input_ids, &features)?;
+        let (n_tokens, hidden) = rows.dims2()?;
+        let mut embeddings = store.place(n_tokens, hidden)?;
+        embeddings.set(&store, 0, &rows)?;
         Ok(CalibrationSample {
             rope: model.rope(&model.positions(&input)?)?,
-            embeddings: model.embed(&input.input_ids, &features)?,
+            embeddings,
             classes: input.classes,
         })
     };
-    samples.par_iter().map(one).collect()
+    let samples = samples.par_iter().map(one).collect::<Result<_>>()?;
+    Ok(CalibrationSet { samples, store })
 }
 
 /// Tokens of each sample, as [`prepare`] will have them.

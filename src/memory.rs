@@ -1,79 +1,188 @@
 //! What a run will hold in memory and write to disk, told before it begins.
 
+use crate::model::config::DecoderConfig;
+use crate::model::decoder::Projection;
 use crate::model::qwen2_vl::Qwen2Vl;
-use crate::pipeline::CHUNK_TOKENS;
+use crate::pipeline::BATCH_TOKENS;
 use crate::recipe::Recipe;
 use crate::report::peak_memory_bytes;
 use serde::Serialize;
 
 const F32: u64 = 4;
-const F64: u64 = 8;
 
 /// Bytes by what holds them. Everything else is small or never alive at the same time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct MemoryPlan {
     /// The process as it stands: code, tokenizer, data files, and what planning itself has held.
     pub process: u64,
-    /// The tower and the work on one image per thread, before the first layer.
+    /// The vision tower, before the first layer.
     pub vision: u64,
-    /// Hidden states and stage inputs of all samples.
+    /// Hidden states of all samples, as far as they are not on disk.
     pub streams: u64,
-    /// The layer at work in f32.
-    pub layer: u64,
-    /// H and C of the stage that needs most, with the inputs they come from or with their factor.
-    pub solver: u64,
+    /// Hidden states on disk.
+    pub streams_on_disk: u64,
+    /// The linears of attention, and what attention makes of the longest sample in each thread.
+    pub attention: u64,
+    /// The statistics of q, k and v, or of gate and up, with the weights being solved.
+    pub narrow: u64,
+    /// gate and up, both as they were and quantized, and the activations of a batch in each thread.
+    pub mlp: u64,
+    /// H and C of down, with a batch of its inputs or its weight.
+    pub wide: u64,
 }
 
 impl MemoryPlan {
-    /// The peak: the vision part is over when the layers begin.
+    /// The peak: the vision part is over when the layers begin, and the others take turns.
     pub fn total(&self) -> u64 {
-        self.process + self.vision.max(self.streams + self.layer + self.solver)
+        self.streams + self.without_streams()
+    }
+
+    /// The peak of all but the hidden states.
+    pub fn without_streams(&self) -> u64 {
+        let steps = [self.attention, self.narrow, self.mlp, self.wide];
+        self.process + steps.into_iter().fold(self.vision, u64::max)
+    }
+
+    /// The plan for staying below `memory_bytes`, as far as it can be: hidden states give way.
+    #[must_use]
+    pub fn within(mut self, memory_bytes: u64) -> Self {
+        let room = memory_bytes.saturating_sub(self.without_streams());
+        self.streams_on_disk = self.streams.saturating_sub(room);
+        self.streams -= self.streams_on_disk;
+        self
     }
 }
 
-/// Plans a run over samples of these many tokens.
+/// Plans a run over samples of these many tokens, all in memory.
 pub fn plan_memory(model: &Qwen2Vl, recipe: &Recipe, n_tokens: &[usize]) -> MemoryPlan {
-    let decoder = model.decoder();
-    let (hidden, inter) = (decoder.hidden_size as u64, decoder.intermediate_size as u64);
-    let heads = (decoder.n_heads * decoder.head_dim) as u64;
-    let tokens: u64 = n_tokens.iter().map(|n| *n as u64).sum();
+    let process = peak_memory_bytes().unwrap_or(32 << 20);
+    let config = model.decoder();
+    let weight = |p: Projection| {
+        let [out, inp] = p.shape(config);
+        (out * inp) as u64 * F32
+    };
+    if !recipe.needs_calibration() {
+        // One module at a time: its weight, its codes, and what packing makes of them.
+        let widest = Projection::ALL.map(weight).into_iter().max();
+        return MemoryPlan {
+            process,
+            vision: 0,
+            streams: 0,
+            streams_on_disk: 0,
+            attention: 0,
+            narrow: 0,
+            mlp: 2 * widest.unwrap_or(0),
+            wide: 0,
+        };
+    }
     let schemes: Vec<_> = model
         .modules()
         .iter()
         .filter_map(|m| recipe.scheme_of(&m.name))
         .collect();
-    let with_full = recipe.needs_full_stream(&schemes);
-    let with_cross = schemes.iter().any(|s| recipe.alpha(*s) != 0.0);
-    let calibrated = u64::from(recipe.needs_calibration());
-    let sizes = model
-        .layer_modules(0)
-        .into_iter()
-        .map(|m| (m.shape[0] * m.shape[1]) as u64);
-    // A layer three times in f32 (full, quantized, being replaced); RTN takes module by module.
-    let weights = match recipe.needs_calibration() {
-        true => 3 * sizes.sum::<u64>(),
-        false => 2 * sizes.max().unwrap_or(0),
+    let step = Step {
+        config,
+        with_full: recipe.needs_full_stream(&schemes),
+        with_cross: schemes.iter().any(|s| recipe.alpha(*s) != 0.0),
+        with_importance: recipe.importance.is_some(),
+        with_mlp_loss: recipe.importance.is_some_and(|i| i.needs_mlp()),
+        longest: n_tokens.iter().copied().max().unwrap_or(0) as u64,
+        batch: n_tokens.iter().sum::<usize>().min(BATCH_TOKENS) as u64,
+        n_threads: rayon::current_num_threads().min(n_tokens.len().max(1)) as u64,
     };
-
-    // Per token: U's residual and stage input, rotary tables; F's residual, attention input and y.
-    let own = hidden + inter.max(heads) + 2 * decoder.head_dim as u64;
-    let full = if with_full { 2 * hidden + heads } else { 0 };
-    // One chunk of inputs: stacked, scaled, and with C the other stream's and their difference.
-    let chunk = tokens.min(CHUNK_TOKENS as u64) * if with_cross { 5 } else { 3 } * F32;
-    let statistics = |n: u64| n * n * F32 * if with_cross { 2 } else { 1 };
-    let factor = |n: u64| n * n * (F64 * if with_cross { 5 } else { 3 } + 2 * F32);
-    // Statistics of a stage are summed up first and factored then.
-    let stage = |n: u64, n_weightings: u64| n_weightings * statistics(n) + factor(n).max(chunk * n);
-    let n_weightings = if recipe.importance.is_some() { 3 } else { 1 };
-    let solver = stage(hidden, n_weightings).max(stage(inter, 1));
     let vision = model.vision();
     let tower = 12 * vision.embed_dim * vision.embed_dim * vision.depth;
     MemoryPlan {
-        process: peak_memory_bytes().unwrap_or(32 << 20),
-        vision: calibrated * tower as u64 * F32,
-        streams: calibrated * tokens * (own + full) * F32,
-        layer: weights * F32,
-        solver: calibrated * solver,
+        process,
+        vision: tower as u64 * F32,
+        streams: n_tokens.iter().sum::<usize>() as u64 * step.stream_width() * F32,
+        streams_on_disk: 0,
+        attention: step.attention(),
+        narrow: step.narrow(),
+        mlp: step.mlp(),
+        wide: step.wide(),
+    }
+}
+
+/// What the steps of a layer hold, beside the hidden states.
+struct Step<'a> {
+    config: &'a DecoderConfig,
+    with_full: bool,
+    with_cross: bool,
+    with_importance: bool,
+    with_mlp_loss: bool,
+    /// Tokens of the longest sample.
+    longest: u64,
+    /// Tokens of a batch.
+    batch: u64,
+    n_threads: u64,
+}
+
+impl Step<'_> {
+    fn weights(&self, projections: &[Projection]) -> u64 {
+        let sizes = projections.iter().map(|p| p.shape(self.config));
+        sizes.map(|[out, inp]| (out * inp) as u64 * F32).sum()
+    }
+
+    /// Values per token: U's residual and input, rotary tables; F's residual, y and input.
+    fn stream_width(&self) -> u64 {
+        let hidden = self.config.hidden_size;
+        let heads = self.config.n_heads * self.config.head_dim;
+        let widest = hidden.max(heads).max(self.config.intermediate_size);
+        let own = hidden + widest + 2 * self.config.head_dim;
+        let full = if self.with_full {
+            2 * hidden + widest
+        } else {
+            0
+        };
+        (own + full) as u64
+    }
+
+    fn attention(&self) -> u64 {
+        let linears = match self.with_mlp_loss {
+            true => self.weights(&Projection::ALL),
+            false => self.weights(&Projection::ALL[..4]),
+        };
+        // Scores, masked scores and probabilities; on the way back also their gradients.
+        let maps = if self.with_importance { 4 } else { 3 };
+        let map = self.config.n_heads as u64 * self.longest * self.longest * F32;
+        let rows = 8 * self.longest * self.config.hidden_size as u64 * F32;
+        linears + self.n_threads * (maps * map + rows)
+    }
+
+    fn moments(&self, in_features: usize) -> u64 {
+        let n = in_features as u64;
+        n * n * F32 * if self.with_cross { 2 } else { 1 }
+    }
+
+    /// A batch of inputs: as it is, weighted, and with C the other stream's and their difference.
+    fn inputs(&self, in_features: usize) -> u64 {
+        self.batch * in_features as u64 * F32 * if self.with_cross { 5 } else { 3 }
+    }
+
+    fn narrow(&self) -> u64 {
+        let [q, k, v, _, gate, up, _] = Projection::ALL;
+        let hidden = self.config.hidden_size;
+        let n_weightings = if self.with_importance { 3 } else { 1 };
+        let first = n_weightings * self.moments(hidden)
+            + self.inputs(hidden).max(2 * self.weights(&[q, k, v]));
+        // The first is quantized while the second is solved: weight and codes.
+        let second = self.moments(hidden) + self.inputs(hidden).max(self.weights(&[gate, up, up]));
+        first.max(second)
+    }
+
+    fn mlp(&self) -> u64 {
+        let linears = self.weights(&[Projection::Gate, Projection::Up]);
+        let copies = if self.with_full { 2 } else { 1 };
+        let activations = 4 * self.batch * self.config.intermediate_size as u64 * F32;
+        copies * linears + self.n_threads * activations
+    }
+
+    fn wide(&self) -> u64 {
+        let inter = self.config.intermediate_size;
+        let down = self.weights(&[Projection::Down]);
+        // Weight and codes; then the same as f32 again.
+        self.moments(inter) + self.inputs(inter).max(down + down / 2)
     }
 }
 

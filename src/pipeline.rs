@@ -3,19 +3,21 @@
 //!
 //! ```text
 //! for each layer:   F, U → one backward per sample → token weights
-//!   for each stage: inputs f (full-precision layer, stream F), u (partly quantized layer, stream U)
+//!   for each stage: walk U through the linears quantized so far
+//!                   inputs f (full-precision layer, stream F), u (partly quantized layer, stream U)
 //!                   → H, C → solve → put the quantized linears into the layer
 //!   F ← full-precision layer(F),  U ← quantized layer(U)
 //! ```
+//! A linear is read when a step needs it and given up after: what is in memory at once is one
+//! stage's weights and its statistics, never a whole layer.
 //! Source: arXiv:2508.03351 §3; the order of stages is GPTQ's true-sequential one.
 
 mod stage;
 mod streams;
 
-use crate::calibration::CalibrationSample;
-use crate::importance::LayerImportance;
-use crate::model::decoder::DecoderLayer;
-use crate::model::linear::Linear;
+use crate::calibration::CalibrationSet;
+use crate::importance::{ImportanceSettings, LayerImportance};
+use crate::model::decoder::{DecoderLayer, LayerSource, Projection};
 use crate::model::qwen2_vl::{Module, Qwen2Vl};
 use crate::plan::Scheme;
 use crate::recipe::Recipe;
@@ -26,7 +28,7 @@ use serde::{Deserialize, Serialize};
 use stage::Stage;
 use std::collections::BTreeMap;
 use std::time::Instant;
-pub use streams::CHUNK_TOKENS;
+pub use streams::BATCH_TOKENS;
 use streams::{Shared, Streams};
 
 /// What happens around a run.
@@ -100,12 +102,12 @@ pub trait LayerSink {
 /// there are none; [`Error::Interrupted`] if the observer says so.
 pub fn quantize(
     model: &Qwen2Vl,
-    samples: Vec<CalibrationSample>,
+    calibration: CalibrationSet,
     recipe: &Recipe,
     observer: &dyn Observer,
     sink: &mut dyn LayerSink,
 ) -> Result<Vec<LayerOutcome>> {
-    if recipe.needs_calibration() && samples.is_empty() {
+    if recipe.needs_calibration() && calibration.samples.is_empty() {
         return Err(Error::Invalid {
             what: "calibration".into(),
             why: format!("{} needs samples, none given", recipe.method.name()),
@@ -113,8 +115,8 @@ pub fn quantize(
     }
     let modules = model.modules();
     let schemes = modules.iter().filter_map(|m| recipe.scheme_of(&m.name));
-    let schemes: Vec<Scheme> = schemes.collect();
-    let mut streams = Streams::new(samples, recipe.needs_full_stream(&schemes));
+    let with_full = recipe.needs_full_stream(&schemes.collect::<Vec<Scheme>>());
+    let mut streams = Streams::new(calibration, model.decoder(), with_full)?;
     let n_layers = model.decoder().n_layers;
     let mut outcomes = Vec::new();
     for layer_idx in 0..n_layers {
@@ -124,6 +126,7 @@ pub fn quantize(
             recipe,
             observer,
             layer_idx,
+            source: model.layer_source(layer_idx),
             outcome: LayerOutcome::default(),
         };
         match (sink.finished(layer_idx)?, recipe.needs_calibration()) {
@@ -143,53 +146,115 @@ struct Run<'a> {
     recipe: &'a Recipe,
     observer: &'a dyn Observer,
     layer_idx: usize,
+    source: LayerSource<'a>,
     outcome: LayerOutcome,
+}
+
+/// A layer twice: as it was, and as far as it is quantized. Each holds only the linears that the
+/// present step needs.
+struct Pair {
+    full: DecoderLayer,
+    quantized: DecoderLayer,
 }
 
 impl Run<'_> {
     /// Takes both streams through a layer that is solved already: the same products of the same
     /// numbers as when it was solved, so that the next layer sees the same bits.
     fn finished_layer(&mut self, finished: FinishedLayer, streams: &mut Streams) -> Result<()> {
-        self.outcome = finished.outcome;
-        let full = self.model.load_layer(self.layer_idx)?;
-        let mut quantized = full.clone();
+        let (mut pair, _) = self.begin(streams, None)?;
         let modules = self.model.layer_modules(self.layer_idx);
-        for (name, weight) in &finished.weights {
-            let module = modules.iter().find(|m| m.name == *name);
-            let module = module.ok_or_else(|| Error::Missing {
-                what: format!("module {name}"),
-                place: format!("layer {}", self.layer_idx),
-            })?;
-            let linear = quantized.linear(module.projection);
-            let linear = linear.with_weight(&weight.dequantize())?;
-            quantized.replace(module.projection, linear);
-        }
-        streams.begin_layer(&full, None)?;
         for stage in Stage::ALL {
-            self.check_cancelled()?;
-            streams.enter(stage, &quantized)?;
+            self.enter(stage, &mut pair, streams)?;
+            for &projection in stage.projections() {
+                let name = &modules[projection as usize].name;
+                let solved = finished.weights.iter().find(|(n, _)| n == name);
+                if let Some((_, weight)) = solved {
+                    let linear = self.source.linear(projection, weight.dequantize())?;
+                    pair.quantized.replace(projection, linear);
+                }
+            }
         }
-        streams.end_layer(&full, &quantized)
+        self.end(pair, streams)?;
+        // What it took to solve the layer, not to pass through it.
+        self.outcome = finished.outcome;
+        Ok(())
     }
 
     fn calibrated_layer(&mut self, streams: &mut Streams, sink: &mut dyn LayerSink) -> Result<()> {
-        let full = self.timed("load", |run| run.model.load_layer(run.layer_idx))?;
-        let importance = self.timed("importance", |run| {
-            streams.begin_layer(&full, run.recipe.importance)
-        })?;
-        let mut quantized = full.clone();
+        let (mut pair, importance) = self.begin(streams, self.recipe.importance)?;
         let modules = self.model.layer_modules(self.layer_idx);
         for stage in Stage::ALL {
-            self.check_cancelled()?;
-            self.timed("forward", |_| streams.enter(stage, &quantized))?;
+            self.enter(stage, &mut pair, streams)?;
             let shared = self.shared(stage, &modules, importance.as_ref());
-            let shared = self.timed("statistics", |_| streams.accumulate(stage, &full, shared))?;
+            let shared = self.timed("statistics", |_| {
+                streams.accumulate(stage, &pair.full, shared)
+            })?;
             for group in shared {
-                self.solve_group(&modules, group, &mut quantized, sink)?;
+                self.solve_group(&modules, group, &mut pair.quantized, sink)?;
             }
         }
-        self.timed("forward", |_| streams.end_layer(&full, &quantized))?;
-        sink.layer(self.layer_idx, &self.outcome)
+        self.end(pair, streams)?;
+        self.timed("write", |run| sink.layer(run.layer_idx, &run.outcome))
+    }
+
+    /// Takes F through attention, and gives the importance of tokens.
+    fn begin(
+        &mut self,
+        streams: &mut Streams,
+        importance: Option<ImportanceSettings>,
+    ) -> Result<(Pair, Option<LayerImportance>)> {
+        let needed: &[Projection] = match (streams.with_full(), importance) {
+            (false, _) => &[],
+            (true, Some(settings)) if settings.needs_mlp() => &Projection::ALL,
+            (true, _) => &Projection::ALL[..=Projection::O as usize],
+        };
+        let mut full = self.timed("load", |run| {
+            let mut full = run.source.norms()?;
+            run.source.complete(&mut full, needed)?;
+            Ok(full)
+        })?;
+        let stage = if importance.is_some() {
+            "importance"
+        } else {
+            "forward"
+        };
+        let importance = self.timed(stage, |_| streams.begin_layer(&full, importance))?;
+        full.release(&Projection::ALL);
+        let quantized = full.clone();
+        Ok((Pair { full, quantized }, importance))
+    }
+
+    /// Walks both streams to a stage. What was not quantized goes as it was.
+    fn enter(&mut self, stage: Stage, pair: &mut Pair, streams: &mut Streams) -> Result<()> {
+        self.check_cancelled()?;
+        let crossed = stage.crossed();
+        self.timed("load", |run| {
+            run.source.complete(&mut pair.quantized, crossed)?;
+            match stage == Stage::Down && streams.with_full() {
+                true => run.source.complete(&mut pair.full, crossed),
+                false => Ok(()),
+            }
+        })?;
+        self.timed("forward", |_| {
+            streams.enter(stage, &pair.full, &pair.quantized)
+        })?;
+        pair.full.release(crossed);
+        pair.quantized.release(crossed);
+        Ok(())
+    }
+
+    fn end(&mut self, mut pair: Pair, streams: &mut Streams) -> Result<()> {
+        let down = Stage::Down.projections();
+        self.timed("load", |run| {
+            run.source.complete(&mut pair.quantized, down)?;
+            match streams.with_full() {
+                true => run.source.complete(&mut pair.full, down),
+                false => Ok(()),
+            }
+        })?;
+        self.timed("forward", |_| {
+            streams.end_layer(&pair.full, &pair.quantized)
+        })
     }
 
     /// RTN needs neither streams nor a forward.
@@ -276,12 +341,12 @@ impl Run<'_> {
             };
             let mut settings = self.recipe.solver.clone();
             settings.alpha = self.recipe.alpha(scheme);
-            let linear = quantized.linear(projection);
-            let w = linear.weight_matrix()?;
+            let w = self.timed("load", |run| run.source.weight(projection))?;
             let solved = self.timed("solve", |_| {
                 gptq::solve(&module.name, &w, &factor, scheme, &settings)
             })?;
-            let linear: Linear = linear.with_weight(&solved.weight.dequantize())?;
+            drop(w);
+            let linear = self.source.linear(projection, solved.weight.dequantize())?;
             quantized.replace(projection, linear);
             self.timed("write", |_| sink.module(module, &solved.weight))?;
             self.note_deviations(module, &factor, effective_sample_size);

@@ -3,12 +3,14 @@
 //! Everything that can be wrong is looked at before any work: names, group sizes, samples, the
 //! place of the output.
 
-use crate::calibration::{self, CalibrationSample};
+use crate::calibration::{self, CalibrationSample, CalibrationSet};
 use crate::checkpoint::write::MAX_SHARD_BYTES;
 use crate::dataset::{Sample, SampleSet};
 use crate::export::ModulePlan;
 use crate::export::compressed_tensors::{Exported, Exporter};
+use crate::hidden_states::Store;
 use crate::journal::{Fingerprint, Journal, LayerWriter, Resume};
+use crate::memory::plan_memory;
 use crate::model::qwen2_vl::{Module, Qwen2Vl};
 use crate::pipeline::{self, FinishedLayer, LayerOutcome, LayerSink, Observer};
 use crate::processor::Processor;
@@ -17,6 +19,7 @@ use crate::report::{
     CalibrationReport, Deviation, REPORT_FILE, RunReport, SCHEMA, peak_memory_bytes,
 };
 use crate::{Error, QuantizedWeight, Result};
+use candle_core::Device;
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -31,6 +34,15 @@ pub struct SampleChoice {
     pub n_samples: usize,
     /// Seed of the choice.
     pub seed: u64,
+}
+
+/// What a run does otherwise than another of the same result.
+#[derive(Clone, Copy, Debug)]
+pub struct RunOptions {
+    /// What to do about the layers of an earlier run.
+    pub resume: Resume,
+    /// Bytes of memory to stay below, as far as it can be: hidden states that do not fit go to disk.
+    pub memory_bytes: u64,
 }
 
 /// The formats of all modules, those left as they are aside.
@@ -75,20 +87,27 @@ pub fn quantize_folder(
     recipe: &Recipe,
     choice: Option<&SampleChoice>,
     output: &Path,
-    resume: Resume,
+    options: RunOptions,
     observer: &dyn Observer,
 ) -> Result<(RunReport, Exported)> {
     let began = Instant::now();
     let plan = module_plan(model, recipe)?;
-    let journal = Journal::open(output, resume)?;
+    let journal = Journal::open(output, options.resume)?;
     let pending = journal.pending()?;
     let exporter = Exporter::create_in(model.checkpoint(), &plan, pending, MAX_SHARD_BYTES)?;
     check_copied(model, &plan)?;
-    let samples = load_samples(model, recipe, choice, observer)?;
-    journal.bind(&fingerprint(recipe, &plan, &samples)?)?;
+    let set = load_samples(
+        model,
+        recipe,
+        choice,
+        options.memory_bytes,
+        journal.dir(),
+        observer,
+    )?;
+    journal.bind(&fingerprint(recipe, &plan, &set)?)?;
     let n_resumed_layers = journal.n_finished()?;
     let calibration = choice.filter(|_| recipe.needs_calibration());
-    let calibration = calibration.map(|c| calibration_report(c, &samples));
+    let calibration = calibration.map(|c| calibration_report(c, &set.samples));
     let prepared = began.elapsed().as_secs_f64();
     let mut sink = Journaled {
         model,
@@ -96,7 +115,7 @@ pub fn quantize_folder(
         journal,
         layer: None,
     };
-    let layers = pipeline::quantize(model, samples, recipe, observer, &mut sink)?;
+    let layers = pipeline::quantize(model, set, recipe, observer, &mut sink)?;
     let mut report = RunReport {
         schema: SCHEMA,
         vlmq: env!("CARGO_PKG_VERSION").into(),
@@ -164,21 +183,12 @@ impl LayerSink for Journaled<'_> {
     }
 }
 
-fn fingerprint(
-    recipe: &Recipe,
-    plan: &[ModulePlan],
-    samples: &[CalibrationSample],
-) -> Result<Fingerprint> {
-    let mut digest = blake3::Hasher::new();
-    for sample in samples {
-        sample.add_to(&mut digest)?;
-    }
-    let mut settings = blake3::Hasher::new();
-    settings.update(format!("{recipe:?} {plan:?}").as_bytes());
+fn fingerprint(recipe: &Recipe, plan: &[ModulePlan], set: &CalibrationSet) -> Result<Fingerprint> {
+    let settings = blake3::hash(format!("{recipe:?} {plan:?}").as_bytes());
     Ok(Fingerprint {
         vlmq: env!("CARGO_PKG_VERSION").into(),
-        settings: settings.finalize().to_string(),
-        samples: digest.finalize().to_string(),
+        settings: settings.to_string(),
+        samples: set.digest()?,
     })
 }
 
@@ -203,7 +213,9 @@ fn check_copied(model: &Qwen2Vl, plan: &[ModulePlan]) -> Result<()> {
         .try_for_each(|name| checkpoint.check_finite(name))
 }
 
-/// The samples of a run, ready for the first layer; none for a method without calibration.
+/// The samples of a run, ready for the first layer; none for a method without calibration. Of their
+/// hidden states, those that do not fit into `memory_bytes` with the rest of the work go to a file
+/// in `dir`.
 ///
 /// # Errors
 /// [`Error::Missing`] if the method needs samples and no choice is given; else as
@@ -212,10 +224,12 @@ pub fn load_samples(
     model: &Qwen2Vl,
     recipe: &Recipe,
     choice: Option<&SampleChoice>,
+    memory_bytes: u64,
+    dir: &Path,
     observer: &dyn Observer,
-) -> Result<Vec<CalibrationSample>> {
+) -> Result<CalibrationSet> {
     if !recipe.needs_calibration() {
-        return Ok(Vec::new());
+        return Ok(CalibrationSet::none());
     }
     let choice = choice.ok_or_else(|| Error::Missing {
         what: "--calibration DATA".into(),
@@ -223,7 +237,12 @@ pub fn load_samples(
     })?;
     let processor = Processor::open(model.checkpoint().dir())?;
     let chosen: Vec<&Sample> = choice.set.choose(choice.n_samples, choice.seed)?;
-    calibration::prepare(model, &model.load_tower()?, &processor, &chosen, observer)
+    let n_tokens = calibration::count_tokens(&processor, &chosen)?;
+    let plan = plan_memory(model, recipe, &n_tokens);
+    let budget = memory_bytes.saturating_sub(plan.without_streams());
+    let store = Store::new(budget, dir, &Device::Cpu);
+    let tower = model.load_tower()?;
+    calibration::prepare(model, &tower, &processor, &chosen, store, observer)
 }
 
 fn calibration_report(choice: &SampleChoice, samples: &[CalibrationSample]) -> CalibrationReport {

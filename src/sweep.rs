@@ -253,7 +253,8 @@ pub fn quantize_in_memory(
     let layers = (0..n_layers)
         .map(|i| model.load_layer(i))
         .collect::<Result<Vec<_>>>()?;
-    let samples = load_samples(model, recipe, choice, observer)?;
+    let dir = std::env::temp_dir();
+    let samples = load_samples(model, recipe, choice, u64::MAX, &dir, observer)?;
     let mut layers = InMemory(layers);
     pipeline::quantize(model, samples, recipe, observer, &mut layers)?;
     Ok(layers.0)
@@ -265,8 +266,8 @@ struct InMemory(Vec<DecoderLayer>);
 impl LayerSink for InMemory {
     fn module(&mut self, module: &Module, weight: &QuantizedWeight) -> Result<()> {
         let layer = &mut self.0[module.layer_idx];
-        let linear = layer.linear(module.projection);
-        let linear = linear.with_weight(&weight.dequantize())?;
+        let linear = layer.linear(module.projection)?;
+        let linear = linear.with_weight(weight.dequantize())?;
         layer.replace(module.projection, linear);
         Ok(())
     }

@@ -15,7 +15,8 @@ use vlmq::plan::{ScaleDtype, Scheme};
 use vlmq::processor::Processor;
 use vlmq::recipe::{Method, Recipe};
 use vlmq::report::RunReport;
-use vlmq::run::{SampleChoice, module_plan, quantize_folder};
+use vlmq::report::free_memory_bytes;
+use vlmq::run::{RunOptions, SampleChoice, module_plan, quantize_folder};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -41,6 +42,10 @@ pub struct Args {
     /// What to do with the layers that an earlier run for the same output finished
     #[arg(long, value_enum, default_value_t)]
     resume: ResumeArg,
+    /// Memory to stay below, as 8GiB, 900MB or in bytes: hidden states that do not fit go to disk.
+    /// Three quarters of what the system has free if absent
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
+    memory: Option<u64>,
     /// Say what would be done and what it would cost, and do nothing
     #[arg(long)]
     dry_run: bool,
@@ -120,6 +125,37 @@ impl RecipeArgs {
     }
 }
 
+impl Args {
+    fn memory_bytes(&self) -> u64 {
+        let free = || free_memory_bytes().map(|bytes| bytes / 4 * 3);
+        self.memory.or_else(free).unwrap_or(u64::MAX)
+    }
+}
+
+/// Bytes from a number with or without a unit.
+fn parse_bytes(text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit: u64 = match &text[digits.len()..] {
+        "" | "B" => 1,
+        "kB" => 1_000,
+        "MB" => 1_000_000,
+        "GB" => 1_000_000_000,
+        "KiB" => 1 << 10,
+        "MiB" => 1 << 20,
+        "GiB" => 1 << 30,
+        other => {
+            return Err(format!(
+                "unit {other:?}; B, kB, MB, GB, KiB, MiB or GiB expected"
+            ));
+        }
+    };
+    let number: f64 = digits.parse().map_err(|_| "a number expected".to_owned())?;
+    match number.is_finite() && number > 0.0 {
+        true => Ok((number * unit as f64) as u64),
+        false => Err("a positive number expected".into()),
+    }
+}
+
 /// The type that the model's weights have, which its readers will give the scales too.
 pub fn scale_dtype(model: &Qwen2Vl) -> ScaleDtype {
     let module = model.modules().into_iter().next();
@@ -149,8 +185,11 @@ pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
     }
     let output = args.output.as_deref().context("--output DIR is needed")?;
     let progress = Progress::start()?;
-    let resume = args.resume.into();
-    let outcome = quantize_folder(&model, &recipe, choice.as_ref(), output, resume, &progress);
+    let options = RunOptions {
+        resume: args.resume.into(),
+        memory_bytes: args.memory_bytes(),
+    };
+    let outcome = quantize_folder(&model, &recipe, choice.as_ref(), output, options, &progress);
     progress.finish();
     let (report, exported) = outcome.inspect_err(|error| tell_what_is_kept(error, output))?;
     if json {
@@ -247,7 +286,7 @@ fn dry_run(
         }
         None => Vec::new(),
     };
-    let memory = plan_memory(model, recipe, &n_tokens);
+    let memory = plan_memory(model, recipe, &n_tokens).within(args.memory_bytes());
     let disk = plan_disk(model, recipe);
     let tokens: usize = n_tokens.iter().sum();
     if json {
@@ -270,6 +309,12 @@ fn dry_run(
             n_tokens.len()
         );
         println!("memory {:>8.0} MB at most", mb(memory.total()));
+        if memory.streams_on_disk > 0 {
+            println!(
+                "disk   {:>8.1} MB of hidden states while at work",
+                mb(memory.streams_on_disk)
+            );
+        }
         println!(
             "disk   {:>8.1} MB of tensors, {:.1} MB of progress while at work",
             mb(disk.tensors),

@@ -58,7 +58,7 @@ pub fn attention(
     d_o: &Tensor,
 ) -> Result<AttentionGradients> {
     let a = &trace.probabilities;
-    let d_heads = layer.split_heads(&d_o.matmul(layer.linear(Projection::O).weight())?)?;
+    let d_heads = layer.split_heads(&d_o.matmul(layer.linear(Projection::O)?.weight())?)?;
     let d_heads = layer.group_rows(&d_heads)?;
 
     let d_v = a.t()?.matmul(&d_heads)?;
@@ -82,16 +82,16 @@ pub fn attention(
 /// A tensor error if shapes disagree.
 pub fn mlp(layer: &DecoderLayer, y: &Tensor, d_out: &Tensor) -> Result<MlpGradients> {
     let n2 = layer.gate_up_input(y)?;
-    let gate = layer.linear(Projection::Gate).forward(&n2)?;
-    let up = layer.linear(Projection::Up).forward(&n2)?;
+    let gate = layer.linear(Projection::Gate)?.forward(&n2)?;
+    let up = layer.linear(Projection::Up)?.forward(&n2)?;
     let s = sigmoid(&gate)?;
-    let d_h = d_out.matmul(layer.linear(Projection::Down).weight())?;
+    let d_h = d_out.matmul(layer.linear(Projection::Down)?.weight())?;
     let d_up = (&d_h * (&gate * &s)?)?;
     // silu'(z) = σ(z)·(1 + z·(1 − σ(z)))
     let slope = (&s * ((&gate * (1.0 - &s)?)? + 1.0)?)?;
     let d_gate = ((&d_h * up)? * slope)?;
-    let d_n2 = (d_gate.matmul(layer.linear(Projection::Gate).weight())?
-        + d_up.matmul(layer.linear(Projection::Up).weight())?)?;
+    let d_n2 = (d_gate.matmul(layer.linear(Projection::Gate)?.weight())?
+        + d_up.matmul(layer.linear(Projection::Up)?.weight())?)?;
     Ok(MlpGradients {
         gate: d_gate,
         up: d_up,

@@ -5,7 +5,7 @@ use super::backward::{self, AttentionGradients, MlpGradients};
 use super::*;
 use crate::checkpoint::Checkpoint;
 use crate::model::config::DecoderConfig;
-use crate::model::decoder::{AttentionTrace, DecoderLayer, Projection};
+use crate::model::decoder::{AttentionTrace, DecoderLayer, LayerSource, Projection};
 use crate::model::linear::matrix_from_tensor;
 use crate::model::rope::Rope;
 use candle_core::{Device, Tensor};
@@ -66,7 +66,14 @@ impl Case {
             Tensor::from_vec(values, (n, HIDDEN), &Device::Cpu).unwrap()
         };
         Self {
-            layer: DecoderLayer::load(&golden, "layer", &config(), &Device::Cpu).unwrap(),
+            layer: LayerSource {
+                checkpoint: &golden,
+                prefix: "layer".into(),
+                config: &config(),
+                device: &Device::Cpu,
+            }
+            .whole()
+            .unwrap(),
             rope: Rope::multimodal(&config(), &positions, &Device::Cpu).unwrap(),
             full: stream("full"),
             quantized: stream("quantized"),
@@ -106,7 +113,7 @@ impl Case {
 
     /// A fully connected copy in f64 that shares no code with the model.
     fn naive(&self) -> Naive {
-        let weight = |p: Projection| rows(self.layer.linear(p).weight());
+        let weight = |p: Projection| rows(self.layer.linear(p).unwrap().weight());
         let bias = |name: &str, n: usize| {
             let values = self
                 .golden

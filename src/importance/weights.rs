@@ -71,6 +71,11 @@ pub struct SampleFactors {
 }
 
 impl ImportanceSettings {
+    /// Whether the backward pass goes through the MLP.
+    pub fn needs_mlp(&self) -> bool {
+        self.loss == ImportanceLoss::Layer
+    }
+
     /// The factors of one sample: `y` and `trace` are the quantized stream's pass through the
     /// full-precision layer, `y_full` the full-precision stream's, `[n_tokens, hidden]`.
     ///

@@ -8,11 +8,11 @@
 //! Calibration walks these stages one by one, so that no part of a forward is ever run twice.
 //! All activations are `[n_tokens, width]`, one sample at a time; no padding exists.
 
-use crate::Result;
 use crate::checkpoint::Checkpoint;
 use crate::model::config::DecoderConfig;
-use crate::model::linear::{Linear, load_tensor};
+use crate::model::linear::{Linear, load_tensor, tensor_from_matrix};
 use crate::model::rope::Rope;
+use crate::{Error, Matrix, Result};
 use candle_core::{D, Device, Tensor};
 use candle_nn::ops::{rms_norm, silu, softmax_last_dim};
 
@@ -81,10 +81,99 @@ impl Projection {
     }
 }
 
-/// One transformer layer's weights in f32.
+/// Where the parts of one layer are read from, each when it is needed: of a 32B model, the linears
+/// of one layer have 2 GB in f32.
+#[derive(Clone)]
+pub struct LayerSource<'a> {
+    /// The checkpoint.
+    pub checkpoint: &'a Checkpoint,
+    /// Name of the layer in it, e.g. `model.layers.3`.
+    pub prefix: String,
+    /// Shapes.
+    pub config: &'a DecoderConfig,
+    /// Where the weights go.
+    pub device: &'a Device,
+}
+
+impl LayerSource<'_> {
+    /// The layer with its norms, and none of its linears.
+    ///
+    /// # Errors
+    /// Those of [`Checkpoint::load`]: absent tensors, wrong shapes, values that are not finite.
+    pub fn norms(&self) -> Result<DecoderLayer> {
+        let hidden = self.config.hidden_size;
+        let norm = |name: &str| {
+            let name = format!("{}.{name}.weight", self.prefix);
+            load_tensor(self.checkpoint, &name, &[hidden], self.device)
+        };
+        Ok(DecoderLayer {
+            linears: Default::default(),
+            input_norm: norm("input_layernorm")?,
+            post_attention_norm: norm("post_attention_layernorm")?,
+            n_heads: self.config.n_heads,
+            n_kv_heads: self.config.n_kv_heads,
+            head_dim: self.config.head_dim,
+            rms_norm_eps: self.config.rms_norm_eps as f32,
+        })
+    }
+
+    /// The whole layer.
+    ///
+    /// # Errors
+    /// As [`LayerSource::norms`].
+    pub fn whole(&self) -> Result<DecoderLayer> {
+        let mut layer = self.norms()?;
+        self.complete(&mut layer, &Projection::ALL)?;
+        Ok(layer)
+    }
+
+    /// Reads those of the linears that `layer` does not hold.
+    ///
+    /// # Errors
+    /// As [`LayerSource::norms`].
+    pub fn complete(&self, layer: &mut DecoderLayer, projections: &[Projection]) -> Result<()> {
+        for &projection in projections {
+            if layer.linears[projection as usize].is_none() {
+                let weight = self.weight(projection)?;
+                layer.replace(projection, self.linear(projection, weight)?);
+            }
+        }
+        Ok(())
+    }
+
+    /// The weight `[out, in]` of a linear in f32.
+    ///
+    /// # Errors
+    /// Those of [`Checkpoint::linear_weight`].
+    pub fn weight(&self, projection: Projection) -> Result<Matrix> {
+        let [out, inp] = projection.shape(self.config);
+        let name = self.name(projection);
+        self.checkpoint.linear_weight(&name, out, inp)
+    }
+
+    /// A linear of the layer with this weight and the bias that it has there.
+    ///
+    /// # Errors
+    /// As [`LayerSource::norms`].
+    pub fn linear(&self, projection: Projection, weight: Matrix) -> Result<Linear> {
+        let bias = projection.has_bias().then(|| {
+            let name = format!("{}.bias", self.name(projection));
+            let [out, _] = projection.shape(self.config);
+            load_tensor(self.checkpoint, &name, &[out], self.device)
+        });
+        let weight = tensor_from_matrix(weight, self.device)?;
+        Ok(Linear::new(weight, bias.transpose()?))
+    }
+
+    fn name(&self, projection: Projection) -> String {
+        format!("{}.{}", self.prefix, projection.name())
+    }
+}
+
+/// One transformer layer's weights in f32, or those of them that are needed.
 #[derive(Clone, Debug)]
 pub struct DecoderLayer {
-    linears: [Linear; 7],
+    linears: [Option<Linear>; 7],
     input_norm: Tensor,
     post_attention_norm: Tensor,
     n_heads: usize,
@@ -134,56 +223,28 @@ pub struct AttentionTrace {
 }
 
 impl DecoderLayer {
-    /// Reads layer `prefix`, e.g. `model.layers.3`, and nothing else.
+    /// One of the layer's linears.
     ///
     /// # Errors
-    /// Those of [`Checkpoint::load`]: absent tensors, wrong shapes, values that are not finite.
-    pub fn load(
-        checkpoint: &Checkpoint,
-        prefix: &str,
-        config: &DecoderConfig,
-        device: &Device,
-    ) -> Result<Self> {
-        let linear = |p: Projection| {
-            let module = format!("{prefix}.{}", p.name());
-            Linear::load(checkpoint, &module, p.shape(config), p.has_bias(), device)
-        };
-        let norm = |name: &str| {
-            load_tensor(
-                checkpoint,
-                &format!("{prefix}.{name}.weight"),
-                &[config.hidden_size],
-                device,
-            )
-        };
-        let [q, k, v, o, gate, up, down] = Projection::ALL;
-        Ok(Self {
-            linears: [
-                linear(q)?,
-                linear(k)?,
-                linear(v)?,
-                linear(o)?,
-                linear(gate)?,
-                linear(up)?,
-                linear(down)?,
-            ],
-            input_norm: norm("input_layernorm")?,
-            post_attention_norm: norm("post_attention_layernorm")?,
-            n_heads: config.n_heads,
-            n_kv_heads: config.n_kv_heads,
-            head_dim: config.head_dim,
-            rms_norm_eps: config.rms_norm_eps as f32,
+    /// [`Error::Missing`] if it is not held.
+    pub fn linear(&self, projection: Projection) -> Result<&Linear> {
+        let linear = self.linears[projection as usize].as_ref();
+        linear.ok_or_else(|| Error::Missing {
+            what: projection.name().into(),
+            place: "the part of the layer that is in memory".into(),
         })
     }
 
-    /// One of the layer's linears.
-    pub fn linear(&self, projection: Projection) -> &Linear {
-        &self.linears[projection as usize]
+    /// Puts a linear in its place.
+    pub fn replace(&mut self, projection: Projection, linear: Linear) {
+        self.linears[projection as usize] = Some(linear);
     }
 
-    /// Puts another linear in the place of one.
-    pub fn replace(&mut self, projection: Projection, linear: Linear) {
-        self.linears[projection as usize] = linear;
+    /// Gives up linears that are not needed any more.
+    pub fn release(&mut self, projections: &[Projection]) {
+        for &projection in projections {
+            self.linears[projection as usize] = None;
+        }
     }
 
     /// n₁, the input of q, k and v, for `x [n, hidden]`.
@@ -221,9 +282,9 @@ impl DecoderLayer {
     ) -> Result<AttentionTrace> {
         let n = n1.dim(0)?;
         let n_past = cache.n_tokens();
-        let queries = rope.rotate(&self.split_heads(&self.linear(Projection::Q).forward(n1)?)?)?;
-        let keys = rope.rotate(&self.split_heads(&self.linear(Projection::K).forward(n1)?)?)?;
-        let values = self.split_heads(&self.linear(Projection::V).forward(n1)?)?;
+        let queries = rope.rotate(&self.split_heads(&self.linear(Projection::Q)?.forward(n1)?)?)?;
+        let keys = rope.rotate(&self.split_heads(&self.linear(Projection::K)?.forward(n1)?)?)?;
+        let values = self.split_heads(&self.linear(Projection::V)?.forward(n1)?)?;
         let (keys, values) = cache.extend(keys, values)?;
 
         // Grouped queries lie side by side, so one product per key head serves the whole group.
@@ -254,7 +315,7 @@ impl DecoderLayer {
     /// # Errors
     /// A tensor error if shapes disagree.
     pub fn after_attention(&self, x: &Tensor, a: &Tensor) -> Result<Tensor> {
-        Ok((x + self.linear(Projection::O).forward(a)?)?)
+        Ok((x + self.linear(Projection::O)?.forward(a)?)?)
     }
 
     /// n₂, the input of gate and up, for `y [n, hidden]`.
@@ -290,8 +351,8 @@ impl DecoderLayer {
     /// # Errors
     /// A tensor error if shapes disagree.
     pub fn down_input(&self, n2: &Tensor) -> Result<Tensor> {
-        let gate = silu(&self.linear(Projection::Gate).forward(n2)?)?;
-        Ok((gate * self.linear(Projection::Up).forward(n2)?)?)
+        let gate = silu(&self.linear(Projection::Gate)?.forward(n2)?)?;
+        Ok((gate * self.linear(Projection::Up)?.forward(n2)?)?)
     }
 
     /// The layer's output from y and h.
@@ -299,7 +360,7 @@ impl DecoderLayer {
     /// # Errors
     /// A tensor error if shapes disagree.
     pub fn after_mlp(&self, y: &Tensor, h: &Tensor) -> Result<Tensor> {
-        Ok((y + self.linear(Projection::Down).forward(h)?)?)
+        Ok((y + self.linear(Projection::Down)?.forward(h)?)?)
     }
 
     /// The whole layer on new tokens `x [n, hidden]`, extending `cache`; `rope` and the

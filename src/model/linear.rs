@@ -59,19 +59,11 @@ impl Linear {
         &self.weight
     }
 
-    /// W as a matrix, a copy.
-    ///
-    /// # Errors
-    /// A tensor error if the device cannot be read.
-    pub fn weight_matrix(&self) -> Result<Matrix> {
-        matrix_from_tensor(&self.weight)
-    }
-
     /// The same linear with another weight of the same shape.
     ///
     /// # Errors
     /// A tensor error if the device refuses the memory.
-    pub fn with_weight(&self, weight: &Matrix) -> Result<Self> {
+    pub fn with_weight(&self, weight: Matrix) -> Result<Self> {
         let weight = tensor_from_matrix(weight, self.weight.device())?;
         Ok(Self {
             weight,
@@ -110,10 +102,7 @@ pub fn matrix_from_tensor(tensor: &Tensor) -> Result<Matrix> {
 ///
 /// # Errors
 /// A tensor error if the device refuses the memory.
-pub fn tensor_from_matrix(matrix: &Matrix, device: &Device) -> Result<Tensor> {
-    Ok(Tensor::from_slice(
-        matrix.data(),
-        (matrix.rows(), matrix.cols()),
-        device,
-    )?)
+pub fn tensor_from_matrix(matrix: Matrix, device: &Device) -> Result<Tensor> {
+    let shape = (matrix.rows(), matrix.cols());
+    Ok(Tensor::from_vec(matrix.into_vec(), shape, device)?)
 }

@@ -15,7 +15,7 @@ pub mod rope;
 pub mod vision;
 
 pub use config::DecoderConfig;
-pub use decoder::{DecoderLayer, Projection};
+pub use decoder::{DecoderLayer, LayerSource, Projection};
 pub use head::Head;
 pub use linear::Linear;
 pub use loaded::LoadedModel;

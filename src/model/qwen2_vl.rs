@@ -6,7 +6,7 @@
 
 use crate::checkpoint::Checkpoint;
 use crate::model::config::{ConfigNode, DecoderConfig};
-use crate::model::decoder::{DecoderLayer, Projection};
+use crate::model::decoder::{DecoderLayer, LayerSource, Projection};
 use crate::model::head::Head;
 use crate::model::positions::{Positions, multimodal_positions};
 use crate::model::rope::Rope;
@@ -171,13 +171,22 @@ impl Qwen2Vl {
         )
     }
 
+    /// Where the parts of one layer of the decoder are read from.
+    pub fn layer_source(&self, layer_idx: usize) -> LayerSource<'_> {
+        LayerSource {
+            checkpoint: &self.checkpoint,
+            prefix: self.layer_prefix(layer_idx),
+            config: &self.decoder,
+            device: &self.device,
+        }
+    }
+
     /// Loads one layer of the decoder.
     ///
     /// # Errors
     /// Those of [`Checkpoint::load`].
     pub fn load_layer(&self, layer_idx: usize) -> Result<DecoderLayer> {
-        let prefix = self.layer_prefix(layer_idx);
-        DecoderLayer::load(&self.checkpoint, &prefix, &self.decoder, &self.device)
+        self.layer_source(layer_idx).whole()
     }
 
     /// A digest of everything that a layer's loading reads.

@@ -26,4 +26,14 @@ impl Stage {
             Self::Down => &[Projection::Down],
         }
     }
+
+    /// The linears between the stage before and this one.
+    pub(super) fn crossed(self) -> &'static [Projection] {
+        match self {
+            Self::Qkv => &[],
+            Self::O => Self::Qkv.projections(),
+            Self::GateUp => Self::O.projections(),
+            Self::Down => Self::GateUp.projections(),
+        }
+    }
 }

@@ -1,10 +1,17 @@
-//! The two streams of hidden states, sample by sample, and where in a layer they stand.
+//! The two streams of hidden states, and where in a layer they stand.
+//!
+//! Samples are walked in batches: consecutive samples of together at most [`BATCH_TOKENS`] tokens,
+//! or one longer sample. What works on tokens alone takes a batch as one matrix, a longer sample
+//! piece by piece; attention takes a sample at a time. How batches are cut depends on the samples
+//! only, so the same bits come out for any number of threads and any place of the states.
 
 use super::stage::Stage;
-use crate::calibration::CalibrationSample;
-use crate::importance::{ImportanceSettings, LayerImportance};
+use crate::calibration::{CalibrationSample, CalibrationSet};
+use crate::hidden_states::{HiddenState, Store};
+use crate::importance::{ImportanceSettings, LayerImportance, SampleFactors};
+use crate::model::config::DecoderConfig;
 use crate::model::decoder::{DecoderLayer, Projection};
-use crate::model::linear::matrix_from_tensor;
+use crate::model::linear::{matrix_from_tensor, tensor_from_matrix};
 use crate::model::qwen2_vl::Module;
 use crate::model::rope::Rope;
 use crate::processor::TokenClass;
@@ -13,34 +20,37 @@ use crate::{Matrix, Result};
 use candle_core::Tensor;
 use rayon::prelude::*;
 use std::collections::BTreeMap;
+use std::ops::Range;
 
-/// Tokens whose inputs are put together before they are added to the statistics: enough for a
-/// product at full speed, little enough to stay small.
-pub const CHUNK_TOKENS: usize = 4096;
+/// Tokens that one matrix product takes: enough for full speed, few enough to stay small.
+pub const BATCH_TOKENS: usize = 1024;
 
 /// All samples.
 pub(super) struct Streams {
-    samples: Vec<Sample>,
+    batches: Vec<Vec<Sample>>,
+    store: Store,
     with_full: bool,
 }
 
 struct Sample {
+    /// Place among all samples.
+    index: usize,
     classes: Vec<TokenClass>,
     rope: Rope,
     /// U: the residual stream that the next addition goes to, `[n_tokens, hidden]`.
-    residual: Tensor,
-    /// U: the input of the stage at which the walk stands.
-    input: Tensor,
+    residual: HiddenState,
+    /// U: the input of `o_proj`, later of `down_proj`; the other stages' are a norm away.
+    input: HiddenState,
     full: Option<FullStream>,
 }
 
 /// F, which runs ahead: its layer is known from the start.
 struct FullStream {
-    residual: Tensor,
-    /// Input of `o_proj`.
-    attention: Tensor,
+    residual: HiddenState,
+    /// Input of `o_proj`, later of `down_proj`.
+    input: HiddenState,
     /// Residual stream after attention.
-    y: Tensor,
+    y: HiddenState,
 }
 
 /// Linears whose statistics are the same, and those statistics.
@@ -75,25 +85,75 @@ impl Shared {
 
 impl Streams {
     /// Both streams start as the embeddings; F is followed only `with_full`.
-    pub(super) fn new(samples: Vec<CalibrationSample>, with_full: bool) -> Self {
-        let start = |sample: CalibrationSample| Sample {
+    ///
+    /// # Errors
+    /// Those of [`Store::place`] and of reading and writing states.
+    pub(super) fn new(
+        set: CalibrationSet,
+        config: &DecoderConfig,
+        with_full: bool,
+    ) -> Result<Self> {
+        let CalibrationSet { samples, store } = set;
+        let mut streams = Self {
+            batches: Vec::new(),
+            store,
+            with_full,
+        };
+        let mut n_tokens = 0;
+        for (index, sample) in samples.into_iter().enumerate() {
+            let sample = streams.begin(index, sample, config)?;
+            n_tokens += sample.classes.len();
+            match streams.batches.last_mut() {
+                Some(batch) if n_tokens <= BATCH_TOKENS => batch.push(sample),
+                _ => {
+                    n_tokens = sample.classes.len();
+                    streams.batches.push(vec![sample]);
+                }
+            }
+        }
+        Ok(streams)
+    }
+
+    fn begin(
+        &self,
+        index: usize,
+        sample: CalibrationSample,
+        config: &DecoderConfig,
+    ) -> Result<Sample> {
+        let (n, hidden) = (sample.classes.len(), config.hidden_size);
+        let widest = hidden
+            .max(config.n_heads * config.head_dim)
+            .max(config.intermediate_size);
+        let full = self.with_full.then(|| {
+            let mut stream = FullStream {
+                residual: self.store.place(n, hidden)?,
+                input: self.store.place(n, widest)?,
+                y: self.store.place(n, hidden)?,
+            };
+            for rows in pieces(n) {
+                let embeddings = sample.embeddings.rows(&self.store, rows.clone())?;
+                stream.residual.set(&self.store, rows.start, &embeddings)?;
+            }
+            Ok::<_, crate::Error>(stream)
+        });
+        Ok(Sample {
+            index,
+            input: self.store.place(n, widest)?,
+            full: full.transpose()?,
             classes: sample.classes,
             rope: sample.rope,
-            full: with_full.then(|| FullStream {
-                residual: sample.embeddings.clone(),
-                attention: sample.embeddings.clone(),
-                y: sample.embeddings.clone(),
-            }),
-            input: sample.embeddings.clone(),
             residual: sample.embeddings,
-        };
-        Self {
-            samples: samples.into_iter().map(start).collect(),
-            with_full,
-        }
+        })
+    }
+
+    /// Whether F is followed.
+    pub(super) fn with_full(&self) -> bool {
+        self.with_full
     }
 
     /// Takes F through the layer's attention, and with `importance` the gradients of U's residual.
+    /// `full` holds the linears of attention, and all others if `importance` asks for the whole
+    /// layer's loss.
     pub(super) fn begin_layer(
         &mut self,
         full: &DecoderLayer,
@@ -102,27 +162,10 @@ impl Streams {
         if !self.with_full {
             return Ok(None);
         }
-        let one = |sample: &mut Sample| {
-            let Some(stream) = &mut sample.full else {
-                return Ok(None);
-            };
-            let n1 = full.qkv_input(&stream.residual)?;
-            stream.attention = full.attention(&n1, &sample.rope)?.output;
-            stream.y = full.after_attention(&stream.residual, &stream.attention)?;
-            let Some(settings) = importance else {
-                return Ok(None);
-            };
-            let trace = full.attention(&full.qkv_input(&sample.residual)?, &sample.rope)?;
-            let y = full.after_attention(&sample.residual, &trace.output)?;
-            settings
-                .sample_factors(full, &trace, &sample.rope, &y, &stream.y)
-                .map(Some)
-        };
-        let factors: Vec<_> = self
-            .samples
-            .par_iter_mut()
-            .map(one)
-            .collect::<Result<_>>()?;
+        let store = &self.store;
+        let samples = self.batches.par_iter_mut().flatten();
+        let factors = samples.map(|sample| sample.begin_layer(store, full, importance));
+        let factors: Vec<_> = factors.collect::<Result<_>>()?;
         let factors: Option<Vec<_>> = factors.into_iter().collect();
         match (importance, factors) {
             (Some(settings), Some(factors)) => LayerImportance::new(settings, factors).map(Some),
@@ -130,27 +173,35 @@ impl Streams {
         }
     }
 
-    /// Walks U to the input of a stage, through the linears solved so far.
-    pub(super) fn enter(&mut self, stage: Stage, layer: &DecoderLayer) -> Result<()> {
-        self.samples.par_iter_mut().try_for_each(|s| {
-            s.input = match stage {
-                Stage::Qkv => layer.qkv_input(&s.residual)?,
-                Stage::O => layer.attention(&s.input, &s.rope)?.output,
-                Stage::GateUp => {
-                    s.residual = layer.after_attention(&s.residual, &s.input)?;
-                    layer.gate_up_input(&s.residual)?
-                }
-                Stage::Down => layer.down_input(&s.input)?,
-            };
+    /// Walks U to a stage through the quantized linears before it, and F to the last one through
+    /// the original ones. Both layers hold the linears of [`Stage::crossed`].
+    pub(super) fn enter(
+        &mut self,
+        stage: Stage,
+        full: &DecoderLayer,
+        quantized: &DecoderLayer,
+    ) -> Result<()> {
+        let store = &self.store;
+        self.batches.par_iter_mut().try_for_each(|batch| {
+            if stage == Stage::O {
+                return batch.iter_mut().try_for_each(|sample| {
+                    let n1 = quantized.qkv_input(&sample.residual.all(store)?)?;
+                    let a = quantized.attention(&n1, &sample.rope)?.output;
+                    sample.input.set(store, 0, &a)
+                });
+            }
+            for piece in pieces_of(batch) {
+                enter_piece(batch, &piece, store, stage, full, quantized)?;
+            }
             Ok(())
         })
     }
 
     /// Sums up the inputs of a stage over all samples, in their order, for each of `shared`.
     pub(super) fn accumulate(
-        &mut self,
+        &self,
         stage: Stage,
-        full: &DecoderLayer,
+        norms: &DecoderLayer,
         mut shared: Vec<Shared>,
     ) -> Result<Vec<Shared>> {
         for group in &mut shared {
@@ -158,62 +209,60 @@ impl Streams {
             group.statistics = Statistics::new(in_features, group.with_cross);
             group.weight_share = group.weights.as_ref().map(|w| self.weight_share(w));
         }
+        if shared.is_empty() {
+            return Ok(shared);
+        }
         let with_cross = shared.iter().any(|group| group.with_cross);
-        let mut start = 0;
-        while start < self.samples.len() && !shared.is_empty() {
-            let end = self.chunk_end(start);
-            let chunk = &mut self.samples[start..end];
-            let inputs = chunk
-                .par_iter_mut()
-                .map(|s| s.inputs(stage, full, with_cross));
-            let inputs = inputs.collect::<Result<Vec<_>>>()?;
-            let (u, f): (Vec<_>, Vec<_>) = inputs.into_iter().unzip();
-            let u = stack(&u)?;
-            let f = f.into_iter().collect::<Option<Vec<_>>>();
-            let f = f.map(|f| stack(&f)).transpose()?;
-            for group in &mut shared {
-                let weights = group.weights.as_ref().map(|w| w[start..end].concat());
-                let f = f.as_ref().filter(|_| group.with_cross);
-                group
-                    .statistics
-                    .add(&group.module, &u, f, weights.as_deref())?;
+        for batch in &self.batches {
+            for piece in pieces_of(batch) {
+                let u = inputs(batch, &piece, &self.store, stage, norms)?;
+                let f = match with_cross {
+                    true => full_inputs(batch, &piece, &self.store, stage, norms)?,
+                    false => None,
+                };
+                for group in &mut shared {
+                    let weights = group.weights.as_ref().map(|w| weights_of(batch, &piece, w));
+                    let f = f.as_ref().filter(|_| group.with_cross);
+                    group
+                        .statistics
+                        .add(&group.module, &u, f, weights.as_deref())?;
+                }
             }
-            start = end;
         }
         Ok(shared)
     }
 
-    /// Leaves the layer: U through its quantized linears, F through the original ones.
+    /// Leaves the layer: U through its quantized `down_proj`, F through the original one.
     pub(super) fn end_layer(
         &mut self,
         full: &DecoderLayer,
         quantized: &DecoderLayer,
     ) -> Result<()> {
-        self.samples.par_iter_mut().try_for_each(|s| {
-            s.residual = quantized.after_mlp(&s.residual, &s.input)?;
-            if let Some(stream) = &mut s.full {
-                let h = full.down_input(&full.gate_up_input(&stream.y)?)?;
-                stream.residual = full.after_mlp(&stream.y, &h)?;
+        let store = &self.store;
+        self.batches.par_iter_mut().try_for_each(|batch| {
+            for piece in pieces_of(batch) {
+                let y = gather_tensor(batch, &piece, store, |s| &s.residual)?;
+                let h = gather_tensor(batch, &piece, store, |s| &s.input)?;
+                let x = quantized.after_mlp(&y, &h)?;
+                scatter(batch, &piece, store, &x, |s| Some(&mut s.residual))?;
+                if batch[0].full.is_some() {
+                    let y = gather_full(batch, &piece, store, |f| &f.y)?;
+                    let h = gather_full(batch, &piece, store, |f| &f.input)?;
+                    let x = full.after_mlp(&y, &h)?;
+                    scatter(batch, &piece, store, &x, |s| {
+                        full_state(s, |f| &mut f.residual)
+                    })?;
+                }
             }
             Ok(())
         })
     }
 
-    fn chunk_end(&self, start: usize) -> usize {
-        let mut n_tokens = 0;
-        let fits = |s: &&Sample| {
-            n_tokens += s.classes.len();
-            n_tokens <= CHUNK_TOKENS
-        };
-        let n = self.samples[start..].iter().take_while(fits).count();
-        start + n.max(1)
-    }
-
     fn weight_share(&self, weights: &[Vec<f32>]) -> BTreeMap<String, f64> {
         let mut share = BTreeMap::new();
         let mut total = 0.0;
-        for (sample, weights) in self.samples.iter().zip(weights) {
-            for (class, weight) in sample.classes.iter().zip(weights) {
+        for sample in self.batches.iter().flatten() {
+            for (class, weight) in sample.classes.iter().zip(&weights[sample.index]) {
                 let name = format!("{class:?}").to_lowercase();
                 *share.entry(name).or_insert(0.0) += f64::from(*weight);
                 total += f64::from(*weight);
@@ -225,27 +274,199 @@ impl Streams {
 }
 
 impl Sample {
-    /// u and, if asked, f of a stage.
-    fn inputs(
+    fn begin_layer(
         &mut self,
-        stage: Stage,
+        store: &Store,
         full: &DecoderLayer,
-        with_cross: bool,
-    ) -> Result<(Tensor, Option<Tensor>)> {
-        let f = match self.full.as_ref().filter(|_| with_cross) {
-            None => None,
-            Some(stream) => Some(match stage {
-                Stage::Qkv => full.qkv_input(&stream.residual)?,
-                Stage::O => stream.attention.clone(),
-                Stage::GateUp => full.gate_up_input(&stream.y)?,
-                Stage::Down => full.down_input(&full.gate_up_input(&stream.y)?)?,
-            }),
+        importance: Option<ImportanceSettings>,
+    ) -> Result<Option<SampleFactors>> {
+        let Some(stream) = &mut self.full else {
+            return Ok(None);
         };
-        Ok((self.input.clone(), f))
+        let x = stream.residual.all(store)?;
+        let a = full.attention(&full.qkv_input(&x)?, &self.rope)?.output;
+        let y_full = full.after_attention(&x, &a)?;
+        stream.input.set(store, 0, &a)?;
+        stream.y.set(store, 0, &y_full)?;
+        let Some(settings) = importance else {
+            return Ok(None);
+        };
+        let x = self.residual.all(store)?;
+        let trace = full.attention(&full.qkv_input(&x)?, &self.rope)?;
+        let y = full.after_attention(&x, &trace.output)?;
+        settings
+            .sample_factors(full, &trace, &self.rope, &y, &y_full)
+            .map(Some)
     }
 }
 
-/// The rows of all `parts`, one after the other.
-fn stack(parts: &[Tensor]) -> Result<Matrix> {
-    matrix_from_tensor(&Tensor::cat(parts, 0)?)
+/// The way of a piece to a stage whose inputs are made of one token each.
+fn enter_piece(
+    batch: &mut [Sample],
+    piece: &Piece,
+    store: &Store,
+    stage: Stage,
+    full: &DecoderLayer,
+    quantized: &DecoderLayer,
+) -> Result<()> {
+    match stage {
+        Stage::Qkv | Stage::O => Ok(()),
+        Stage::GateUp => {
+            let x = gather_tensor(batch, piece, store, |s| &s.residual)?;
+            let a = gather_tensor(batch, piece, store, |s| &s.input)?;
+            let y = quantized.after_attention(&x, &a)?;
+            scatter(batch, piece, store, &y, |s| Some(&mut s.residual))
+        }
+        Stage::Down => {
+            let y = gather_tensor(batch, piece, store, |s| &s.residual)?;
+            let h = quantized.down_input(&quantized.gate_up_input(&y)?)?;
+            scatter(batch, piece, store, &h, |s| Some(&mut s.input))?;
+            if batch[0].full.is_none() {
+                return Ok(());
+            }
+            let y = gather_full(batch, piece, store, |f| &f.y)?;
+            let h = full.down_input(&full.gate_up_input(&y)?)?;
+            scatter(batch, piece, store, &h, |s| full_state(s, |f| &mut f.input))
+        }
+    }
+}
+
+/// The inputs of a stage in U.
+fn inputs(
+    batch: &[Sample],
+    piece: &Piece,
+    store: &Store,
+    stage: Stage,
+    norms: &DecoderLayer,
+) -> Result<Matrix> {
+    let residual = || gather_tensor(batch, piece, store, |s| &s.residual);
+    match stage {
+        Stage::Qkv => matrix_from_tensor(&norms.qkv_input(&residual()?)?),
+        Stage::GateUp => matrix_from_tensor(&norms.gate_up_input(&residual()?)?),
+        Stage::O | Stage::Down => gather(batch, piece, store, |s| &s.input),
+    }
+}
+
+/// The inputs of a stage in F; `None` if F is not followed.
+fn full_inputs(
+    batch: &[Sample],
+    piece: &Piece,
+    store: &Store,
+    stage: Stage,
+    norms: &DecoderLayer,
+) -> Result<Option<Matrix>> {
+    if batch[0].full.is_none() {
+        return Ok(None);
+    }
+    let tensor = match stage {
+        Stage::Qkv => norms.qkv_input(&gather_full(batch, piece, store, |f| &f.residual)?)?,
+        Stage::GateUp => norms.gate_up_input(&gather_full(batch, piece, store, |f| &f.y)?)?,
+        Stage::O | Stage::Down => gather_full(batch, piece, store, |f| &f.input)?,
+    };
+    matrix_from_tensor(&tensor).map(Some)
+}
+
+/// Tokens that are worked on together: all of a batch, or some rows of its only sample.
+enum Piece {
+    All,
+    Rows(Range<usize>),
+}
+
+impl Piece {
+    fn rows(&self, sample: &Sample) -> Range<usize> {
+        match self {
+            Self::All => 0..sample.classes.len(),
+            Self::Rows(rows) => rows.clone(),
+        }
+    }
+}
+
+fn pieces_of(batch: &[Sample]) -> Vec<Piece> {
+    match batch {
+        [one] if one.classes.len() > BATCH_TOKENS => {
+            pieces(one.classes.len()).map(Piece::Rows).collect()
+        }
+        _ => vec![Piece::All],
+    }
+}
+
+fn pieces(n_rows: usize) -> impl Iterator<Item = Range<usize>> {
+    let starts = (0..n_rows).step_by(BATCH_TOKENS);
+    starts.map(move |start| start..n_rows.min(start + BATCH_TOKENS))
+}
+
+fn weights_of(batch: &[Sample], piece: &Piece, weights: &[Vec<f32>]) -> Vec<f32> {
+    let rows = batch.iter().map(|s| &weights[s.index][piece.rows(s)]);
+    rows.collect::<Vec<_>>().concat()
+}
+
+/// The rows of a piece in one matrix.
+fn gather(
+    batch: &[Sample],
+    piece: &Piece,
+    store: &Store,
+    state: impl Fn(&Sample) -> &HiddenState,
+) -> Result<Matrix> {
+    let n_rows = batch.iter().map(|s| piece.rows(s).len()).sum();
+    let width = state(&batch[0]).width();
+    let mut matrix = Matrix::zeros(n_rows, width);
+    let mut rest = matrix.data_mut();
+    for sample in batch {
+        let rows = piece.rows(sample);
+        let (own, after) = rest.split_at_mut(rows.len() * width);
+        state(sample).read(store, rows, own)?;
+        rest = after;
+    }
+    Ok(matrix)
+}
+
+fn gather_tensor(
+    batch: &[Sample],
+    piece: &Piece,
+    store: &Store,
+    state: impl Fn(&Sample) -> &HiddenState,
+) -> Result<Tensor> {
+    let matrix = gather(batch, piece, store, state)?;
+    tensor_from_matrix(matrix, store.device())
+}
+
+/// As [`gather_tensor`], of F.
+fn gather_full(
+    batch: &[Sample],
+    piece: &Piece,
+    store: &Store,
+    state: impl Fn(&FullStream) -> &HiddenState,
+) -> Result<Tensor> {
+    gather_tensor(batch, piece, store, |s| {
+        s.full.as_ref().map_or(&s.input, &state)
+    })
+}
+
+fn full_state(
+    sample: &mut Sample,
+    state: impl Fn(&mut FullStream) -> &mut HiddenState,
+) -> Option<&mut HiddenState> {
+    sample.full.as_mut().map(state)
+}
+
+/// Puts the rows of a piece back.
+fn scatter(
+    batch: &mut [Sample],
+    piece: &Piece,
+    store: &Store,
+    rows: &Tensor,
+    state: impl Fn(&mut Sample) -> Option<&mut HiddenState>,
+) -> Result<()> {
+    let (_, width) = rows.dims2()?;
+    let values: Vec<f32> = rows.flatten_all()?.to_vec1()?;
+    let mut rest = &values[..];
+    for sample in batch {
+        let place = piece.rows(sample);
+        let (own, after) = rest.split_at(place.len() * width);
+        rest = after;
+        if let Some(state) = state(sample) {
+            state.write(store, place.start, width, own)?;
+        }
+    }
+    Ok(())
 }

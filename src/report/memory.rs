@@ -2,10 +2,18 @@
 
 /// Highest resident memory of this process so far; `None` where the system does not tell.
 pub fn peak_memory_bytes() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix("VmHWM:"))?;
+    entry("/proc/self/status", "VmHWM:")
+}
+
+/// Memory that programs can still have without swapping; `None` where the system does not tell.
+pub fn free_memory_bytes() -> Option<u64> {
+    entry("/proc/meminfo", "MemAvailable:")
+}
+
+/// An entry in kB of one of the kernel's tables, in bytes.
+fn entry(table: &str, name: &str) -> Option<u64> {
+    let table = std::fs::read_to_string(table).ok()?;
+    let line = table.lines().find_map(|line| line.strip_prefix(name))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kib * 1024)
 }

@@ -3,7 +3,7 @@
 
 mod memory;
 
-pub use memory::peak_memory_bytes;
+pub use memory::{free_memory_bytes, peak_memory_bytes};
 
 use crate::importance::Uniform;
 use crate::model::Projection;

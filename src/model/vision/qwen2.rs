@@ -239,7 +239,7 @@ impl VisionTower {
         )?;
         let mut x = self
             .patch_embed
-            .forward(&tensor_from_matrix(&image.patches, device)?)?;
+            .forward(&tensor_from_matrix(image.patches.clone(), device)?)?;
         for layer in &self.layers {
             x = layer.forward(&x, &rope, t, &self.config)?;
         }
