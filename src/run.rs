@@ -239,8 +239,7 @@ pub fn load_samples(
     let chosen: Vec<&Sample> = choice.set.choose(choice.n_samples, choice.seed)?;
     let n_tokens = calibration::count_tokens(&processor, &chosen)?;
     let plan = plan_memory(model, recipe, &n_tokens);
-    let budget = memory_bytes.saturating_sub(plan.without_streams());
-    let store = Store::new(budget, dir, &Device::Cpu);
+    let store = Store::new(plan.room(memory_bytes), dir, &Device::Cpu);
     let tower = model.load_tower()?;
     calibration::prepare(model, &tower, &processor, &chosen, store, observer)
 }
