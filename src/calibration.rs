@@ -14,6 +14,7 @@ use crate::{Error, Result};
 use candle_core::Device;
 use rayon::prelude::*;
 use std::sync::Arc;
+use std::time::Instant;
 
 /// All samples of a run, and where their hidden states are kept.
 #[derive(Debug)]
@@ -22,6 +23,8 @@ pub struct CalibrationSet {
     pub samples: Vec<CalibrationSample>,
     /// Holds their embeddings, and what becomes of them.
     pub store: Store,
+    /// Seconds that images and text took, and that the vision tower took; of all threads together.
+    pub seconds: [f64; 2],
 }
 
 impl CalibrationSet {
@@ -30,6 +33,7 @@ impl CalibrationSet {
         Self {
             samples: Vec::new(),
             store: Store::in_memory(&Device::Cpu),
+            seconds: [0.0; 2],
         }
     }
 
@@ -91,21 +95,33 @@ pub fn prepare(
         if observer.is_cancelled() {
             return Err(Error::Interrupted);
         }
+        let began = Instant::now();
         let input = encode(processor, sample)?;
+        let encoded = began.elapsed().as_secs_f64();
         let features = input.images.iter().map(|image| tower.forward(image));
         let features = features.collect::<Result<Vec<_>>>()?;
+        let seconds = [encoded, began.elapsed().as_secs_f64() - encoded];
         let rows = model.embed(&input.input_ids, &features)?;
         let (n_tokens, hidden) = rows.dims2()?;
         let mut embeddings = store.place(n_tokens, hidden)?;
         embeddings.set(&store, 0, &rows)?;
-        Ok(CalibrationSample {
+        let sample = CalibrationSample {
             rope: model.rope(&model.positions(&input)?)?,
             embeddings,
             classes: input.classes,
-        })
+        };
+        Ok((sample, seconds))
     };
-    let samples = samples.par_iter().map(one).collect::<Result<_>>()?;
-    Ok(CalibrationSet { samples, store })
+    let samples = samples.par_iter().map(one).collect::<Result<Vec<_>>>()?;
+    let (samples, seconds): (_, Vec<[f64; 2]>) = samples.into_iter().unzip();
+    let seconds = seconds
+        .iter()
+        .fold([0.0; 2], |a, b| [a[0] + b[0], a[1] + b[1]]);
+    Ok(CalibrationSet {
+        samples,
+        store,
+        seconds,
+    })
 }
 
 /// Tokens of each sample, as [`prepare`] will have them.

@@ -21,8 +21,9 @@ use crate::model::decoder::{DecoderLayer, LayerSource, Projection};
 use crate::model::qwen2_vl::{Module, Qwen2Vl};
 use crate::plan::Scheme;
 use crate::recipe::Recipe;
-use crate::report::{Deviation, ModuleReport};
+use crate::report::{Deviation, ModuleReport, log};
 use crate::solver::{Factor, gptq, rtn};
+use crate::statistics::Statistics;
 use crate::{Error, QuantizedWeight, Result};
 use serde::{Deserialize, Serialize};
 use stage::Stage;
@@ -129,12 +130,15 @@ pub fn quantize(
             source: model.layer_source(layer_idx),
             outcome: LayerOutcome::default(),
         };
-        match (sink.finished(layer_idx)?, recipe.needs_calibration()) {
+        let finished = sink.finished(layer_idx)?;
+        let was_finished = finished.is_some();
+        match (finished, recipe.needs_calibration()) {
             (Some(finished), true) => run.finished_layer(finished, &mut streams)?,
             (Some(finished), false) => run.outcome = finished.outcome,
             (None, true) => run.calibrated_layer(&mut streams, sink)?,
             (None, false) => run.nearest_layer(sink)?,
         }
+        log::layer(layer_idx, &run.outcome, was_finished);
         outcomes.push(run.outcome);
     }
     Ok(outcomes)
@@ -155,6 +159,14 @@ struct Run<'a> {
 struct Pair {
     full: DecoderLayer,
     quantized: DecoderLayer,
+}
+
+/// Linears that are solved with the same statistics.
+struct Group<'a> {
+    projections: &'a [Projection],
+    statistics: Statistics,
+    /// Share of Σω by token class, where tokens are weighted.
+    weight_share: Option<BTreeMap<String, f64>>,
 }
 
 impl Run<'_> {
@@ -186,10 +198,15 @@ impl Run<'_> {
         for stage in Stage::ALL {
             self.enter(stage, &mut pair, streams)?;
             let shared = self.shared(stage, &modules, importance.as_ref());
-            let shared = self.timed("statistics", |_| {
-                streams.accumulate(stage, &pair.full, shared)
+            let statistics = self.timed("statistics", |_| {
+                streams.accumulate(stage, &pair.full, &shared)
             })?;
-            for group in shared {
+            for (group, statistics) in shared.iter().zip(statistics) {
+                let group = Group {
+                    projections: &group.projections,
+                    statistics,
+                    weight_share: group.weights.as_ref().map(|w| streams.weight_share(w)),
+                };
                 self.solve_group(&modules, group, &mut pair.quantized, sink)?;
             }
         }
@@ -321,7 +338,7 @@ impl Run<'_> {
     fn solve_group(
         &mut self,
         modules: &[Module],
-        group: Shared,
+        group: Group,
         quantized: &mut DecoderLayer,
         sink: &mut dyn LayerSink,
     ) -> Result<()> {
@@ -333,7 +350,7 @@ impl Run<'_> {
         let factor = self.timed("factor", |run| {
             Factor::new(name, group.statistics, &run.recipe.solver)
         })?;
-        for &projection in &group.projections {
+        for &projection in group.projections {
             self.check_cancelled()?;
             let module = &modules[projection as usize];
             let Some(scheme) = self.recipe.scheme_of(&module.name) else {

@@ -96,6 +96,7 @@ pub fn quantize_folder(
     let pending = journal.pending()?;
     let exporter = Exporter::create_in(model.checkpoint(), &plan, pending, MAX_SHARD_BYTES)?;
     check_copied(model, &plan)?;
+    let checked = began.elapsed().as_secs_f64();
     let set = load_samples(
         model,
         recipe,
@@ -108,7 +109,7 @@ pub fn quantize_folder(
     let n_resumed_layers = journal.n_finished()?;
     let calibration = choice.filter(|_| recipe.needs_calibration());
     let calibration = calibration.map(|c| calibration_report(c, &set.samples));
-    let prepared = began.elapsed().as_secs_f64();
+    let seconds = preparation_seconds(checked, began.elapsed().as_secs_f64(), set.seconds);
     let mut sink = Journaled {
         model,
         exporter,
@@ -126,7 +127,7 @@ pub fn quantize_folder(
         modules: Vec::new(),
         deviations: idle_rules(model, recipe),
         layers: Vec::new(),
-        seconds: BTreeMap::from([("samples".into(), prepared)]),
+        seconds,
         peak_memory_bytes: None,
     };
     layers.into_iter().for_each(|layer| report.add_layer(layer));
@@ -181,6 +182,17 @@ impl LayerSink for Journaled<'_> {
         let layer = layer.map_or_else(|| LayerWriter::create(path), Ok)?;
         layer.finish(layer_idx, &self.model.layer_digest(layer_idx)?, outcome)
     }
+}
+
+/// Wall time before the first layer: until all was `checked`, and then by what the threads did.
+fn preparation_seconds(checked: f64, prepared: f64, threads: [f64; 2]) -> BTreeMap<String, f64> {
+    let samples = prepared - checked;
+    let processor = samples * threads[0] / (threads[0] + threads[1]).max(f64::MIN_POSITIVE);
+    BTreeMap::from([
+        ("check".into(), checked),
+        ("processor".into(), processor),
+        ("vision".into(), samples - processor),
+    ])
 }
 
 fn fingerprint(recipe: &Recipe, plan: &[ModulePlan], set: &CalibrationSet) -> Result<Fingerprint> {

@@ -5,6 +5,7 @@ mod compare;
 mod eval;
 mod generate;
 mod inspect;
+mod log;
 mod progress;
 mod prompt;
 mod quantize;
@@ -33,6 +34,8 @@ struct Cli {
     /// Threads to compute with; all cores if absent
     #[arg(long, global = true, value_name = "N")]
     threads: Option<usize>,
+    #[command(flatten)]
+    log: log::LogArgs,
     #[command(subcommand)]
     command: Command,
 }
@@ -81,6 +84,7 @@ fn message(error: &anyhow::Error) -> String {
 }
 
 fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
+    cli.log.start()?;
     if let Some(n) = cli.threads {
         if !(1..=MAX_THREADS).contains(&n) {
             return Err(Error::Invalid {

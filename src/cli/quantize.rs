@@ -3,6 +3,7 @@
 use super::progress::Progress;
 use super::{ModelArg, SCHEMA, open_model, print_json};
 use anyhow::Context;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use vlmq::Error;
@@ -241,6 +242,7 @@ fn print_summary(report: &RunReport) {
             println!("{layer_idx:<8} {mean:>14.3e} {loss:>14.3e}  {name}");
         }
     }
+    print_profile(report);
     for deviation in &report.deviations {
         println!(
             "note: {}",
@@ -262,6 +264,39 @@ fn print_summary(report: &RunReport) {
         .peak_memory_bytes
         .map_or("?".into(), |b| format!("{:.0}", b as f64 / 1e6));
     println!("{total:.1} s, peak memory {peak} MB");
+}
+
+/// Where the seconds went, by layer and stage.
+fn print_profile(report: &RunReport) {
+    const STAGES: [&str; 7] = [
+        "load",
+        "forward",
+        "importance",
+        "statistics",
+        "factor",
+        "solve",
+        "write",
+    ];
+    let line = |name: &str, seconds: &BTreeMap<String, f64>| {
+        let cells = STAGES.map(|stage| seconds.get(stage).copied().unwrap_or(0.0));
+        let cells = cells.map(|seconds| format!("{seconds:>11.2}"));
+        println!("{name:<8}{}", cells.concat());
+    };
+    println!(
+        "{:<8}{}",
+        "seconds",
+        STAGES.map(|s| format!("{s:>11}")).concat()
+    );
+    for (layer_idx, seconds) in report.layers.iter().enumerate() {
+        line(&layer_idx.to_string(), seconds);
+    }
+    line("all", &report.seconds);
+    let before = ["check", "processor", "vision"];
+    let before = before.map(|part| {
+        let seconds = report.seconds.get(part).copied().unwrap_or(0.0);
+        format!("{part} {seconds:.2}")
+    });
+    println!("before the first layer: {}", before.join(", "));
 }
 
 fn dry_run(

@@ -53,15 +53,13 @@ struct FullStream {
     y: HiddenState,
 }
 
-/// Linears whose statistics are the same, and those statistics.
+/// Linears whose statistics are the same.
 pub(super) struct Shared {
     pub(super) projections: Vec<Projection>,
     /// `[sample][token]`; `None` weighs all alike.
     pub(super) weights: Option<Vec<Vec<f32>>>,
     pub(super) with_cross: bool,
-    pub(super) statistics: Statistics,
-    /// Share of Σω by token class, where tokens are weighted.
-    pub(super) weight_share: Option<BTreeMap<String, f64>>,
+    in_features: usize,
     module: String,
 }
 
@@ -76,8 +74,7 @@ impl Shared {
             projections: vec![projection],
             weights,
             with_cross,
-            statistics: Statistics::new(module.shape[1], false),
-            weight_share: None,
+            in_features: module.shape[1],
             module: module.name.clone(),
         }
     }
@@ -93,7 +90,7 @@ impl Streams {
         config: &DecoderConfig,
         with_full: bool,
     ) -> Result<Self> {
-        let CalibrationSet { samples, store } = set;
+        let CalibrationSet { samples, store, .. } = set;
         let mut streams = Self {
             batches: Vec::new(),
             store,
@@ -202,15 +199,12 @@ impl Streams {
         &self,
         stage: Stage,
         norms: &DecoderLayer,
-        mut shared: Vec<Shared>,
-    ) -> Result<Vec<Shared>> {
-        for group in &mut shared {
-            let in_features = group.statistics.in_features();
-            group.statistics = Statistics::new(in_features, group.with_cross);
-            group.weight_share = group.weights.as_ref().map(|w| self.weight_share(w));
-        }
-        if shared.is_empty() {
-            return Ok(shared);
+        shared: &[Shared],
+    ) -> Result<Vec<Statistics>> {
+        let empty = |group: &Shared| Statistics::new(group.in_features, group.with_cross);
+        let mut all: Vec<Statistics> = shared.iter().map(empty).collect();
+        if all.is_empty() {
+            return Ok(all);
         }
         let with_cross = shared.iter().any(|group| group.with_cross);
         for batch in &self.batches {
@@ -220,16 +214,15 @@ impl Streams {
                     true => full_inputs(batch, &piece, &self.store, stage, norms)?,
                     false => None,
                 };
-                for group in &mut shared {
-                    let weights = group.weights.as_ref().map(|w| weights_of(batch, &piece, w));
+                for (group, statistics) in shared.iter().zip(&mut all) {
+                    let weights = group.weights.as_ref();
+                    let weights = weights.map(|w| weights_of(batch, &piece, w));
                     let f = f.as_ref().filter(|_| group.with_cross);
-                    group
-                        .statistics
-                        .add(&group.module, &u, f, weights.as_deref())?;
+                    statistics.add(&group.module, &u, f, weights.as_deref())?;
                 }
             }
         }
-        Ok(shared)
+        Ok(all)
     }
 
     /// Leaves the layer: U through its quantized `down_proj`, F through the original one.
@@ -258,7 +251,8 @@ impl Streams {
         })
     }
 
-    fn weight_share(&self, weights: &[Vec<f32>]) -> BTreeMap<String, f64> {
+    /// Share of Σω by token class.
+    pub(super) fn weight_share(&self, weights: &[Vec<f32>]) -> BTreeMap<String, f64> {
         let mut share = BTreeMap::new();
         let mut total = 0.0;
         for sample in self.batches.iter().flatten() {

@@ -1,6 +1,7 @@
 //! What a run did, as data: every module with its loss, every deviation from the plan, time and
 //! memory. Written beside the model as JSON; nothing is decided from it.
 
+pub(crate) mod log;
 mod memory;
 
 pub use memory::{free_memory_bytes, peak_memory_bytes};
@@ -41,7 +42,8 @@ pub struct RunReport {
     /// Wall time per layer and stage in seconds, by the run that solved the layer.
     #[serde(default)]
     pub layers: Vec<BTreeMap<String, f64>>,
-    /// Wall time per stage in seconds, over all layers; `samples` and `total` are this run's.
+    /// Wall time per stage in seconds, over all layers; `check`, `processor`, `vision` (before the
+    /// first layer) and `total` are this run's.
     pub seconds: BTreeMap<String, f64>,
     /// Highest resident memory of the process, where the system tells it.
     pub peak_memory_bytes: Option<u64>,

@@ -75,6 +75,44 @@ fn side_files_are_copied_and_bytes_do_not_depend_on_threads() {
     }
 }
 
+/// The log has a line for each layer and each module, with what a user wants to see grow.
+#[test]
+fn the_log_tells_layers_and_modules() {
+    let home = tempfile::tempdir().unwrap();
+    let log = home.path().join("log.jsonl");
+    let flags = ["--bits", "3", "-v", "--log", log.to_str().unwrap()];
+    let run = quantize(
+        &repository("testbed/model"),
+        &home.path().join("out"),
+        &flags,
+    );
+    let words = text(&run.stderr);
+    assert!(run.status.success(), "{words}");
+    assert_eq!(words.matches("layer done").count(), 4, "{words}");
+    assert_eq!(words.matches("module done").count(), 0, "{words}");
+    let log = std::fs::read(log).unwrap();
+    let lines = log.split(|b| *b == b'\n').filter(|line| !line.is_empty());
+    let lines: Vec<Value> = lines.map(json).collect();
+    let of = |message: &'static str| lines.iter().filter(move |l| l["message"] == message);
+    assert_eq!(of("module done").count(), 28);
+    assert_eq!(of("layer done").count(), 4);
+    for (layer_idx, line) in of("layer done").enumerate() {
+        assert_eq!(line["layer"], layer_idx);
+        for field in [
+            "relative_loss",
+            "dampening_frac",
+            "effective_sample_size",
+            "seconds",
+            "peak_memory_bytes",
+        ] {
+            assert!(
+                line[field].as_f64().is_some_and(|v| v > 0.0),
+                "{field}: {line}"
+            );
+        }
+    }
+}
+
 #[test]
 fn rules_skip_modules_and_change_bits() {
     let home = tempfile::tempdir().unwrap();
