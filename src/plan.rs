@@ -8,11 +8,29 @@ use serde::{Deserialize, Serialize};
 /// The number format of a quantized weight: how many bits, which columns share a scale, whether
 /// the grid is centred on zero, and the type that scales are stored in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "Unchecked")]
 pub struct Scheme {
     bits: u8,
     group_size: Option<usize>,
     symmetric: bool,
     scale_dtype: ScaleDtype,
+}
+
+/// A scheme as a file has it.
+#[derive(Deserialize)]
+struct Unchecked {
+    bits: u8,
+    group_size: Option<usize>,
+    symmetric: bool,
+    scale_dtype: ScaleDtype,
+}
+
+impl TryFrom<Unchecked> for Scheme {
+    type Error = Error;
+
+    fn try_from(read: Unchecked) -> Result<Self> {
+        Self::new(read.bits, read.group_size, read.symmetric, read.scale_dtype)
+    }
 }
 
 /// Storage type of scales. The solver rounds every scale to it *before* rounding weights, so the

@@ -254,3 +254,47 @@ pub(super) fn put_in_place(unfinished: &Path, path: &Path) -> Result<()> {
     fs::rename(unfinished, path).map_err(|e| Error::io(path, "rename to", e))?;
     sync(path.parent().unwrap_or(Path::new(".")))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A whole file whose one module has this scheme and shape, and data for one scale.
+    fn file(scheme: &str, shape: &str) -> Vec<u8> {
+        let footer = format!(
+            r#"{{"layer_idx":0,"source":"","record":null,
+                "modules":[{{"name":"m","scheme":{scheme},"shape":{shape}}}]}}"#
+        );
+        let data = [0; 5];
+        let start = [&MAGIC[..], &VERSION.to_le_bytes(), &data];
+        let mut bytes = [&start.concat(), footer.as_bytes()].concat();
+        bytes.extend((footer.len() as u64).to_le_bytes());
+        let digest = blake3::hash(&bytes);
+        bytes.extend(digest.as_bytes());
+        bytes
+    }
+
+    fn message(scheme: &str, shape: &str) -> String {
+        parse::<()>(&file(scheme, shape), 0).unwrap_err()
+    }
+
+    #[test]
+    fn codes_without_bits_ask_for_no_memory() {
+        let scheme = |bits: u8| {
+            format!(r#"{{"bits":{bits},"group_size":null,"symmetric":true,"scale_dtype":"f32"}}"#)
+        };
+        for bits in [0, 1, 64, 255] {
+            let found = message(&scheme(bits), "[1,1099511627776]");
+            assert!(found.contains(&format!("{bits} given")), "{found}");
+        }
+        let found = message(&scheme(4), "[1,1099511627776]");
+        assert!(found.contains("more bytes than there are"), "{found}");
+    }
+
+    #[test]
+    fn groups_of_no_columns_are_refused() {
+        let scheme = r#"{"bits":4,"group_size":0,"symmetric":true,"scale_dtype":"f32"}"#;
+        let found = message(scheme, "[1,8]");
+        assert!(found.contains("0 given"), "{found}");
+    }
+}

@@ -18,11 +18,22 @@ use minijinja::{Environment, ErrorKind};
 use serde::Serialize;
 use serde_json::{Value, json};
 use std::ops::Range;
+use std::path::Path;
 
 const TEMPLATE: &str = "chat_template";
 /// The marks that open and close a text: private-use characters that no script contains.
 const OPEN: char = '\u{F8D0}';
 const CLOSE: char = '\u{F8D1}';
+/// Longest template that is compiled; the longest published ones have some 30 kB.
+const MAX_TEMPLATE_BYTES: usize = 64 << 10;
+/// What one rendering may cost: an instruction is 1, and so are 64 bytes of text. A conversation
+/// of a thousand turns takes less than a fifth.
+const FUEL: u64 = 500_000;
+/// Stack for compiling and rendering. minijinja follows a chain of operators, and a list in a list,
+/// by recursion; this is enough for the deepest that length and fuel allow.
+const STACK_BYTES: usize = 256 << 20;
+/// Lists in lists that are written as JSON; Python, too, stops somewhere.
+const MAX_JSON_DEPTH: usize = 128;
 
 /// Who speaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -128,13 +139,21 @@ impl ChatTemplate {
     /// `special_tokens` (`eos_token` and the like) are visible to it by name.
     ///
     /// # Errors
-    /// [`Error::Format`] with the line if the template does not parse.
+    /// [`Error::Format`] if the template is longer than 64 KiB, or does not parse, with the line.
     pub fn new(
         source: &str,
         template: &str,
         special_tokens: serde_json::Map<String, Value>,
     ) -> Result<Self> {
+        if template.len() > MAX_TEMPLATE_BYTES {
+            let why = format!(
+                "{} bytes, at most {MAX_TEMPLATE_BYTES} expected",
+                template.len()
+            );
+            return Err(Error::format(Path::new(source), "chat template", why));
+        }
         let mut environment = Environment::new();
+        environment.set_fuel(Some(FUEL));
         let mut syntax = SyntaxConfig::builder();
         syntax.trim_blocks(true).lstrip_blocks(true);
         let syntax = syntax.build().map_err(|e| template_error(source, &e))?;
@@ -143,9 +162,10 @@ impl ChatTemplate {
             .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_function("raise_exception", raise_exception);
         environment.add_filter("tojson", to_json_filter);
-        environment
-            .add_template_owned(TEMPLATE, without_generation_tags(template))
-            .map_err(|e| template_error(source, &e))?;
+        let template = without_generation_tags(template);
+        on_large_stack(source, || {
+            environment.add_template_owned(TEMPLATE, template)
+        })?;
         Ok(Self {
             environment,
             special_tokens,
@@ -207,11 +227,27 @@ impl ChatTemplate {
         context.insert("add_generation_prompt".into(), add_generation_prompt.into());
         context.insert("tools".into(), Value::Null);
         context.insert("documents".into(), Value::Null);
-        self.environment
-            .get_template(TEMPLATE)
-            .and_then(|t| t.render(jinja_from_json(&Value::Object(context))))
-            .map_err(|e| template_error(&self.source, &e))
+        let context = Value::Object(context);
+        on_large_stack(&self.source, || {
+            let template = self.environment.get_template(TEMPLATE)?;
+            template.render(jinja_from_json(&context))
+        })
     }
+}
+
+/// Does `work` with the template called `source` on a thread of its own, where its error, too,
+/// is let go: it may hold values of the template.
+fn on_large_stack<T: Send>(
+    source: &str,
+    work: impl FnOnce() -> std::result::Result<T, minijinja::Error> + Send,
+) -> Result<T> {
+    let thread = std::thread::Builder::new().stack_size(STACK_BYTES);
+    std::thread::scope(|scope| {
+        let work = || work().map_err(|e| template_error(source, &e));
+        let fail = |e| Error::io(Path::new(source), "start a thread for", e);
+        let done = thread.spawn_scoped(scope, work).map_err(fail)?.join();
+        done.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
 }
 
 fn template_error(source: &str, error: &minijinja::Error) -> Error {
@@ -222,7 +258,7 @@ fn template_error(source: &str, error: &minijinja::Error) -> Error {
     let why = error
         .detail()
         .map_or_else(|| error.to_string(), str::to_owned);
-    Error::format(std::path::Path::new(source), at, why)
+    Error::format(Path::new(source), at, why)
 }
 
 fn raise_exception(message: String) -> std::result::Result<String, minijinja::Error> {
@@ -300,7 +336,15 @@ fn jinja_from_json(value: &Value) -> Jinja {
     }
 }
 
-fn json_from_jinja(value: &Jinja) -> std::result::Result<Value, minijinja::Error> {
+/// The value in JSON, which may hold `depth` levels of lists and maps.
+fn json_from_jinja(value: &Jinja, depth: usize) -> std::result::Result<Value, minijinja::Error> {
+    let inner = |value: &Jinja| match depth.checked_sub(1) {
+        Some(depth) => json_from_jinja(value, depth),
+        None => {
+            let why = format!("more than {MAX_JSON_DEPTH} lists in lists have no JSON form");
+            Err(minijinja::Error::new(ErrorKind::BadSerialization, why))
+        }
+    };
     Ok(match value.kind() {
         ValueKind::None => Value::Null,
         ValueKind::Bool => Value::Bool(value.is_true()),
@@ -311,13 +355,13 @@ fn json_from_jinja(value: &Jinja) -> std::result::Result<Value, minijinja::Error
         ValueKind::Number => f64::try_from(value.clone())?.into(),
         ValueKind::String => value.as_str().unwrap_or_default().into(),
         ValueKind::Seq | ValueKind::Iterable => {
-            let items = value.try_iter()?.map(|item| json_from_jinja(&item));
+            let items = value.try_iter()?.map(|item| inner(&item));
             Value::Array(items.collect::<std::result::Result<_, _>>()?)
         }
         ValueKind::Map => {
             let mut map = serde_json::Map::new();
             for key in value.try_iter()? {
-                map.insert(key.to_string(), json_from_jinja(&value.get_item(&key)?)?);
+                map.insert(key.to_string(), inner(&value.get_item(&key)?)?);
             }
             Value::Object(map)
         }
@@ -331,7 +375,7 @@ fn json_from_jinja(value: &Jinja) -> std::result::Result<Value, minijinja::Error
 /// JSON spelled as Python's `json.dumps(x, ensure_ascii=False, indent=…)`.
 fn to_json_filter(value: Jinja, kwargs: Kwargs) -> std::result::Result<String, minijinja::Error> {
     let indent: Option<usize> = kwargs.get("indent")?;
-    let value = json_from_jinja(&value)?;
+    let value = json_from_jinja(&value, MAX_JSON_DEPTH)?;
     let mut out = Vec::new();
     let failed = |e: serde_json::Error| {
         minijinja::Error::new(ErrorKind::BadSerialization, "value has no JSON form").with_source(e)
@@ -445,6 +489,50 @@ mod tests {
             .unwrap();
         let expected = r#"{"role": "user", "content": [{"type": "text", "text": "<é>"}]}"#;
         assert_eq!(out, expected);
+    }
+
+    fn why(text: &str) -> String {
+        let rendered = ChatTemplate::new("test.jinja", text, serde_json::Map::new())
+            .and_then(|t| t.render(&[Message::text(Role::User, "q")], false));
+        rendered.unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_rendering_has_an_end() {
+        let loops = "{% for i in range(9000) %}{% for j in range(9000) %}{% endfor %}{% endfor %}";
+        for text in [loops, "{{ 'abcdefghij' * 10000000 }}"] {
+            assert!(why(text).contains("fuel"), "{}", why(text));
+        }
+        let long = " ".repeat(MAX_TEMPLATE_BYTES + 1);
+        assert!(why(&long).contains("65537 bytes"), "{}", why(&long));
+    }
+
+    #[test]
+    fn a_conversation_of_a_thousand_turns_is_far_from_that_end() {
+        let qwen = include_str!("../../testdata/processor/qwen2_vl.jinja");
+        let turns = [Role::User, Role::Assistant].into_iter().cycle().take(1000);
+        let messages: Vec<_> = turns
+            .map(|role| Message::text(role, "word ".repeat(100)))
+            .collect();
+        let mut template = template(qwen);
+        template.environment.set_fuel(Some(FUEL / 5));
+        assert!(template.render(&messages, true).is_ok());
+    }
+
+    #[test]
+    fn lists_in_lists_and_chains_do_not_exhaust_the_stack() {
+        let nested = |tail: &str| {
+            format!(
+                "{{% set ns = namespace(x=[]) %}}{{% for i in range(9000) %}}\
+                 {{% set ns.x = [ns.x] %}}{{% endfor %}}{tail}"
+            )
+        };
+        let printed = template(&nested("{{ ns.x }}")).render(&[], false);
+        assert_eq!(printed.unwrap().len(), 2 * 9001);
+        let json = why(&nested("{{ ns.x | tojson }}"));
+        assert!(json.contains("lists in lists"), "{json}");
+        let chain = why(&format!("{{{{ a{} }}}}", ".a".repeat(30_000)));
+        assert!(chain.contains("undefined"), "{chain}");
     }
 
     #[test]

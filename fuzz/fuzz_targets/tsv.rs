@@ -1,0 +1,12 @@
+//! A TSV of samples or questions.
+
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use vlmq::dataset::{open_questions, open_samples};
+
+fuzz_target!(|data: &[u8]| {
+    let path = vlmq_fuzz::put("data.tsv", data);
+    vlmq_fuzz::check_places(open_samples(&path));
+    let _ = open_questions(&path);
+});
