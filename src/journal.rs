@@ -2,7 +2,7 @@
 //!
 //! While a run that makes the folder `OUT` is under way, `.OUT.progress` lies beside it:
 //! - `run.json`: what the run is made of, so that another one does not take its layers for its own;
-//! - `layer-00000.vlmq` …: each finished layer ([`layer_file`]), written under another name, put on
+//! - `layer-00000.vlmq` …: each finished layer (`layer_file`), written under another name, put on
 //!   disk and only then renamed;
 //! - `folder`: the output in the making, of no worth to a later run;
 //! - `lock`: held by the process at work.
