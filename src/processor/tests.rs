@@ -242,3 +242,15 @@ fn a_lying_image_size_is_refused_before_decoding() {
     let message = decode_image("bomb.png", &png).unwrap_err().to_string();
     assert!(message.contains("60000x60000"), "{message}");
 }
+#[test]
+fn a_tokenizer_that_breaks_off_is_an_error() {
+    let whole = std::fs::read_to_string(data("model/tokenizer.json")).unwrap();
+    let decoder = whole.find("\"decoder\"").unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("tokenizer.json");
+    for end in decoder..decoder + 40 {
+        std::fs::write(&path, &whole[..end]).unwrap();
+        let message = open_tokenizer(&path).unwrap_err().to_string();
+        assert!(message.contains("tokenizer.json: JSON"), "{message}");
+    }
+}
