@@ -16,6 +16,7 @@
 pub mod image_source;
 mod jsonl;
 mod parquet;
+mod parquet_layout;
 mod record;
 mod tsv;
 

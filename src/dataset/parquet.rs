@@ -1,6 +1,7 @@
 //! Rows of a parquet file as Hugging Face writes it: images are structs of `bytes` and `path`.
 
 use super::image_source::{ImageFolder, ImageSource};
+use super::parquet_layout::{check_pages, check_schema};
 use super::record::Record;
 use crate::{Error, Result};
 use parquet::file::reader::{FileReader, SerializedFileReader};
@@ -9,6 +10,11 @@ use serde_json::{Map, Value};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
+
+/// Bytes of text in all rows together, and bytes for each one of the file: a dictionary lets rows
+/// share a text, but here each has its own.
+const MIN_TEXT_BYTES: u64 = 256 << 20;
+const TEXT_BYTES_PER_BYTE: u64 = 64;
 
 /// The rows of `path`.
 ///
@@ -22,20 +28,33 @@ pub(super) fn read(path: &Path, folder: &Arc<ImageFolder>) -> Result<Vec<Record>
 }
 
 fn read_rows(path: &Path, folder: &Arc<ImageFolder>) -> Result<Vec<Record>> {
-    let file = std::fs::File::open(path).map_err(|e| Error::io(path, "open", e))?;
+    let fail = |e| Error::io(path, "open", e);
+    let mut file = std::fs::File::open(path).map_err(fail)?;
+    let n_bytes = file.metadata().map_err(fail)?.len();
+    check_schema(path, &mut file)?;
     let bad = |at: &str, e: parquet::errors::ParquetError| Error::format(path, at, e.to_string());
-    let reader = SerializedFileReader::new(file).map_err(|e| bad("footer", e))?;
+    let reader = SerializedFileReader::new(file.try_clone().map_err(fail)?);
+    let reader = reader.map_err(|e| bad("footer", e))?;
+    check_pages(path, &file, reader.metadata())?;
     let rows = reader.get_row_iter(None).map_err(|e| bad("schema", e))?;
     let mut records = Vec::new();
+    let text_left = n_bytes.saturating_mul(TEXT_BYTES_PER_BYTE);
+    let mut text_left = text_left.max(MIN_TEXT_BYTES);
     for (i, row) in rows.enumerate() {
         let at = format!("row {}", i + 1);
         let row = row.map_err(|e| bad(&at, e))?;
-        records.push(record(path, at, row, folder)?);
+        records.push(record(path, at, row, folder, &mut text_left)?);
     }
     Ok(records)
 }
 
-fn record(path: &Path, at: String, row: Row, folder: &Arc<ImageFolder>) -> Result<Record> {
+fn record(
+    path: &Path,
+    at: String,
+    row: Row,
+    folder: &Arc<ImageFolder>,
+    text_left: &mut u64,
+) -> Result<Record> {
     let origin = format!("{} {at}", path.display());
     let mut record = Record {
         path: path.to_path_buf(),
@@ -50,8 +69,9 @@ fn record(path: &Path, at: String, row: Row, folder: &Arc<ImageFolder>) -> Resul
             origin: &origin,
             folder,
             images: &mut record.images,
+            text_left,
         };
-        let value = context.value(field)?;
+        let (name, value) = (context.text(name)?, context.value(field)?);
         if record.images.len() == found {
             record.values.insert(name, value);
         }
@@ -64,6 +84,8 @@ struct Context<'a> {
     origin: &'a str,
     folder: &'a ImageFolder,
     images: &'a mut Vec<ImageSource>,
+    /// Bytes of text that the file may still unpack to.
+    text_left: &'a mut u64,
 }
 
 impl Context<'_> {
@@ -80,7 +102,7 @@ impl Context<'_> {
             Field::ULong(v) => v.into(),
             Field::Float(v) => f64::from(v).into(),
             Field::Double(v) => v.into(),
-            Field::Str(v) => v.into(),
+            Field::Str(v) => self.text(v)?.into(),
             Field::Bytes(v) => {
                 self.images.push(ImageSource::Bytes {
                     name: format!("{}: image", self.origin),
@@ -97,6 +119,18 @@ impl Context<'_> {
         })
     }
 
+    /// Counts a text, or a column's name, which each row has anew.
+    fn text(&mut self, text: String) -> Result<String> {
+        match self.text_left.checked_sub(text.len() as u64) {
+            Some(left) => *self.text_left = left,
+            None => {
+                let why = "far more text than the size of the file allows for";
+                return Err(Error::format(Path::new(self.origin), "text", why));
+            }
+        }
+        Ok(text)
+    }
+
     /// A struct; one that holds image bytes, or only their path, is an image.
     fn group(&mut self, row: Row) -> Result<Value> {
         let columns = row.into_columns();
@@ -104,7 +138,7 @@ impl Context<'_> {
         let found = self.images.len();
         let mut values = Map::new();
         for (name, field) in columns {
-            values.insert(name, self.value(field)?);
+            values.insert(self.text(name)?, self.value(field)?);
         }
         let path = values.get("path").and_then(Value::as_str);
         if let (true, true, Some(path)) = (is_image, self.images.len() == found, path) {

@@ -11,6 +11,10 @@ use std::sync::Arc;
 /// An `image` no longer than this is the index of the row that holds the image.
 const MAX_REFERENCE_CHARS: usize = 64;
 
+/// Images of all rows, each reference to one counted: rows may share a list, and its length then
+/// counts for each.
+const MAX_IMAGES: usize = 1 << 22;
+
 /// The rows of `path`, whose first line names the columns. `image` may be a list of base64 texts
 /// in JSON or Python notation.
 ///
@@ -50,6 +54,7 @@ fn with_images(path: &Path, mut rows: Vec<Map<String, Value>>) -> Result<Vec<Rec
         .filter_map(|(i, row)| index_of(row).map(|index| (index, i)))
         .collect();
     let mut records = Vec::with_capacity(rows.len());
+    let mut images_left = MAX_IMAGES;
     for (i, values) in rows.into_iter().enumerate() {
         let at = format!("row {}", i + 1);
         let text = match &texts[i] {
@@ -63,6 +68,11 @@ fn with_images(path: &Path, mut rows: Vec<Map<String, Value>>) -> Result<Vec<Rec
             }
             other => other.as_ref(),
         };
+        let n_images = text.map_or(0, |text| items_in(text).count());
+        images_left = images_left.checked_sub(n_images).ok_or_else(|| {
+            let why = format!("images beyond the {MAX_IMAGES} that a file may have");
+            Error::format(path, at.as_str(), why)
+        })?;
         let name = format!("{} {at}: image", path.display());
         records.push(Record {
             path: path.to_path_buf(),
@@ -80,15 +90,36 @@ fn images_in(name: &str, text: &Arc<str>) -> Vec<ImageSource> {
         name: name.to_owned(),
         text,
     };
-    match text
-        .trim()
-        .strip_prefix('[')
-        .and_then(|t| t.strip_suffix(']'))
-    {
+    match list_in(text) {
         None => vec![source(Arc::clone(text))],
-        Some(list) => list
-            .split(',')
-            .map(|item| source(item.trim().trim_matches(['"', '\'']).into()))
-            .collect(),
+        Some(_) => items_in(text).map(|item| source(item.into())).collect(),
+    }
+}
+
+/// The base64 texts of a cell, which is a list of them or one.
+fn items_in(text: &str) -> impl Iterator<Item = &str> {
+    let items = list_in(text).unwrap_or("").split(',');
+    items.map(|item| item.trim().trim_matches(['"', '\'']))
+}
+
+fn list_in(text: &str) -> Option<&str> {
+    text.trim().strip_prefix('[')?.strip_suffix(']')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// 5000 rows that refer to a list of 10 000 images: 50 million images in 30 kB.
+    #[test]
+    fn references_to_a_list_do_not_multiply_without_end() {
+        let mut text = format!("index\timage\n0\t[{}]\n", ",".repeat(9_999));
+        for i in 1..5000 {
+            text += &format!("{i}\t0\n");
+        }
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), text).unwrap();
+        let message = read(file.path()).unwrap_err().to_string();
+        assert!(message.contains("row 420: images beyond"), "{message}");
     }
 }

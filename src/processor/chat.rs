@@ -270,19 +270,20 @@ fn without_generation_tags(template: &str) -> String {
     let mut out = String::with_capacity(template.len());
     let mut rest = template;
     while let Some(start) = rest.find("{%") {
-        let Some(length) = rest[start..].find("%}") else {
+        let inside = start + 2;
+        let Some(length) = rest[inside..].find("%}") else {
             break;
         };
-        let tag = &rest[start + 2..start + length];
+        let tag = &rest[inside..inside + length];
         let name = tag.trim_matches(['-', '+']).trim();
-        out.push_str(&rest[..start + 2]);
+        out.push_str(&rest[..inside]);
         match name {
             "generation" => out.push_str(&tag.replace(name, "if true")),
             "endgeneration" => out.push_str(&tag.replace(name, "endif")),
             _ => out.push_str(tag),
         }
         out.push_str("%}");
-        rest = &rest[start + length + 2..];
+        rest = &rest[inside + length + 2..];
     }
     out.push_str(rest);
     out
@@ -495,6 +496,13 @@ mod tests {
         let rendered = ChatTemplate::new("test.jinja", text, serde_json::Map::new())
             .and_then(|t| t.render(&[Message::text(Role::User, "q")], false));
         rendered.unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_tag_does_not_end_with_the_sign_that_begins_it() {
+        for text in ["{%}", "a {%} b %}"] {
+            assert!(why(text).contains("unknown `}`"), "{}", why(text));
+        }
     }
 
     #[test]

@@ -19,7 +19,10 @@ use std::path::Path;
 /// More pixels than this are refused before any is decoded; the limit at which Pillow, too, stops.
 pub const MAX_PIXELS: u64 = 178_956_970;
 /// Ceiling of what a decoder may allocate: 16-bit RGBA at [`MAX_PIXELS`], and as much again.
-const MAX_DECODER_BYTES: u64 = MAX_PIXELS * 16;
+const MAX_DECODER_BYTES: u64 = MAX_PIXELS * BYTES_PER_PIXEL;
+/// The same for each pixel that an image has, and for what a small one needs besides.
+const BYTES_PER_PIXEL: u64 = 16;
+const MIN_DECODER_BYTES: u64 = 64 << 20;
 
 /// An 8-bit RGB image, rows from the top, pixels interleaved.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -73,10 +76,11 @@ pub fn decode_image(name: &str, bytes: &[u8]) -> Result<RgbImage> {
     let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
     let mut limits = image::Limits::default();
     limits.max_alloc = Some(MAX_DECODER_BYTES);
-    reader.limits(limits);
+    reader.limits(limits.clone());
     let mut decoder = reader.into_decoder().map_err(|e| undecodable(name, &e))?;
     let (width, height) = decoder.dimensions();
-    if u64::from(width) * u64::from(height) > MAX_PIXELS {
+    let n_pixels = u64::from(width) * u64::from(height);
+    if n_pixels > MAX_PIXELS {
         let why = format!("{width}x{height} pixels, at most {MAX_PIXELS} in all expected");
         return Err(bad(name, &why));
     }
@@ -85,6 +89,10 @@ pub fn decode_image(name: &str, bytes: &[u8]) -> Result<RgbImage> {
             what: format!("{name}: CMYK colours; convert the image to RGB"),
         });
     }
+    // A frame of a GIF may be larger than the image that it is a part of.
+    limits.max_alloc = Some((n_pixels * BYTES_PER_PIXEL).max(MIN_DECODER_BYTES));
+    let limited = decoder.set_limits(limits);
+    limited.map_err(|e| undecodable(name, &e))?;
     let grey16 = format == ImageFormat::Png && is_plain_grey16(bytes);
     let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
     let mut pixels = DynamicImage::from_decoder(decoder).map_err(|e| undecodable(name, &e))?;

@@ -20,8 +20,10 @@ pub use self::resize::{Filter, resize};
 use self::chat::{ChatTemplate, Rendered, TextSpan};
 use self::qwen2_vl::Preprocessor;
 use crate::{Error, Result};
+use serde::de::IgnoredAny;
 use serde_json::{Map, Value};
 use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tokenizers::Tokenizer;
@@ -147,9 +149,7 @@ impl Processor {
     /// # Errors
     /// [`Error::Format`] if the tokenizer's decoder fails.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
-        self.tokenizer
-            .decode(ids, true)
-            .map_err(|e| self.tokenizer_error(&e))
+        caught(|| self.tokenizer.decode(ids, true)).map_err(|e| self.tokenizer_error(&e))
     }
 
     /// The ids that end an answer.
@@ -172,7 +172,7 @@ impl Processor {
     /// # Errors
     /// [`Error::Format`] if the tokenizer fails.
     pub fn encode_text(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = self.tokenizer.encode(text, true);
+        let encoding = caught(|| self.tokenizer.encode(text, true));
         Ok(encoding
             .map_err(|e| self.tokenizer_error(&e))?
             .get_ids()
@@ -214,9 +214,7 @@ impl Processor {
             .map(|image| image.n_tokens(self.merge_size()))
             .collect();
         let expanded = expand_images(&rendered, &self.image_token, &counts);
-        let encoding = self
-            .tokenizer
-            .encode(expanded.text.as_str(), true)
+        let encoding = caught(|| self.tokenizer.encode(expanded.text.as_str(), true))
             .map_err(|e| self.tokenizer_error(&e))?;
         let input_ids = encoding.get_ids().to_vec();
         let classes = self.classes(&input_ids, encoding.get_offsets(), &expanded.spans);
@@ -353,11 +351,19 @@ fn missing(what: &str, dir: &Path) -> Error {
     }
 }
 
+/// The tokenizers crate asserts some properties of a file that a damaged one lacks.
+fn caught<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> tokenizers::Result<T> {
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| Err("damaged tokenizer".into()))
+}
+
 fn open_tokenizer(path: &Path) -> Result<Tokenizer> {
     let dir = path.parent().unwrap_or(path);
     let bytes = read_file(path)?.ok_or_else(|| missing("tokenizer.json", dir))?;
     let bad = |e: tokenizers::Error| Error::format(path, "tokenizer", e.to_string());
-    let mut tokenizer = Tokenizer::from_bytes(bytes).map_err(bad)?;
+    // The tokenizers crate does not expect that its JSON breaks off.
+    serde_json::from_slice::<IgnoredAny>(&bytes)
+        .map_err(|e| Error::format(path, "JSON", e.to_string()))?;
+    let mut tokenizer = caught(|| Tokenizer::from_bytes(bytes)).map_err(bad)?;
     tokenizer.with_truncation(None).map_err(bad)?;
     tokenizer.with_padding(None);
     Ok(tokenizer)

@@ -242,3 +242,33 @@ fn a_lying_image_size_is_refused_before_decoding() {
     let message = decode_image("bomb.png", &png).unwrap_err().to_string();
     assert!(message.contains("60000x60000"), "{message}");
 }
+
+/// One pixel, of which a frame of 20 000 x 20 000 is a part.
+#[test]
+fn a_frame_larger_than_its_image_asks_for_no_memory() {
+    let side = 20_000u16.to_le_bytes();
+    let screen = [&b"GIF89a"[..], &[1, 0, 1, 0, 0x80, 0, 0], &[0; 6]].concat();
+    let frame = [
+        &[b',', 0, 0, 0, 0][..],
+        &side,
+        &side,
+        &[0, 2, 2, 0x4C, 1, 0, b';'],
+    ]
+    .concat();
+    let message = decode_image("small.gif", &[screen, frame].concat());
+    let message = message.unwrap_err().to_string();
+    assert!(message.contains("emory limit"), "{message}");
+}
+
+#[test]
+fn a_tokenizer_that_breaks_off_is_an_error() {
+    let whole = std::fs::read_to_string(data("model/tokenizer.json")).unwrap();
+    let decoder = whole.find("\"decoder\"").unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("tokenizer.json");
+    for end in decoder..decoder + 40 {
+        std::fs::write(&path, &whole[..end]).unwrap();
+        let message = open_tokenizer(&path).unwrap_err().to_string();
+        assert!(message.contains("tokenizer.json: JSON"), "{message}");
+    }
+}
