@@ -1,8 +1,10 @@
 //! What a run will hold in memory and write to disk, told before it begins.
 
+use crate::model::attention::block_len;
 use crate::model::config::DecoderConfig;
 use crate::model::decoder::Projection;
 use crate::model::qwen2_vl::Qwen2Vl;
+use crate::model::vision::qwen2::VisionConfig;
 use crate::pipeline::BATCH_TOKENS;
 use crate::recipe::Recipe;
 use crate::report::peak_memory_bytes;
@@ -18,7 +20,7 @@ pub struct MemoryPlan {
     /// What the allocator keeps for later, threads included: measured, 16 MB and a sixth of the
     /// hidden states in memory.
     pub allocator: u64,
-    /// The vision tower, before the first layer.
+    /// The vision tower at work, before the first layer.
     pub vision: u64,
     /// Hidden states of all samples, as far as they are not on disk.
     pub streams: u64,
@@ -101,13 +103,11 @@ pub fn plan_memory(model: &Qwen2Vl, recipe: &Recipe, n_tokens: &[usize]) -> Memo
         batch: n_tokens.iter().sum::<usize>().min(BATCH_TOKENS) as u64,
         n_threads: rayon::current_num_threads().min(n_tokens.len().max(1)) as u64,
     };
-    let vision = model.vision();
-    let tower = 12 * vision.embed_dim * vision.embed_dim * vision.depth;
     let streams = n_tokens.iter().sum::<usize>() as u64 * step.stream_width() * F32;
     MemoryPlan {
         process,
         allocator: allowance(streams),
-        vision: tower as u64 * F32,
+        vision: plan_vision(model.vision(), &step),
         streams,
         streams_on_disk: 0,
         attention: step.attention(),
@@ -115,6 +115,18 @@ pub fn plan_memory(model: &Qwen2Vl, recipe: &Recipe, n_tokens: &[usize]) -> Memo
         mlp: step.mlp(),
         wide: step.wide(),
     }
+}
+
+/// The tower, and in each thread a sample whose tokens are all of one picture.
+fn plan_vision(tower: &VisionConfig, step: &Step) -> u64 {
+    let dim = tower.embed_dim as u64;
+    let weights = (4 * dim * dim + 2 * dim * tower.mlp_dim as u64) * tower.depth as u64;
+    let patches = step.longest * (tower.merge_size * tower.merge_size) as u64;
+    let n_queries = block_len(tower.n_heads, patches as usize) as u64;
+    let map = tower.n_heads as u64 * patches * patches.min(n_queries);
+    // The stream; in attention q, k and v before and after rotation, in the MLP two activations.
+    let rows = patches * (dim + (6 * dim).max(2 * tower.mlp_dim as u64));
+    (weights + step.n_threads * (3 * map + rows)) * F32
 }
 
 fn allowance(streams: u64) -> u64 {
@@ -162,7 +174,9 @@ impl Step<'_> {
         };
         // Scores, masked scores and probabilities; on the way back also their gradients.
         let maps = if self.with_importance { 4 } else { 3 };
-        let map = self.config.n_heads as u64 * self.longest * self.longest * F32;
+        let n_queries = block_len(self.config.n_heads, self.longest as usize) as u64;
+        let n_scores = self.config.n_heads as u64 * self.longest * self.longest.min(n_queries);
+        let map = n_scores * F32;
         let rows = 8 * self.longest * self.config.hidden_size as u64 * F32;
         linears + self.n_threads * (maps * map + rows)
     }

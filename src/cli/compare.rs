@@ -2,7 +2,7 @@
 
 use super::progress::Progress;
 use super::quantize::scale_dtype;
-use super::{SCHEMA, open_model, print_json};
+use super::{SCHEMA, open_model, print_json, say};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -33,7 +33,7 @@ pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
         true => {
             print_json(serde_json::json!({"schema": SCHEMA, "command": "compare", "rows": rows}))?
         }
-        false => print!("{}", table(&rows)),
+        false => say(&table(&rows))?,
     }
     Ok(ExitCode::SUCCESS)
 }

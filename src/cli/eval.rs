@@ -1,7 +1,7 @@
 //! `vlmq eval`
 
 use super::progress::Progress;
-use super::{ModelArg, SCHEMA, open_model, print_json};
+use super::{ModelArg, SCHEMA, open_model, print_json, say};
 use anyhow::Context;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -68,7 +68,7 @@ pub fn run(args: &Args, as_json: bool) -> anyhow::Result<ExitCode> {
         let head = json!({"schema": SCHEMA, "command": "eval", "tasks": results});
         print_json(head)?;
     } else {
-        print_table(&tasks, &results);
+        say(&table(&tasks, &results))?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -86,9 +86,9 @@ fn summary(predictions: &[vlmq::eval::Prediction], divergence: Option<Divergence
     row
 }
 
-fn print_table(tasks: &[Task], results: &BTreeMap<String, Value>) {
-    println!(
-        "{:<14} {:>6} {:>9} {:>15} {:>10}",
+fn table(tasks: &[Task], results: &BTreeMap<String, Value>) -> String {
+    let mut text = format!(
+        "{:<14} {:>6} {:>9} {:>15} {:>10}\n",
         "task", "n", "exact %", "95 %", "KL"
     );
     for task in tasks {
@@ -96,8 +96,8 @@ fn print_table(tasks: &[Task], results: &BTreeMap<String, Value>) {
         let accuracy = &row["accuracy"];
         let bound = |i: usize| accuracy["interval"][i].as_f64().unwrap_or_default();
         let kl = row["kl_per_answer_token"].as_f64();
-        println!(
-            "{:<14} {:>6} {:>9.1} {:>7.1}-{:<7.1} {:>10}",
+        text += &format!(
+            "{:<14} {:>6} {:>9.1} {:>7.1}-{:<7.1} {:>10}\n",
             task.name,
             accuracy["n"],
             accuracy["percent"].as_f64().unwrap_or_default(),
@@ -106,4 +106,5 @@ fn print_table(tasks: &[Task], results: &BTreeMap<String, Value>) {
             kl.map_or(String::new(), |kl| format!("{kl:.4}")),
         );
     }
+    text
 }

@@ -1,7 +1,7 @@
 //! `vlmq generate`
 
 use super::prompt::PromptArgs;
-use super::{ModelArg, SCHEMA, open_model, print_json};
+use super::{ModelArg, SCHEMA, open_model, print_json, say};
 use std::process::ExitCode;
 use vlmq::model::LoadedModel;
 use vlmq::processor::Processor;
@@ -36,7 +36,7 @@ pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
             "text": text,
         }))?;
     } else {
-        println!("{text}");
+        say(&(text + "\n"))?;
     }
     Ok(ExitCode::SUCCESS)
 }

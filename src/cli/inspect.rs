@@ -1,7 +1,7 @@
 //! `vlmq inspect`
 
 use super::quantize::scale_dtype;
-use super::{ModelArg, SCHEMA, open_model, print_json};
+use super::{ModelArg, SCHEMA, open_model, print_json, say};
 use std::process::ExitCode;
 use vlmq::model::Qwen2Vl;
 use vlmq::model::qwen2_vl::Module;
@@ -26,10 +26,7 @@ pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
     let candidates = candidates(&model)?;
     match json {
         true => print_json(summary(&model, &candidates))?,
-        false => {
-            print_model(&model);
-            print_candidates(&candidates);
-        }
+        false => say(&(model_text(&model) + &candidates_text(&candidates)))?,
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -66,36 +63,39 @@ fn summary(model: &Qwen2Vl, candidates: &[Candidate]) -> serde_json::Value {
     })
 }
 
-fn print_model(model: &Qwen2Vl) {
+fn model_text(model: &Qwen2Vl) -> String {
     let (d, v) = (model.decoder(), model.vision());
     let checkpoint = model.checkpoint();
-    println!("family      {}", vlmq::model::qwen2_vl::MODEL_TYPE);
-    println!(
-        "decoder     {} layers, hidden {}, MLP {}, heads {}/{} of {}",
-        d.n_layers, d.hidden_size, d.intermediate_size, d.n_heads, d.n_kv_heads, d.head_dim
-    );
-    println!(
-        "vision      {} layers, width {}, heads {}",
-        v.depth, v.embed_dim, v.n_heads
-    );
-    println!(
-        "tensors     {}, {:.1} MB",
+    let mut text = format!(
+        "family      {}\n\
+         decoder     {} layers, hidden {}, MLP {}, heads {}/{} of {}\n\
+         vision      {} layers, width {}, heads {}\n\
+         tensors     {}, {:.1} MB\n\
+         to quantize {} modules, {:.2} M weights\n",
+        vlmq::model::qwen2_vl::MODEL_TYPE,
+        d.n_layers,
+        d.hidden_size,
+        d.intermediate_size,
+        d.n_heads,
+        d.n_kv_heads,
+        d.head_dim,
+        v.depth,
+        v.embed_dim,
+        v.n_heads,
         checkpoint.names().count(),
-        checkpoint.total_bytes() as f64 / 1e6
-    );
-    println!(
-        "to quantize {} modules, {:.2} M weights",
+        checkpoint.total_bytes() as f64 / 1e6,
         model.modules().len(),
         n_weights(model) as f64 / 1e6
     );
     let n_quantized = n_quantized(model);
     if n_quantized > 0 {
-        println!("quantized   {n_quantized} modules already");
+        text += &format!("quantized   {n_quantized} modules already\n");
     }
+    text
 }
 
-fn print_candidates(candidates: &[Candidate]) {
-    println!("\n{:<24} {:>10}", "scheme", "MB");
+fn candidates_text(candidates: &[Candidate]) -> String {
+    let mut text = format!("\n{:<24} {:>10}\n", "scheme", "MB");
     for c in candidates {
         let group = c.scheme.group_size();
         let group = group.map_or("channel".into(), |g| format!("g{g}"));
@@ -108,8 +108,9 @@ fn print_candidates(candidates: &[Candidate]) {
             None => String::new(),
             Some(first) => format!("  cannot hold {} modules, first {first}", c.misfits.len()),
         };
-        println!("{name:<24} {:>10.1}{misfits}", c.bytes as f64 / 1e6);
+        text += &format!("{name:<24} {:>10.1}{misfits}\n", c.bytes as f64 / 1e6);
     }
+    text
 }
 
 fn candidates(model: &Qwen2Vl) -> vlmq::Result<Vec<Candidate>> {

@@ -9,10 +9,12 @@ mod log;
 mod progress;
 mod prompt;
 mod quantize;
+mod summary;
 mod trace;
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use vlmq::Error;
@@ -62,9 +64,10 @@ pub fn run() -> ExitCode {
     match dispatch(cli) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("error: {}", message(&error));
+            tell(&format!("error: {}", message(&error)));
             let known = error.downcast_ref::<Error>();
-            eprintln!("hint: {}", known.map_or("see `vlmq help`", |e| e.hint()));
+            let hint = known.map_or("see `vlmq help`", |e| e.hint());
+            tell(&format!("hint: {hint}"));
             ExitCode::from(2)
         }
     }
@@ -116,8 +119,24 @@ fn open_model(dir: &Path) -> anyhow::Result<Qwen2Vl> {
 }
 
 fn print_json(value: serde_json::Value) -> anyhow::Result<()> {
-    println!("{}", serde_json::to_string(&value)?);
-    Ok(())
+    say(&(serde_json::to_string(&value)? + "\n"))
+}
+
+/// Writes to stdout. A reader that has seen enough, as in `vlmq … | head`, is no error.
+fn say(text: &str) -> anyhow::Result<()> {
+    let mut stdout = std::io::stdout().lock();
+    match stdout
+        .write_all(text.as_bytes())
+        .and_then(|()| stdout.flush())
+    {
+        Err(e) if e.kind() != ErrorKind::BrokenPipe => Err(e).context("cannot write to stdout"),
+        _ => Ok(()),
+    }
+}
+
+/// Writes a line to stderr. Where nobody can be told, work goes on untold.
+fn tell(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
 }
 
 /// The folder of a model, shared by all commands that read one.

@@ -1,5 +1,6 @@
 //! Progress on stderr, and the end by Ctrl-C.
 
+use super::tell;
 use anyhow::Context;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::io::IsTerminal;
@@ -22,7 +23,7 @@ impl Progress {
             if CANCELLED.swap(true, Ordering::SeqCst) {
                 std::process::exit(130);
             }
-            eprintln!("stopping; press Ctrl-C again to stop without tidying up");
+            tell("stopping; press Ctrl-C again to stop without tidying up");
         })
         .context("cannot listen for Ctrl-C")?;
         Ok(Self::silent_about_signals())
@@ -71,7 +72,7 @@ impl Observer for Progress {
             bar.set_message("layers");
             bar.set_position(layer_idx as u64);
         } else {
-            eprintln!("layer {} of {n_layers}", layer_idx + 1);
+            tell(&format!("layer {} of {n_layers}", layer_idx + 1));
         }
     }
 

@@ -1,9 +1,9 @@
 //! `vlmq quantize`
 
 use super::progress::Progress;
-use super::{ModelArg, SCHEMA, open_model, print_json};
+use super::summary::summary;
+use super::{ModelArg, SCHEMA, open_model, print_json, say, tell};
 use anyhow::Context;
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use vlmq::Error;
@@ -15,7 +15,6 @@ use vlmq::model::Qwen2Vl;
 use vlmq::plan::{ScaleDtype, Scheme};
 use vlmq::processor::Processor;
 use vlmq::recipe::{Method, Recipe};
-use vlmq::report::RunReport;
 use vlmq::report::free_memory_bytes;
 use vlmq::run::{RunOptions, SampleChoice, module_plan, quantize_folder};
 
@@ -202,9 +201,12 @@ pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
             "report": report,
         }))?;
     } else {
-        print_summary(&report);
         let megabytes = exported.tensor_bytes as f64 / 1e6;
-        println!("wrote {} ({megabytes:.1} MB of tensors)", output.display());
+        let wrote = format!(
+            "wrote {} ({megabytes:.1} MB of tensors)\n",
+            output.display()
+        );
+        say(&(summary(&report) + &wrote))?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -217,86 +219,10 @@ fn tell_what_is_kept(error: &Error, output: &Path) {
     );
     if let Some((dir, n_layers)) = Journal::kept(output).filter(|_| !is_of_others) {
         let dir = dir.display();
-        eprintln!("note: {n_layers} finished layers are kept in {dir}; the same command goes on");
+        tell(&format!(
+            "note: {n_layers} finished layers are kept in {dir}; the same command goes on"
+        ));
     }
-}
-
-fn print_summary(report: &RunReport) {
-    println!(
-        "{:<8} {:>14} {:>14}",
-        "layer", "relative loss", "worst module"
-    );
-    let n_layers = report
-        .modules
-        .iter()
-        .map(|m| m.layer_idx + 1)
-        .max()
-        .unwrap_or(0);
-    for layer_idx in 0..n_layers {
-        let modules = report.modules.iter().filter(|m| m.layer_idx == layer_idx);
-        let losses: Vec<_> = modules
-            .filter_map(|m| m.relative_loss.map(|loss| (loss, &m.name)))
-            .collect();
-        let mean = losses.iter().map(|(loss, _)| loss).sum::<f64>() / losses.len().max(1) as f64;
-        if let Some((loss, name)) = losses.iter().max_by(|a, b| a.0.total_cmp(&b.0)) {
-            println!("{layer_idx:<8} {mean:>14.3e} {loss:>14.3e}  {name}");
-        }
-    }
-    print_profile(report);
-    for deviation in &report.deviations {
-        println!(
-            "note: {}",
-            serde_json::to_string(deviation).unwrap_or_default()
-        );
-    }
-    if report
-        .modules
-        .iter()
-        .any(|m| m.scheme.is_some_and(|s| !s.symmetric()))
-    {
-        println!(
-            "note: transformers with compressed-tensors up to 0.20 cannot load asymmetric folders; \
-             --symmetric makes one that it can"
-        );
-    }
-    let total = report.seconds.get("total").copied().unwrap_or_default();
-    let peak = report
-        .peak_memory_bytes
-        .map_or("?".into(), |b| format!("{:.0}", b as f64 / 1e6));
-    println!("{total:.1} s, peak memory {peak} MB");
-}
-
-/// Where the seconds went, by layer and stage.
-fn print_profile(report: &RunReport) {
-    const STAGES: [&str; 7] = [
-        "load",
-        "forward",
-        "importance",
-        "statistics",
-        "factor",
-        "solve",
-        "write",
-    ];
-    let line = |name: &str, seconds: &BTreeMap<String, f64>| {
-        let cells = STAGES.map(|stage| seconds.get(stage).copied().unwrap_or(0.0));
-        let cells = cells.map(|seconds| format!("{seconds:>11.2}"));
-        println!("{name:<8}{}", cells.concat());
-    };
-    println!(
-        "{:<8}{}",
-        "seconds",
-        STAGES.map(|s| format!("{s:>11}")).concat()
-    );
-    for (layer_idx, seconds) in report.layers.iter().enumerate() {
-        line(&layer_idx.to_string(), seconds);
-    }
-    line("all", &report.seconds);
-    let before = ["check", "processor", "vision"];
-    let before = before.map(|part| {
-        let seconds = report.seconds.get(part).copied().unwrap_or(0.0);
-        format!("{part} {seconds:.2}")
-    });
-    println!("before the first layer: {}", before.join(", "));
 }
 
 fn dry_run(
@@ -338,23 +264,24 @@ fn dry_run(
         }))?;
     } else {
         let mb = |bytes: u64| bytes as f64 / 1e6;
-        println!(
-            "{} modules, {} samples, {tokens} tokens",
+        let mut text = format!(
+            "{} modules, {} samples, {tokens} tokens\nmemory {:>8.0} MB at most\n",
             modules.len(),
-            n_tokens.len()
+            n_tokens.len(),
+            mb(memory.total())
         );
-        println!("memory {:>8.0} MB at most", mb(memory.total()));
         if memory.streams_on_disk > 0 {
-            println!(
-                "disk   {:>8.1} MB of hidden states while at work",
+            text += &format!(
+                "disk   {:>8.1} MB of hidden states while at work\n",
                 mb(memory.streams_on_disk)
             );
         }
-        println!(
-            "disk   {:>8.1} MB of tensors, {:.1} MB of progress while at work",
+        text += &format!(
+            "disk   {:>8.1} MB of tensors, {:.1} MB of progress while at work\n",
             mb(disk.tensors),
             mb(disk.progress)
         );
+        say(&text)?;
     }
     Ok(ExitCode::SUCCESS)
 }

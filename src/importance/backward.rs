@@ -13,7 +13,8 @@
 //! Source: arXiv:2508.03351 §3.2 (loss and importance); the formulas are ours.
 
 use crate::Result;
-use crate::model::decoder::{AttentionTrace, DecoderLayer, Projection, merge_heads};
+use crate::model::attention::{Attention, merge_heads};
+use crate::model::decoder::{DecoderLayer, Projection};
 use crate::model::rope::Rope;
 use candle_core::{D, Tensor};
 use candle_nn::ops::sigmoid;
@@ -53,27 +54,42 @@ pub struct MlpGradients {
 /// Source: arXiv:2508.03351 §3.2; checked against finite differences and automatic gradients.
 pub fn attention(
     layer: &DecoderLayer,
-    trace: &AttentionTrace,
+    trace: &Attention,
     rope: &Rope,
     d_o: &Tensor,
 ) -> Result<AttentionGradients> {
-    let a = &trace.probabilities;
     let d_heads = layer.split_heads(&d_o.matmul(layer.linear(Projection::O)?.weight())?)?;
-    let d_heads = layer.group_rows(&d_heads)?;
-
-    let d_v = a.t()?.matmul(&d_heads)?;
-    let d_a = d_heads.matmul(&trace.values.t()?)?;
-    // Softmax: dS = A ∘ (dA − rowsum(A ∘ dA)).
-    let row_sums = (a * &d_a)?.sum_keepdim(D::Minus1)?;
-    let d_s = ((a * d_a.broadcast_sub(&row_sums)?)? * layer.score_scale())?;
-    let d_q = d_s.matmul(&trace.keys)?.reshape(trace.queries.shape())?;
-    let d_k = d_s.t()?.matmul(&layer.group_rows(&trace.queries)?)?;
+    let mut d_q = Vec::new();
+    let (mut d_k, mut d_v) = (trace.keys.zeros_like()?, trace.values.zeros_like()?);
+    for rows in trace.blocks() {
+        let a = trace.probabilities(rows.clone())?;
+        let seen = trace.visible(&rows)?;
+        let d_heads = trace.rows(&d_heads, &rows)?;
+        d_v = add_rows(&d_v, &a.t()?.matmul(&d_heads)?)?;
+        let d_a = d_heads.matmul(&seen.values.t()?)?;
+        // Softmax: dS = A ∘ (dA − rowsum(A ∘ dA)).
+        let row_sums = (&a * &d_a)?.sum_keepdim(D::Minus1)?;
+        let d_s = ((a * d_a.broadcast_sub(&row_sums)?)? * trace.score_scale()?)?;
+        let (heads, _, head_dim) = trace.queries.dims3()?;
+        d_q.push(
+            d_s.matmul(&seen.keys)?
+                .reshape((heads, rows.len(), head_dim))?,
+        );
+        let queries = trace.rows(&trace.queries, &rows)?;
+        d_k = add_rows(&d_k, &d_s.t()?.matmul(&queries)?)?;
+    }
     Ok(AttentionGradients {
-        q: merge_heads(&rope.rotate_back(&d_q)?)?,
+        q: merge_heads(&rope.rotate_back(&Tensor::cat(&d_q, 1)?)?)?,
         k: merge_heads(&rope.rotate_back(&d_k)?)?,
         v: merge_heads(&d_v)?,
         o: d_o.clone(),
     })
+}
+
+/// `sum [heads, n, m]` with `rows [heads, fewer, m]` added to its first rows.
+fn add_rows(sum: &Tensor, rows: &Tensor) -> Result<Tensor> {
+    let n_more = sum.dim(1)? - rows.dim(1)?;
+    Ok((sum + rows.pad_with_zeros(1, 0, n_more)?)?)
 }
 
 /// Carries `d_out = ∂L/∂(output of the layer)` `[n, hidden]` back through the MLP to y.

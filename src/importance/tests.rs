@@ -4,8 +4,9 @@
 use super::backward::{self, AttentionGradients, MlpGradients};
 use super::*;
 use crate::checkpoint::Checkpoint;
+use crate::model::attention::{Attention, CausalMask};
 use crate::model::config::DecoderConfig;
-use crate::model::decoder::{AttentionTrace, DecoderLayer, LayerSource, Projection};
+use crate::model::decoder::{DecoderLayer, LayerSource, Projection};
 use crate::model::linear::matrix_from_tensor;
 use crate::model::rope::Rope;
 use candle_core::{Device, Tensor};
@@ -83,7 +84,7 @@ impl Case {
         }
     }
 
-    fn pass(&self, x: &Tensor) -> (AttentionTrace, Tensor) {
+    fn pass(&self, x: &Tensor) -> (Attention, Tensor) {
         let n1 = self.layer.qkv_input(x).unwrap();
         let trace = self.layer.attention(&n1, &self.rope).unwrap();
         let y = self.layer.after_attention(x, &trace.output).unwrap();
@@ -297,6 +298,38 @@ fn gradients_are_those_of_automatic_differentiation() {
                 .collect();
             let error = worst(&ours, &golden);
             assert!(error <= GRADIENT_TOLERANCE, "{tensor}: {error:.2e}");
+        }
+    }
+}
+
+#[test]
+fn attention_in_blocks_of_queries_is_attention() {
+    let case = Case::open();
+    let (whole, y) = case.pass(&case.quantized);
+    let (_, target) = case.pass(&case.full);
+    let d_o = ((y - target).unwrap() * 2.0).unwrap();
+    let n = d_o.dim(0).unwrap();
+    let gradients = |a: &Attention| {
+        named(
+            &backward::attention(&case.layer, a, &case.rope, &d_o).unwrap(),
+            None,
+        )
+    };
+    for block_len in [1, 3, n - 1] {
+        let cut = Attention::new(
+            whole.queries.clone(),
+            whole.keys.clone(),
+            whole.values.clone(),
+            &CausalMask::new(&[n]),
+            block_len,
+        );
+        let cut = cut.unwrap();
+        assert_eq!(cut.blocks().count(), n.div_ceil(block_len));
+        let error = worst(&rows(&cut.output), &rows(&whole.output));
+        assert!(error <= 1e-6, "output, {block_len}: {error:.2e}");
+        for ((p, cut), (_, whole)) in gradients(&cut).iter().zip(gradients(&whole)) {
+            let error = worst(cut, &whole);
+            assert!(error <= 1e-5, "{p:?}, {block_len}: {error:.2e}");
         }
     }
 }

@@ -1,7 +1,8 @@
 //! From gradients to token weights.
 
 use crate::importance::backward::{self, AttentionGradients, MlpGradients};
-use crate::model::decoder::{AttentionTrace, DecoderLayer, Projection};
+use crate::model::attention::Attention;
+use crate::model::decoder::{DecoderLayer, Projection};
 use crate::model::rope::Rope;
 use crate::{Error, Result};
 use candle_core::Tensor;
@@ -52,6 +53,15 @@ pub enum Uniform {
     NotFinite,
 }
 
+impl std::fmt::Display for Uniform {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::VanishingResidual => "nothing is quantized before them",
+            Self::NotFinite => "a gradient overflowed",
+        })
+    }
+}
+
 /// The factors g of one layer, collected sample by sample.
 #[derive(Clone, Debug)]
 pub struct LayerImportance {
@@ -84,7 +94,7 @@ impl ImportanceSettings {
     pub fn sample_factors(
         &self,
         layer: &DecoderLayer,
-        trace: &AttentionTrace,
+        trace: &Attention,
         rope: &Rope,
         y: &Tensor,
         y_full: &Tensor,

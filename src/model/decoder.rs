@@ -9,12 +9,13 @@
 //! All activations are `[n_tokens, width]`, one sample at a time; no padding exists.
 
 use crate::checkpoint::Checkpoint;
+use crate::model::attention::{Attention, CausalMask, block_len};
 use crate::model::config::DecoderConfig;
 use crate::model::linear::{Linear, load_tensor, tensor_from_matrix};
 use crate::model::rope::Rope;
 use crate::{Error, Matrix, Result};
 use candle_core::{D, Device, Tensor};
-use candle_nn::ops::{rms_norm, silu, softmax_last_dim};
+use candle_nn::ops::{rms_norm, silu};
 
 /// The linears of a layer, in the order in which they are solved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -111,7 +112,6 @@ impl LayerSource<'_> {
             input_norm: norm("input_layernorm")?,
             post_attention_norm: norm("post_attention_layernorm")?,
             n_heads: self.config.n_heads,
-            n_kv_heads: self.config.n_kv_heads,
             head_dim: self.config.head_dim,
             rms_norm_eps: self.config.rms_norm_eps as f32,
         })
@@ -177,7 +177,6 @@ pub struct DecoderLayer {
     input_norm: Tensor,
     post_attention_norm: Tensor,
     n_heads: usize,
-    n_kv_heads: usize,
     head_dim: usize,
     rms_norm_eps: f32,
 }
@@ -189,11 +188,6 @@ pub struct KvCache {
 }
 
 impl KvCache {
-    /// Number of cached tokens.
-    pub fn n_tokens(&self) -> usize {
-        self.keys_values.as_ref().map_or(0, |(k, _)| k.dims()[1])
-    }
-
     fn extend(&mut self, k: Tensor, v: Tensor) -> Result<(Tensor, Tensor)> {
         let (k, v) = match &self.keys_values {
             Some((past_k, past_v)) => (
@@ -205,21 +199,6 @@ impl KvCache {
         self.keys_values = Some((k.clone(), v.clone()));
         Ok((k, v))
     }
-}
-
-/// What attention computed on the way to its output; the backward pass starts from it.
-#[derive(Clone, Debug)]
-pub struct AttentionTrace {
-    /// Rotated queries `[heads, n, head_dim]`.
-    pub queries: Tensor,
-    /// Rotated keys `[kv_heads, n, head_dim]`.
-    pub keys: Tensor,
-    /// Values `[kv_heads, n, head_dim]`.
-    pub values: Tensor,
-    /// Attention probabilities `[kv_heads, groups · n, n]`.
-    pub probabilities: Tensor,
-    /// Heads put together, the input of `o_proj`, `[n, heads · head_dim]`.
-    pub output: Tensor,
 }
 
 impl DecoderLayer {
@@ -259,17 +238,16 @@ impl DecoderLayer {
         )?)
     }
 
-    /// Causal attention over one whole sample from n₁, with everything a backward pass needs.
+    /// Causal attention over one whole sample from n₁.
     ///
     /// # Errors
     /// A tensor error if shapes disagree.
-    pub fn attention(&self, n1: &Tensor, rope: &Rope) -> Result<AttentionTrace> {
-        let mask = causal_mask(&[n1.dim(0)?], 0, n1.device())?;
+    pub fn attention(&self, n1: &Tensor, rope: &Rope) -> Result<Attention> {
+        let mask = CausalMask::new(&[n1.dim(0)?]);
         self.attention_cached(n1, rope, &mask, &mut KvCache::default())
     }
 
-    /// Attention of new tokens over `cache` and themselves; `rope` and the [`causal_mask`] belong to
-    /// the new ones.
+    /// Attention of new tokens over `cache` and themselves; `rope` and `mask` belong to the new ones.
     ///
     /// # Errors
     /// A tensor error if shapes disagree.
@@ -277,37 +255,15 @@ impl DecoderLayer {
         &self,
         n1: &Tensor,
         rope: &Rope,
-        mask: &Tensor,
+        mask: &CausalMask,
         cache: &mut KvCache,
-    ) -> Result<AttentionTrace> {
-        let n = n1.dim(0)?;
-        let n_past = cache.n_tokens();
+    ) -> Result<Attention> {
         let queries = rope.rotate(&self.split_heads(&self.linear(Projection::Q)?.forward(n1)?)?)?;
         let keys = rope.rotate(&self.split_heads(&self.linear(Projection::K)?.forward(n1)?)?)?;
         let values = self.split_heads(&self.linear(Projection::V)?.forward(n1)?)?;
         let (keys, values) = cache.extend(keys, values)?;
-
-        // Grouped queries lie side by side, so one product per key head serves the whole group.
-        let grouped = self.group_rows(&queries)?;
-        let scores = (grouped.matmul(&keys.t()?)? * self.score_scale())?;
-        let scores = scores.reshape((self.n_heads, n, n_past + n))?;
-        let scores = if n > 1 {
-            scores.broadcast_add(mask)?
-        } else {
-            scores
-        };
-        let probabilities = self.group_rows(&softmax_last_dim(&scores)?)?;
-        let heads = probabilities
-            .matmul(&values)?
-            .reshape((self.n_heads, n, self.head_dim))?;
-        let output = merge_heads(&heads)?;
-        Ok(AttentionTrace {
-            queries,
-            keys,
-            values,
-            probabilities,
-            output,
-        })
+        let block_len = block_len(self.n_heads, keys.dim(1)?);
+        Attention::new(queries, keys, values, mask, block_len)
     }
 
     /// y, the residual stream after attention, from x and the input `a` of `o_proj`.
@@ -363,8 +319,8 @@ impl DecoderLayer {
         Ok((y + self.linear(Projection::Down)?.forward(h)?)?)
     }
 
-    /// The whole layer on new tokens `x [n, hidden]`, extending `cache`; `rope` and the
-    /// [`causal_mask`] belong to the new ones.
+    /// The whole layer on new tokens `x [n, hidden]`, extending `cache`; `rope` and `mask` belong to
+    /// the new ones.
     ///
     /// # Errors
     /// A tensor error if shapes disagree.
@@ -372,7 +328,7 @@ impl DecoderLayer {
         &self,
         x: &Tensor,
         rope: &Rope,
-        mask: &Tensor,
+        mask: &CausalMask,
         cache: &mut KvCache,
     ) -> Result<Tensor> {
         let a = self
@@ -390,52 +346,4 @@ impl DecoderLayer {
             .transpose(0, 1)?
             .contiguous()?)
     }
-
-    /// `[heads, n, m]` → `[kv_heads, groups · n, m]`, a view: the heads of a group are neighbours.
-    pub fn group_rows(&self, x: &Tensor) -> Result<Tensor> {
-        let last = x.dim(D::Minus1)?;
-        Ok(x.contiguous()?.reshape((self.n_kv_heads, (), last))?)
-    }
-
-    /// Number of query heads.
-    pub fn n_heads(&self) -> usize {
-        self.n_heads
-    }
-
-    /// 1/√head_dim, the factor on attention scores.
-    pub fn score_scale(&self) -> f64 {
-        1.0 / (self.head_dim as f64).sqrt()
-    }
-}
-
-/// `[heads, n, head_dim]` → `[n, heads · head_dim]`.
-///
-/// # Errors
-/// A tensor error if `x` has not three axes.
-pub fn merge_heads(x: &Tensor) -> Result<Tensor> {
-    let (heads, n, head_dim) = x.dims3()?;
-    Ok(x.transpose(0, 1)?
-        .contiguous()?
-        .reshape((n, heads * head_dim))?)
-}
-
-/// What new tokens may see: all `n_past` earlier ones, and of the new ones, which are sequences of
-/// `lengths` side by side, those of their own sequence up to themselves. 0 there, −∞ elsewhere;
-/// `[n, n_past + n]` with n = Σ `lengths`.
-///
-/// # Errors
-/// A tensor error of the device.
-pub fn causal_mask(lengths: &[usize], n_past: usize, device: &Device) -> Result<Tensor> {
-    let n: usize = lengths.iter().sum();
-    let width = n_past + n;
-    let mut mask = vec![f32::NEG_INFINITY; n * width];
-    let mut start = 0;
-    for length in lengths {
-        for i in start..start + length {
-            mask[i * width..][..n_past].fill(0.0);
-            mask[i * width + n_past..][start..=i].fill(0.0);
-        }
-        start += length;
-    }
-    Ok(Tensor::from_vec(mask, (n, width), device)?)
 }

@@ -1,6 +1,7 @@
 //! A model with all its layers in memory, to answer questions and to score answers.
 
-use crate::model::decoder::{DecoderLayer, KvCache, causal_mask};
+use crate::model::attention::CausalMask;
+use crate::model::decoder::{DecoderLayer, KvCache};
 use crate::model::head::Head;
 use crate::model::positions::Positions;
 use crate::model::qwen2_vl::Qwen2Vl;
@@ -89,8 +90,7 @@ impl LoadedModel {
         lengths: &[usize],
         caches: &mut [KvCache],
     ) -> Result<Tensor> {
-        let n_past = caches.first().map_or(0, KvCache::n_tokens);
-        let mask = causal_mask(lengths, n_past, x.device())?;
+        let mask = CausalMask::new(lengths);
         let mut x = x.clone();
         for (layer, cache) in self.layers.iter().zip(caches) {
             x = layer.forward(&x, rope, &mask, cache)?;

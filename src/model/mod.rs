@@ -4,6 +4,7 @@
 //! decoder, its rotary positions and the head are shared. Calibration loads layer after layer;
 //! [`LoadedModel`] holds all of them, to answer questions.
 
+pub mod attention;
 pub mod config;
 pub mod decoder;
 pub mod head;

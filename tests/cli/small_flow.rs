@@ -6,6 +6,7 @@ use safetensors::tensor::Dtype;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::process::Stdio;
 
 /// Suffixes of what stands in the place of a quantized weight.
 const PACKED: [&str; 3] = ["weight_packed", "weight_scale", "weight_shape"];
@@ -405,4 +406,20 @@ fn a_sweep_is_resumed() {
         "{}",
         text(&damaged.stderr)
     );
+}
+
+/// As in `vlmq … | head`: the work is done whether or not somebody reads on.
+#[test]
+fn nobody_has_to_listen_to_the_end() {
+    let home = Home::new(Spelling::USUAL);
+    let mut command = vlmq();
+    command.args(["-v", "quantize"]).arg(home.model());
+    command.arg("--calibration").arg(home.data());
+    command.arg("--output").arg(home.output());
+    command.args(["--samples", "2", "--group-size", "32"]);
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    drop((child.stdout.take(), child.stderr.take()));
+    assert!(child.wait().unwrap().success());
+    assert!(home.output().join("config.json").exists());
 }

@@ -4,14 +4,15 @@
 //! Source: arXiv:2409.12191 §2.1; transformers `Qwen2VisionTransformerPretrainedModel`.
 
 use crate::checkpoint::Checkpoint;
+use crate::model::attention::{block_len, blocks, merge_heads};
 use crate::model::config::ConfigNode;
-use crate::model::decoder::merge_heads;
 use crate::model::linear::{Linear, load_tensor, tensor_from_matrix};
 use crate::model::rope::Rope;
 use crate::processor::VisionInput;
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
 use candle_nn::ops::{layer_norm, sigmoid, softmax_last_dim};
+use std::ops::Range;
 
 /// Epsilon of every layer norm of the tower; no configuration key changes it.
 const LAYER_NORM_EPS: f32 = 1e-6;
@@ -318,9 +319,16 @@ impl TowerLayer {
         let q = frames(rope.rotate(&part(0)?)?)?;
         let k = frames(rope.rotate(&part(1)?)?)?;
         let v = frames(part(2)?)?;
-        let scores = (q.matmul(&k.t()?)? / (head_dim as f64).sqrt())?;
-        let heads = softmax_last_dim(&scores)?.matmul(&v)?;
-        merge_heads(&heads.reshape((config.n_heads, n, head_dim))?)
+        let n_keys = n / n_frames;
+        let attend = |rows: Range<usize>| -> Result<Tensor> {
+            let q = q.narrow(1, rows.start, rows.len())?;
+            let scores = (q.matmul(&k.t()?)? / (head_dim as f64).sqrt())?;
+            Ok(softmax_last_dim(&scores)?.matmul(&v)?)
+        };
+        let heads = blocks(n_keys, block_len(config.n_heads * n_frames, n_keys))
+            .map(attend)
+            .collect::<Result<Vec<_>>>()?;
+        merge_heads(&Tensor::cat(&heads, 1)?.reshape((config.n_heads, n, head_dim))?)
     }
 }
 

@@ -1,0 +1,176 @@
+//! What a finished `vlmq quantize` says: the losses, where the seconds went, what went otherwise
+//! than planned.
+
+use std::collections::BTreeMap;
+use vlmq::report::{Deviation, ModuleReport, RunReport};
+
+const STAGES: [&str; 7] = [
+    "load",
+    "forward",
+    "importance",
+    "statistics",
+    "factor",
+    "solve",
+    "write",
+];
+
+const BEFORE_THE_LAYERS: [&str; 3] = ["check", "processor", "vision"];
+
+/// All of it, a line for each.
+pub fn summary(report: &RunReport) -> String {
+    let total = report.seconds.get("total").copied().unwrap_or_default();
+    let peak = report.peak_memory_bytes;
+    let peak = peak.map_or("?".into(), |b| format!("{:.0}", b as f64 / 1e6));
+    [
+        losses(&report.modules),
+        profile(report),
+        notes(report).concat(),
+        format!("{total:.1} s, peak memory {peak} MB\n"),
+    ]
+    .concat()
+}
+
+fn losses(modules: &[ModuleReport]) -> String {
+    let mut layers: BTreeMap<usize, Vec<(f64, &str)>> = BTreeMap::new();
+    for module in modules {
+        if let Some(loss) = module.relative_loss {
+            let layer = layers.entry(module.layer_idx).or_default();
+            layer.push((loss, &module.name));
+        }
+    }
+    let mut text = format!(
+        "{:<8} {:>14} {:>14}\n",
+        "layer", "relative loss", "worst module"
+    );
+    for (layer_idx, losses) in layers {
+        let mean = losses.iter().map(|(loss, _)| loss).sum::<f64>() / losses.len() as f64;
+        if let Some((loss, name)) = losses.iter().max_by(|a, b| a.0.total_cmp(&b.0)) {
+            text += &format!("{layer_idx:<8} {mean:>14.3e} {loss:>14.3e}  {name}\n");
+        }
+    }
+    text
+}
+
+/// Where the seconds went, by layer and stage.
+fn profile(report: &RunReport) -> String {
+    let line = |name: &str, seconds: &BTreeMap<String, f64>| {
+        let cells = STAGES.map(|stage| seconds.get(stage).copied().unwrap_or(0.0));
+        let cells = cells.map(|seconds| format!("{seconds:>11.2}"));
+        format!("{name:<8}{}\n", cells.concat())
+    };
+    let mut text = format!("{:<8}", "seconds");
+    text += &STAGES.map(|s| format!("{s:>11}")).concat();
+    text.push('\n');
+    for (layer_idx, seconds) in report.layers.iter().enumerate() {
+        text += &line(&layer_idx.to_string(), seconds);
+    }
+    text += &line("all", &report.seconds);
+    let before = BEFORE_THE_LAYERS.map(|part| {
+        let seconds = report.seconds.get(part).copied().unwrap_or(0.0);
+        format!("{part} {seconds:.2}")
+    });
+    text += &format!("before the first layer: {}\n", before.join(", "));
+    text
+}
+
+/// Everything that went otherwise than planned, in words; `vlmq_report.json` has each module.
+fn notes(report: &RunReport) -> Vec<String> {
+    let mut notes = Vec::new();
+    let mut alike: BTreeMap<(usize, String), Vec<&str>> = BTreeMap::new();
+    let mut few: Vec<(&str, f64, usize)> = Vec::new();
+    let mut skipped = 0;
+    for deviation in &report.deviations {
+        match deviation {
+            Deviation::UniformWeights {
+                layer_idx,
+                projection,
+                reason,
+            } => {
+                let key = (*layer_idx, reason.to_string());
+                alike.entry(key).or_default().push(projection);
+            }
+            Deviation::FewTokens {
+                module,
+                effective_sample_size,
+                in_features,
+            } => few.push((module, *effective_sample_size, *in_features)),
+            Deviation::Skipped { .. } => skipped += 1,
+            Deviation::DampingRaised {
+                module,
+                tried,
+                used,
+            } => notes.push(format!(
+                "note: {module}: damping raised to {used}; {tried:?} left the Hessian singular\n"
+            )),
+            Deviation::IdleRule { pattern } => {
+                notes.push(format!("note: the rule {pattern:?} matched no module\n"));
+            }
+        }
+    }
+    for ((layer_idx, reason), projections) in alike {
+        let names = projections.join(", ");
+        notes.push(format!(
+            "note: layer {layer_idx}: tokens weigh alike in {names}: {reason}\n"
+        ));
+    }
+    let shortest = few.iter().min_by(|a, b| {
+        let tokens_per_input = |(_, n, inputs): &(&str, f64, usize)| n / *inputs as f64;
+        tokens_per_input(a).total_cmp(&tokens_per_input(b))
+    });
+    if let Some((module, n, inputs)) = shortest {
+        notes.push(format!(
+            "note: {} of {} modules have fewer tokens than inputs and rest on damping, {module} most \
+             ({n:.0} for {inputs}): more samples would help\n",
+            few.len(),
+            report.modules.len()
+        ));
+    }
+    if skipped > 0 {
+        notes.push(format!(
+            "note: {skipped} modules left as they were, as rules asked\n"
+        ));
+    }
+    let is_asymmetric = |m: &ModuleReport| m.scheme.is_some_and(|s| !s.symmetric());
+    if report.modules.iter().any(is_asymmetric) {
+        notes.push(
+            "note: transformers with compressed-tensors up to 0.20 cannot load asymmetric folders; \
+             --symmetric makes one that it can\n"
+                .to_owned(),
+        );
+    }
+    notes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn notes_are_told_by_kind_and_not_by_module() {
+        let alike = |projection| {
+            json!({"kind": "uniform_weights", "layer_idx": 0, "projection": projection,
+                   "reason": "vanishing_residual"})
+        };
+        let few = |module, n: f64| {
+            json!({"kind": "few_tokens", "module": module, "effective_sample_size": n,
+                   "in_features": 100})
+        };
+        let report = json!({
+            "schema": 1, "vlmq": "", "method": "", "settings": {}, "calibration": null,
+            "modules": [], "seconds": {}, "peak_memory_bytes": null,
+            "deviations": [alike("q"), few("a", 20.0), alike("k"), few("b", 10.0),
+                {"kind": "idle_rule", "pattern": "x"}],
+        });
+        let report: RunReport = serde_json::from_value(report).unwrap();
+        assert_eq!(
+            notes(&report),
+            [
+                "note: the rule \"x\" matched no module\n",
+                "note: layer 0: tokens weigh alike in q, k: nothing is quantized before them\n",
+                "note: 2 of 0 modules have fewer tokens than inputs and rest on damping, b most \
+                 (10 for 100): more samples would help\n",
+            ]
+        );
+    }
+}
