@@ -53,6 +53,8 @@ impl CalibrationSet {
 /// One sample ready for the first layer.
 #[derive(Debug)]
 pub struct CalibrationSample {
+    /// File and line or row, for messages.
+    pub origin: String,
     /// One class per token.
     pub classes: Vec<TokenClass>,
     /// Rotary tables of its tokens.
@@ -106,6 +108,7 @@ pub fn prepare(
         let mut embeddings = store.place(n_tokens, hidden)?;
         embeddings.set(&store, 0, &rows)?;
         let sample = CalibrationSample {
+            origin: sample.origin.clone(),
             rope: model.rope(&model.positions(&input)?)?,
             embeddings,
             classes: input.classes,

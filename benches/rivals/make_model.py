@@ -1,6 +1,6 @@
 """Writes a random-weight Qwen2-VL checkpoint in bf16 with the widths of a real one and few layers.
 
-Usage: make_model.py OUT [--size 2B|7B|32B|72B] [--layers 2] [--seed 0] [--tokenizer testbed/model]
+Usage: make_model.py OUT [--size small|2B|7B|32B|72B] [--layers 2] [--seed 0] [--tokenizer testbed/model]
 
 Weights are normal with standard deviation 0.02 and norms are 1, so activations stay near 1. The tower
 is small, since none of the tools quantizes it; tokenizer, template and processor are the testbed's.
@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 TESTBED = Path(__file__).resolve().parents[2] / "testbed/model"
 # hidden, intermediate, heads, key-value heads of Qwen2-VL 2B, 7B and 72B and of Qwen2.5-VL 32B
-SIZES = {"2B": (1536, 8960, 12, 2), "7B": (3584, 18944, 28, 4),
+SIZES = {"small": (512, 2048, 4, 2), "2B": (1536, 8960, 12, 2), "7B": (3584, 18944, 28, 4),
          "32B": (5120, 27648, 40, 8), "72B": (8192, 29568, 64, 8)}
 HEAD_DIM = 128
 DEPTH, EMBED = 2, 128

@@ -16,7 +16,7 @@ use crate::model::qwen2_vl::Module;
 use crate::model::rope::Rope;
 use crate::processor::TokenClass;
 use crate::statistics::Statistics;
-use crate::{Matrix, Result};
+use crate::{Error, Matrix, Result};
 use candle_core::Tensor;
 use rayon::prelude::*;
 use std::collections::BTreeMap;
@@ -35,6 +35,8 @@ pub(super) struct Streams {
 struct Sample {
     /// Place among all samples.
     index: usize,
+    /// File and line or row, for messages.
+    origin: String,
     classes: Vec<TokenClass>,
     rope: Rope,
     /// U: the residual stream that the next addition goes to, `[n_tokens, hidden]`.
@@ -131,10 +133,11 @@ impl Streams {
                 let embeddings = sample.embeddings.rows(&self.store, rows.clone())?;
                 stream.residual.set(&self.store, rows.start, &embeddings)?;
             }
-            Ok::<_, crate::Error>(stream)
+            Ok::<_, Error>(stream)
         });
         Ok(Sample {
             index,
+            origin: sample.origin,
             input: self.store.place(n, widest)?,
             full: full.transpose()?,
             classes: sample.classes,
@@ -218,7 +221,9 @@ impl Streams {
                     let weights = group.weights.as_ref();
                     let weights = weights.map(|w| weights_of(batch, &piece, w));
                     let f = f.as_ref().filter(|_| group.with_cross);
-                    statistics.add(&group.module, &u, f, weights.as_deref())?;
+                    statistics
+                        .add(&group.module, &u, f, weights.as_deref())
+                        .map_err(|error| name_sample(error, batch, &piece, &u, f))?;
                 }
             }
         }
@@ -358,6 +363,41 @@ fn full_inputs(
         Stage::O | Stage::Down => gather_full(batch, piece, store, |f| &f.input)?,
     };
     matrix_from_tensor(&tensor).map(Some)
+}
+
+/// Says in which sample and token the inputs begin not to be finite.
+fn name_sample(
+    error: Error,
+    batch: &[Sample],
+    piece: &Piece,
+    u: &Matrix,
+    f: Option<&Matrix>,
+) -> Error {
+    let is_bad = |m: &Matrix, row: usize| m.row(row).iter().any(|v| !v.is_finite());
+    let is_bad = |row: &usize| is_bad(u, *row) || f.is_some_and(|f| is_bad(f, *row));
+    let tokens = batch
+        .iter()
+        .flat_map(|s| piece.rows(s).map(move |t| (s, t)));
+    match (error, (0..u.rows()).find(is_bad)) {
+        (
+            Error::NotFinite {
+                module,
+                stage,
+                count,
+            },
+            Some(row),
+        ) => Error::NotFinite {
+            module,
+            stage: match tokens.into_iter().nth(row) {
+                Some((sample, token)) => {
+                    format!("{stage}, first in token {token} of {}", sample.origin)
+                }
+                None => stage,
+            },
+            count,
+        },
+        (error, _) => error,
+    }
 }
 
 /// Tokens that are worked on together: all of a batch, or some rows of its only sample.

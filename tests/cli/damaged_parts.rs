@@ -184,6 +184,28 @@ fn shard(i: usize) -> String {
     format!("model-0000{i}-of-00002.safetensors")
 }
 
+/// Weights are finite, what the model makes of a picture is not: the module and the sample are named.
+#[test]
+fn activations_that_overflow_are_traced_to_their_sample() {
+    let spelling = Spelling {
+        dtype: Dtype::F32,
+        ..Spelling::USUAL
+    };
+    let name = "visual.merger.mlp.2.weight";
+    let overflow = |tensors: &mut Tensors| {
+        let tensor = tensors.get_mut(name).unwrap();
+        let huge = f32::MAX.to_le_bytes();
+        tensor.bytes = huge.repeat(tensor.bytes.len() / huge.len());
+    };
+    let expected = [
+        "model.layers.0.self_attn.q_proj",
+        "NaN or infinite",
+        "first in token",
+        "samples.jsonl",
+    ];
+    with_tensors(spelling, overflow, &expected);
+}
+
 /// Runs with little address space, so that a size that is believed before it is checked shows.
 fn with_little_memory(args: &[&str]) -> Output {
     const KIB: u32 = 3 << 20;

@@ -98,7 +98,8 @@ impl VisionConfig {
         })
     }
 
-    /// Looks at the shapes of the first linear of the tower under `prefix` and of each layer.
+    /// Looks at the shapes of the first linear of the tower under `prefix`, and of those of each layer
+    /// that tell its widths.
     ///
     /// # Errors
     /// [`Error::Missing`] or [`Error::Shape`].
@@ -107,6 +108,8 @@ impl VisionConfig {
         for i in 0..self.depth {
             let qkv = format!("{prefix}.blocks.{i}.attn.qkv.weight");
             checkpoint.require_shape(&qkv, &[3 * self.embed_dim, self.embed_dim])?;
+            let fc1 = format!("{prefix}.blocks.{i}.mlp.fc1.weight");
+            checkpoint.require_shape(&fc1, &[self.mlp_dim, self.embed_dim])?;
         }
         Ok(())
     }
