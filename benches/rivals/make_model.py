@@ -1,6 +1,8 @@
 """Writes a random-weight Qwen2-VL checkpoint in bf16 with the widths of a real one and few layers.
 
-Usage: make_model.py OUT [--size small|2B|7B|32B|72B] [--layers 2] [--seed 0] [--tokenizer testbed/model]
+Usage: make_model.py OUT [--size small|2B|7B|32B|72B] [--layers 2] [--seed 0] [--hollow]
+
+With --hollow the weights are zeros that take no place on disk: enough for `vlmq quantize --dry-run`.
 
 Weights are normal with standard deviation 0.02 and norms are 1, so activations stay near 1. The tower
 is small, since none of the tools quantizes it; tokenizer, template and processor are the testbed's.
@@ -8,6 +10,8 @@ is small, since none of the tools quantizes it; tokenizer, template and processo
 
 import argparse
 import json
+import math
+import os
 import shutil
 from pathlib import Path
 
@@ -61,6 +65,17 @@ def other_shapes(size, vocab, patch):
     return out
 
 
+def write_hollow(path, shapes):
+    """A safetensors file of bf16 zeros, all of them a hole."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * math.prod(shape)
+        header[name] = dict(dtype="BF16", shape=shape, data_offsets=[start, end])
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(path, 8 + len(text) + end)
+
+
 def tensor(name, shape, generator):
     if "norm" in name or "ln_q" in name:
         return torch.full(shape, float(name.endswith("weight")))
@@ -73,6 +88,7 @@ def main():
     p.add_argument("--size", choices=SIZES, default="2B")
     p.add_argument("--layers", type=int, default=2)
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--hollow", action="store_true")
     p.add_argument("--tokenizer", type=Path, default=TESTBED)
     args = p.parse_args()
     config = json.loads((args.tokenizer / "config.json").read_text())
@@ -95,10 +111,13 @@ def main():
     weight_map, n_weights = {}, 0
     for i, part in enumerate(parts):
         name = f"model-{i + 1:05}-of-{len(parts):05}.safetensors"
-        tensors = {n: tensor(n, s, g).bfloat16() for n, s in part.items()}
-        save_file(tensors, args.out / name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, name)
-        n_weights += sum(t.numel() for t in tensors.values())
+        if args.hollow:
+            write_hollow(args.out / name, part)
+        else:
+            tensors = {n: tensor(n, s, g).bfloat16() for n, s in part.items()}
+            save_file(tensors, args.out / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, name)
+        n_weights += sum(math.prod(s) for s in part.values())
     index = dict(metadata=dict(total_size=2 * n_weights), weight_map=weight_map)
     (args.out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     print(f"{args.out}: {n_weights / 1e6:.0f} million weights")

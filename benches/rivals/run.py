@@ -5,8 +5,8 @@ Usage: run.py MODEL --vlmq PROGRAM --environments DIR --work DIR [--samples 128]
 DIR of environments is what environments.sh made; the work folder must not exist. The tools take turns
 (A B C A B C ...), each run in a fresh process, measured from outside: wall clock, processor time and
 peak resident memory as the kernel counts them. Afterwards one judge (layer_loss.py) decodes every
-result and measures it on held-out samples. Results: WORK/runs.jsonl, and the table on stdout and in
-WORK/table.md. Needs nothing but Python itself.
+result and measures it on held-out samples. Results: WORK/runs.jsonl with all that was said, record.json with
+the numbers of each run, and the table on stdout and in table.md. Needs nothing but Python itself.
 """
 
 import argparse
@@ -119,6 +119,13 @@ def table(runs, tools, args):
     return "\n".join(lines)
 
 
+def record(runs, about):
+    """The numbers of each run, without the places of things on this machine."""
+    keys = ["tool", "bits", "round", "exit", "wall_seconds", "own_seconds", "cpu_seconds", "peak_bytes",
+            "tokens", "loss"]
+    return dict(about=about, runs=[{k: r[k] for k in keys if k in r} for r in runs])
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("model", type=Path)
@@ -185,6 +192,7 @@ def main():
         text = ", ".join(f"{k} {n}" for k, n in v.items())
         if text not in about:
             about += f" {text}."
+    (args.work / "record.json").write_text(json.dumps(record(runs, about), indent=1) + "\n")
     (args.work / "table.md").write_text(f"{about}\n\n{made}\n")
     print(f"{about}\n\n{made}")
     sys.exit(any(r["exit"] for r in runs))

@@ -18,13 +18,14 @@ use crate::pack::{pack, words_for};
 use crate::plan::{ScaleDtype, Scheme};
 use crate::{Error, Matrix, QuantizedWeight, Result};
 use serde_json::{Value, json};
-use std::collections::hash_map::DefaultHasher;
 use std::collections::{BTreeMap, BTreeSet};
-use std::hash::Hasher;
 use std::path::Path;
 
 /// Oldest compressed-tensors version whose packing is ours, written to `config.json`.
 const FORMAT_VERSION: &str = "0.18.0";
+
+/// Rows of a weight that are digested together.
+const DIGEST_ROWS: usize = 64;
 
 /// What was written.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,7 +49,7 @@ pub struct Exporter<'a> {
     writer: ShardedWriter,
     schemes: BTreeMap<String, Scheme>,
     /// Digest of the dequantized weight of each module written so far.
-    digests: BTreeMap<String, u64>,
+    digests: BTreeMap<String, blake3::Hash>,
     config_text: String,
     ignore: Vec<String>,
 }
@@ -140,8 +141,7 @@ impl<'a> Exporter<'a> {
             let zeros = packed_columns(weight.zero_points(), weight.n_groups(), bits);
             put("weight_zero_point", &zeros)?;
         }
-        self.digests
-            .insert(name.to_owned(), digest(&weight.dequantize()));
+        self.digests.insert(name.to_owned(), digest(weight));
         Ok(())
     }
 
@@ -177,7 +177,7 @@ impl<'a> Exporter<'a> {
         let written = Checkpoint::open(self.pending.path())?;
         verify_against(&written, self.source)?;
         for (name, expected) in &self.digests {
-            if digest(&written.packed_module(name)?.dequantize()) != *expected {
+            if digest(&written.packed_module(name)?) != *expected {
                 let why = "read back, its weight differs from what was written";
                 return Err(Error::format(self.pending.path(), name, why));
             }
@@ -475,13 +475,16 @@ fn packed_columns(zero_points: &[u8], n_groups: usize, bits: u8) -> Vec<u8> {
         .collect()
 }
 
-/// Digest of a matrix's bits, good for comparing within one run.
-fn digest(matrix: &Matrix) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    for value in matrix.data() {
-        hasher.write_u32(value.to_bits());
+/// Digest of the weight that the codes stand for, some rows at a time: the whole of it in f32 would
+/// be the largest thing in memory beside the statistics.
+fn digest(weight: &QuantizedWeight) -> blake3::Hash {
+    let mut hasher = blake3::Hasher::new();
+    for start in (0..weight.rows()).step_by(DIGEST_ROWS) {
+        let rows = weight.dequantize_rows(start..weight.rows().min(start + DIGEST_ROWS));
+        let bytes: Vec<u8> = rows.data().iter().flat_map(|v| v.to_le_bytes()).collect();
+        hasher.update(&bytes);
     }
-    hasher.finish()
+    hasher.finalize()
 }
 
 fn copy_side_files(source: &Checkpoint, pending: &PendingFolder) -> Result<Vec<String>> {

@@ -318,6 +318,28 @@ fn singular_hessians_are_damped_and_the_steps_recorded() {
     assert!(pivot < 32);
 }
 
+/// Pictures of one colour: four tokens over and over, so H has rank four of 32 columns.
+#[test]
+fn tokens_seen_again_and_again_still_beat_rounding() {
+    let mut rng = ChaCha8Rng::seed_from_u64(9);
+    let w = random(8, 32, &mut rng);
+    let (u, f) = streams(4, 32, &mut rng);
+    let mut statistics = Statistics::new(32, true);
+    for _ in 0..16 {
+        statistics.add("layer", &u, Some(&f), None).unwrap();
+    }
+    let scheme = scheme(3, Some(16), false);
+    let rounded = rtn("layer", &w, scheme, Clip::None).unwrap();
+    let rounded = layer_loss(&w, &rounded.dequantize(), statistics.hessian_lower());
+    for alpha in [0.0, 0.25] {
+        let solved = gptq("layer", &w, &statistics, scheme, &with(true, alpha)).unwrap();
+        assert_eq!(solved.dampening_frac, 0.01);
+        assert!(solved.weight.scales().data().iter().all(|s| s.is_finite()));
+        let loss = solved.loss;
+        assert!(loss < 0.1 * rounded, "alpha {alpha}: {loss} and {rounded}");
+    }
+}
+
 #[test]
 fn dead_columns_are_rounded_to_nearest_and_never_zeroed() {
     for act_order in [true, false] {
