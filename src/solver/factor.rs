@@ -27,6 +27,11 @@ pub struct Factor {
     square: Matrix,
     /// P for α = 1, `[in, in]`, meaningful above the diagonal; absent without cross moments.
     pull: Option<Matrix>,
+    /// What a squared error of one adds to the damped loss at each position, in units of H:
+    /// mean / U_qq², zero for dead columns.
+    pub(crate) step_losses: Vec<f64>,
+    /// What the damping added to the diagonal, in units of H.
+    pub(crate) damping: f64,
     pub(crate) act_order: bool,
     /// The damping that worked, as a fraction of the mean of H's nonzero diagonal entries.
     pub dampening_frac: f64,
@@ -53,13 +58,19 @@ impl Factor {
         let n_dead_columns = hessian.is_dead.iter().filter(|is_dead| **is_dead).count();
         let OrderedHessian {
             mut halves,
+            is_dead,
             mean,
             order,
-            ..
         } = hessian;
         halves.invert();
         let (square, squares) = halves.into_unit_upper();
+        let step_loss = |(column, square): (&usize, &f32)| match is_dead[*column] {
+            true => 0.0,
+            false => mean / f64::from(*square),
+        };
         Ok(Self {
+            step_losses: order.iter().zip(&squares).map(step_loss).collect(),
+            damping: mean * dampening_frac,
             pull: cross.map(|cross| pull(cross, &order, mean, &square, &squares)),
             order,
             square,

@@ -23,7 +23,7 @@
 
 use super::factor::Factor;
 use super::grid::{Grid, Grids, steps};
-use super::loss::{quantization_loss, weighted_energy};
+use super::loss::{dot, live_difference, quantization_loss, weighted_energy};
 use super::{Solved, SolverSettings, check_weight};
 use crate::plan::Scheme;
 use crate::statistics::Statistics;
@@ -35,6 +35,10 @@ use std::ops::Range;
 
 /// Columns solved without a matrix product.
 const LEAF_COLS: usize = 16;
+
+/// Share of the damped loss that the damping may have and still be taken off it. The factor's
+/// rounding errors, some 1e-4 of that loss, are then at most four times as much of what is left.
+const MAX_DAMPING_SHARE: f64 = 0.75;
 
 /// `w` quantized so that its outputs on the calibration data change least: GPTQ, or GPTAQ if
 /// [`SolverSettings::alpha`] is positive. [`Factor::new`], then [`solve`].
@@ -94,9 +98,9 @@ pub fn solve(
         pull,
         grids: grids.as_ref(),
     };
-    let weight = problem.solve(module)?;
+    let (weight, damped_loss) = problem.solve(module)?;
     Ok(Solved {
-        loss: quantization_loss(w, &weight, factor.hessian_lower()),
+        loss: problem.undamped_loss(&weight, damped_loss),
         energy: weighted_energy(w, factor.hessian_lower()),
         weight,
         dampening_frac: factor.dampening_frac,
@@ -140,7 +144,22 @@ struct Problem<'a> {
 }
 
 impl Problem<'_> {
-    fn solve(&self, module: &str) -> Result<QuantizedWeight> {
+    /// Without pull the errors of the steps add up to the loss with the damped H: tr(D H Dᵀ) is
+    /// that less what the damping added. Where that would leave a small difference of large
+    /// numbers, and with pull, H itself is asked.
+    fn undamped_loss(&self, weight: &QuantizedWeight, damped_loss: f64) -> f64 {
+        let hessian_lower = self.factor.hessian_lower();
+        if self.pull.is_none() {
+            let added = self.factor.damping * live_difference(self.w, weight, hessian_lower);
+            if added < MAX_DAMPING_SHARE * damped_loss {
+                return damped_loss - added;
+            }
+        }
+        quantization_loss(self.w, weight, hessian_lower)
+    }
+
+    /// The weight on its grid, and Σ e_q²/U_qq² over rows and live columns in units of H.
+    fn solve(&self, module: &str) -> Result<(QuantizedWeight, f64)> {
         let (rows, cols) = (self.w.rows(), self.w.cols());
         let n_groups = cols / self.group_len;
         let height = rows.div_ceil(16).clamp(16, 128);
@@ -171,7 +190,8 @@ impl Problem<'_> {
         }
         let scales = Matrix::from_vec(module, rows, n_groups, scales)?;
         let shape = [rows, cols];
-        QuantizedWeight::new(module, self.scheme, shape, codes, scales, zero_points)
+        let weight = QuantizedWeight::new(module, self.scheme, shape, codes, scales, zero_points)?;
+        Ok((weight, chunks.iter().map(|chunk| chunk.damped_loss).sum()))
     }
 
     fn solve_chunk(&self, rows: Range<usize>) -> Chunk {
@@ -217,6 +237,8 @@ struct Chunk {
     /// `[in]` columns in solving order; after [`Chunk::finish`] `[rows, in]` in original order.
     codes: Vec<u8>,
     n_not_finite: usize,
+    /// Σ e_q²/U_qq² over live columns, in units of H.
+    damped_loss: f64,
 }
 
 impl Chunk {
@@ -237,6 +259,7 @@ impl Chunk {
             zero_points: vec![0.0; n_rows * n_groups],
             codes: vec![0; n_rows * n_cols],
             n_not_finite: 0,
+            damped_loss: 0.0,
         };
         if let Some(grids) = problem.grids {
             for (i, row) in rows.enumerate() {
@@ -306,6 +329,7 @@ impl Chunk {
             errors[i] = weights[i] - steps * scales[i];
             codes[i] = (steps + zero_points[i]) as u8;
         }
+        self.damped_loss += problem.factor.step_losses[column] * dot(errors, errors);
     }
 
     /// Updates the columns after `column` and before `end`.

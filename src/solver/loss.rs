@@ -92,8 +92,29 @@ fn quadratic_form(d: &[f32], n: usize, hessian: &Matrix) -> f64 {
     sum
 }
 
+/// ‖W − Q‖² over the columns that some token of positive weight excited.
+pub(crate) fn live_difference(w: &Matrix, q: &QuantizedWeight, hessian_lower: &Matrix) -> f64 {
+    let n = w.cols();
+    let live: Vec<f32> = (0..n)
+        .map(|j| f32::from(hessian_lower[(j, j)] != 0.0))
+        .collect();
+    let starts: Vec<usize> = (0..w.rows()).step_by(CHUNK_ROWS).collect();
+    let sums = starts.into_par_iter().map(|start| {
+        let rows = start..w.rows().min(start + CHUNK_ROWS);
+        let q = q.dequantize_rows(rows.clone());
+        let row_sums = rows.zip(0..).map(|(row, own)| {
+            let pairs = w.row(row).iter().zip(q.row(own)).zip(&live);
+            let difference: Vec<f32> = pairs.map(|((w, q), live)| live * (w - q)).collect();
+            dot(&difference, &difference)
+        });
+        row_sums.sum()
+    });
+    let sums: Vec<f64> = sums.collect();
+    sums.iter().sum()
+}
+
 /// f64 sum of products, in eight interleaved sums so that it vectorises.
-fn dot(a: &[f32], b: &[f32]) -> f64 {
+pub(super) fn dot(a: &[f32], b: &[f32]) -> f64 {
     let (a, a_rest) = a.as_chunks::<8>();
     let (b, b_rest) = b.as_chunks::<8>();
     let mut sums = [0.0f64; 8];

@@ -120,6 +120,31 @@ proptest! {
         prop_assert!((solved.step_loss - loss).abs() < 1e-9 * loss);
     }
 
+    /// The loss told is H's own, whether it was added up on the way or asked of H: many tokens and
+    /// few, with dead columns, all dampings.
+    #[test]
+    fn the_loss_told_is_that_of_the_weight(
+        seed: u64,
+        scheme in any_scheme(),
+        act_order: bool,
+        n_tokens in prop::sample::select(vec![2usize, 6, 20, 48, 300]),
+        dampening_frac in prop::sample::select(vec![1e-4, 0.01, 0.1, 1.0]),
+        n_dead in 0usize..3,
+    ) {
+        let mut layer = layer(20, 48, n_tokens, seed);
+        for token in 0..n_tokens {
+            layer.u.row_mut(token)[7..7 + n_dead].fill(0.0);
+        }
+        let mut statistics = Statistics::new(48, false);
+        statistics.add("layer", &layer.u, None, None).unwrap();
+        let settings = SolverSettings { dampening_frac, ..with(act_order, 0.0) };
+        let solved = gptq("layer", &layer.w, &statistics, scheme, &settings).unwrap();
+        let q = solved.weight.dequantize();
+        let loss = layer_loss(&layer.w, &q, statistics.hessian_lower());
+        prop_assert_eq!(solved.n_dead_columns, n_dead);
+        prop_assert!((solved.loss - loss).abs() < SAME_LOSS * loss, "{} {loss}", solved.loss);
+    }
+
     #[test]
     fn fast_path_follows_the_reference(
         seed: u64,
