@@ -1,15 +1,18 @@
 //! From H to the order of columns and the coefficients that pass a column's error on.
 //!
-//! With H damped and its columns in solving order, H⁻¹ = UᵀU, U upper triangular. Column q passes
-//! −(w_q − q_q) / U_qq · U_qj on to column j > q, so all that is needed are the rows of U divided
-//! by their diagonal: a unit upper triangle, invariant under H → cH. [`super::triangle`] makes it.
-//! H is divided by its mean diagonal first, so scaling it by a power of two changes no bit.
+//! With H damped and its columns in solving order, H = R D Rᵀ, R unit upper triangular and D
+//! diagonal. Column q passes (t_q − q_q) · R_qj on to column j > q, t_q being what it should have
+//! become. GPTQ is written with H⁻¹ = UᵀU and passes −(v_q − q_q) / U_qq · U_qj on, v_q being the
+//! value that was rounded. As U is the inverse of R √D, the one follows from the other by solving
+//! for v, in any order of columns and for any rounding; R costs half as much, and R and D are all
+//! that is needed. R is invariant under H → cH. [`super::triangle`] makes it. H is divided by its
+//! mean diagonal first, so scaling it by a power of two changes no bit.
 //!
 //! Dead columns (a zero on H's diagonal) are cut loose from all others and get the mean diagonal:
 //! they neither give nor take errors, and so end up rounded to nearest. The reference sets such
 //! weights to zero instead, and thereby wipes out a layer whose token weights vanish.
 //!
-//! Source: IST-DASLab/gptq@2d65066 gptq.py.
+//! Source: IST-DASLab/gptq@2d65066 gptq.py; arXiv:2307.13304 §3 for R and D.
 
 use super::SolverSettings;
 use super::pull::pull;
@@ -22,13 +25,13 @@ use faer::MatRef;
 pub struct Factor {
     /// Original index of the column solved at each position.
     pub(crate) order: Vec<usize>,
-    /// `[in, in]`: H undamped, in original order, on and below the diagonal; above it U with each
-    /// row divided by its diagonal, in solving order.
+    /// `[in, in]`: H undamped, in original order, on and below the diagonal; above it R, in solving
+    /// order.
     square: Matrix,
     /// P for α = 1, `[in, in]`, meaningful above the diagonal; absent without cross moments.
     pull: Option<Matrix>,
     /// What a squared error of one adds to the damped loss at each position, in units of H:
-    /// mean / U_qq², zero for dead columns.
+    /// D_q, zero for dead columns.
     pub(crate) step_losses: Vec<f64>,
     /// What the damping added to the diagonal, in units of H.
     pub(crate) damping: f64,
@@ -57,21 +60,20 @@ impl Factor {
         let (dampening_steps, dampening_frac) = hessian.factor(module, settings)?;
         let n_dead_columns = hessian.is_dead.iter().filter(|is_dead| **is_dead).count();
         let OrderedHessian {
-            mut halves,
+            halves,
             is_dead,
             mean,
             order,
         } = hessian;
-        halves.invert();
-        let (square, squares) = halves.into_unit_upper();
-        let step_loss = |(column, square): (&usize, &f32)| match is_dead[*column] {
+        let (square, pivots) = halves.into_unit_upper();
+        let step_loss = |(column, pivot): (&usize, &f32)| match is_dead[*column] {
             true => 0.0,
-            false => mean / f64::from(*square),
+            false => mean * f64::from(*pivot),
         };
         Ok(Self {
-            step_losses: order.iter().zip(&squares).map(step_loss).collect(),
+            step_losses: order.iter().zip(&pivots).map(step_loss).collect(),
             damping: mean * dampening_frac,
-            pull: cross.map(|cross| pull(cross, &order, mean, &square, &squares)),
+            pull: cross.map(|cross| pull(cross, &order, mean, &square, &pivots)),
             order,
             square,
             act_order: settings.act_order,
@@ -86,7 +88,7 @@ impl Factor {
         self.order.len()
     }
 
-    /// U with each row divided by its diagonal, to be read above the diagonal only.
+    /// R, to be read above the diagonal only.
     pub(crate) fn unit_upper(&self) -> MatRef<'_, f32> {
         self.square.as_faer()
     }
@@ -160,16 +162,14 @@ impl OrderedHessian {
 
     /// Sets the triangle to the reversed damped H.
     fn fill(&mut self, dampening_frac: f64) {
-        let (order, is_dead, mean) = (&self.order, &self.is_dead, self.mean);
-        let n = order.len();
-        self.halves.fill(|halves, i, j| {
-            let (own, other) = (order[n - 1 - j], order[n - 1 - i]);
-            let is_loose = is_dead[own] || is_dead[other];
-            let value = match (i == j, is_loose) {
+        let (is_dead, mean) = (&self.is_dead, self.mean);
+        let reversed: Vec<usize> = self.order.iter().rev().copied().collect();
+        self.halves.fill(&reversed, |a, b, value| {
+            let value = match (a == b, is_dead[a] || is_dead[b]) {
                 (true, true) => 1.0 + dampening_frac,
-                (true, false) => f64::from(halves.diagonal()[own]) / mean + dampening_frac,
+                (true, false) => f64::from(value) / mean + dampening_frac,
                 (false, true) => 0.0,
-                (false, false) => f64::from(halves.off_diagonal(own, other)) / mean,
+                (false, false) => f64::from(value) / mean,
             };
             value as f32
         });

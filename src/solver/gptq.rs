@@ -5,11 +5,14 @@
 //! column after column, each column contiguous over its rows, so that rounding and passing on
 //! errors run along vectors.
 //!
-//! Within a chunk the recurrence is w_j ← w_j − e_q U'_qj + w_q P_qj for each q and all j > q,
-//! with e_q = w_q − q_q and w_q column q just before it is rounded. It is solved by halving:
-//! solve the left half of a range of columns, add what it passes on to the right half as one matrix
-//! product, solve the right half. All but the smallest ranges are then products. The outermost
-//! ranges are `col_block` wide and update everything after them.
+//! Within a chunk column q is rounded to q_q from v_q = t_q + s_q: its target t_q, the weight moved
+//! by the pull, and its shift s_q, which makes up for earlier columns. For all j > q it passes on
+//! s_j ← s_j + (t_q − q_q) R_qj and t_j ← t_j + v_q P_qj. GPTQ is told with the inverse of H
+//! instead, w_j ← w_j − (v_q − q_q) U_qj / U_qq; both are the same numbers, and R needs no inverse
+//! (see [`Factor`]). The recurrence is solved by halving: solve the left half of a range of
+//! columns, add what it passes on to the right half as one matrix product, solve the right half.
+//! All but the smallest ranges are then products. The outermost ranges are `col_block` wide and
+//! update everything after them.
 //!
 //! Differs from the references: (1) GPTAQ's code uses the rounded w_q in the update of later
 //! blocks and the unrounded one within a block; here it is the unrounded one throughout, so that
@@ -19,7 +22,8 @@
 //! ("static groups"). (4) Dead columns are rounded to nearest, see [`Factor`].
 //!
 //! Source: arXiv:2210.17323 §3.4, IST-DASLab/gptq@2d65066 gptq.py; arXiv:2504.02692,
-//! Intelligent-Computing-Lab-Yale/GPTAQ@883afc6 gptaq_utils.py.
+//! Intelligent-Computing-Lab-Yale/GPTAQ@883afc6 gptaq_utils.py; arXiv:2307.13304 §3, where the form
+//! without the inverse is called LDLQ.
 
 use super::factor::Factor;
 use super::grid::{Grid, Grids, steps};
@@ -29,6 +33,7 @@ use crate::plan::Scheme;
 use crate::statistics::Statistics;
 use crate::{Error, Matrix, QuantizedWeight, Result};
 use faer::linalg::matmul::matmul;
+use faer::linalg::triangular_solve::solve_unit_lower_triangular_in_place;
 use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -158,7 +163,7 @@ impl Problem<'_> {
         quantization_loss(self.w, weight, hessian_lower)
     }
 
-    /// The weight on its grid, and Σ e_q²/U_qq² over rows and live columns in units of H.
+    /// The weight on its grid, and Σ D_q (v_q − q_q)² over rows and live columns in units of H.
     fn solve(&self, module: &str) -> Result<(QuantizedWeight, f64)> {
         let (rows, cols) = (self.w.rows(), self.w.cols());
         let n_groups = cols / self.group_len;
@@ -227,17 +232,19 @@ impl Problem<'_> {
 /// Some rows being solved. All buffers but the final codes run down the rows first.
 struct Chunk {
     n_rows: usize,
-    /// `[in]` columns in solving order; a solved column keeps its value before rounding.
-    weights: Vec<f32>,
-    /// Rounding errors of the columns of the current outermost range.
-    errors: Vec<f32>,
+    /// Targets, `[in]` columns in solving order; a solved column keeps the value that was rounded.
+    targets: Vec<f32>,
+    /// Shifts, likewise; a solved column keeps its rounding error.
+    shifts: Vec<f32>,
+    /// Targets less what they became, of the columns of the current outermost range.
+    differences: Vec<f32>,
     /// `[n_groups]` columns.
     scales: Vec<f32>,
     zero_points: Vec<f32>,
     /// `[in]` columns in solving order; after [`Chunk::finish`] `[rows, in]` in original order.
     codes: Vec<u8>,
     n_not_finite: usize,
-    /// Σ e_q²/U_qq² over live columns, in units of H.
+    /// Σ D_q (v_q − q_q)² over live columns, in units of H.
     damped_loss: f64,
 }
 
@@ -245,16 +252,17 @@ impl Chunk {
     fn new(problem: &Problem<'_>, rows: Range<usize>) -> Self {
         let (n_rows, n_cols) = (rows.len(), problem.w.cols());
         let n_groups = n_cols / problem.group_len;
-        let mut weights = vec![0.0; n_rows * n_cols];
+        let mut targets = vec![0.0; n_rows * n_cols];
         for (position, column) in problem.factor.order.iter().enumerate() {
             for (i, row) in rows.clone().enumerate() {
-                weights[position * n_rows + i] = problem.w[(row, *column)];
+                targets[position * n_rows + i] = problem.w[(row, *column)];
             }
         }
         let mut chunk = Self {
             n_rows,
-            weights,
-            errors: vec![0.0; n_rows * problem.settings.col_block.min(n_cols)],
+            targets,
+            shifts: vec![0.0; n_rows * n_cols],
+            differences: vec![0.0; n_rows * problem.settings.col_block.min(n_cols)],
             scales: vec![1.0; n_rows * n_groups],
             zero_points: vec![0.0; n_rows * n_groups],
             codes: vec![0; n_rows * n_cols],
@@ -273,23 +281,33 @@ impl Chunk {
         chunk
     }
 
-    /// Fits the grids of the group that begins at `start`, whose columns are up to date.
+    /// Fits the grids of the group that begins at `start`, all earlier columns being solved.
+    ///
+    /// To the weights as GPTQ has them at this point: all columns that are left make up for the
+    /// errors so far together. They are moved by X with X R = S.
     fn fit_group(&mut self, problem: &Problem<'_>, start: usize) {
-        let group = start / problem.group_len;
-        let mut values = vec![0.0; problem.group_len];
-        for row in 0..self.n_rows {
-            let column = self.weights[start * self.n_rows + row..].iter();
-            for (value, weight) in values.iter_mut().zip(column.step_by(self.n_rows)) {
-                *value = *weight;
+        let (n, len) = (self.n_rows, problem.group_len);
+        let group = start / len;
+        let mut moved = self.shifts[start * n..][..len * n].to_vec();
+        let columns = MatMut::from_column_major_slice_mut(&mut moved, n, len);
+        let unit = problem.factor.unit_upper();
+        let unit = unit.submatrix(start, start, len, len).transpose();
+        solve_unit_lower_triangular_in_place(unit, columns.transpose_mut(), Par::Seq);
+        let mut values = vec![0.0; len];
+        for row in 0..n {
+            let targets = self.targets[start * n + row..].iter().step_by(n);
+            let moved = moved[row..].iter().step_by(n);
+            for (value, (target, moved)) in values.iter_mut().zip(targets.zip(moved)) {
+                *value = target + moved;
             }
             let grid = Grid::fit(&values, problem.scheme, problem.settings.clip);
-            self.scales[group * self.n_rows + row] = grid.scale;
-            self.zero_points[group * self.n_rows + row] = grid.zero_point.into();
+            self.scales[group * n + row] = grid.scale;
+            self.zero_points[group * n + row] = grid.zero_point.into();
         }
     }
 
     /// Solves `range`, which has received all updates from columns before it. `base` is the
-    /// column that the first column of `errors` belongs to.
+    /// column that the first column of `differences` belongs to.
     fn solve(&mut self, problem: &Problem<'_>, range: Range<usize>, base: usize) {
         let group_len = problem.group_len;
         let is_group = range.len() == group_len && range.start.is_multiple_of(group_len);
@@ -314,45 +332,51 @@ impl Chunk {
         self.solve(problem, middle..range.end, base);
     }
 
-    /// Rounds one column to its grid and notes codes and errors.
+    /// Rounds one column to its grid and notes its code, difference, value and error.
     fn round(&mut self, problem: &Problem<'_>, column: usize, base: usize) {
         let n = self.n_rows;
         let group = problem.factor.order[column] / problem.group_len;
         let max_code = f32::from(problem.scheme.max_code());
-        let weights = &self.weights[column * n..][..n];
+        let targets = &mut self.targets[column * n..][..n];
+        let shifts = &mut self.shifts[column * n..][..n];
         let scales = &self.scales[group * n..][..n];
         let zero_points = &self.zero_points[group * n..][..n];
         let codes = &mut self.codes[column * n..][..n];
-        let errors = &mut self.errors[(column - base) * n..][..n];
+        let differences = &mut self.differences[(column - base) * n..][..n];
         for i in 0..n {
-            let steps = steps(weights[i], scales[i], zero_points[i], max_code);
-            errors[i] = weights[i] - steps * scales[i];
+            let value = targets[i] + shifts[i];
+            let steps = steps(value, scales[i], zero_points[i], max_code);
+            let rounded = steps * scales[i];
+            differences[i] = targets[i] - rounded;
+            targets[i] = value;
+            shifts[i] = value - rounded;
             codes[i] = (steps + zero_points[i]) as u8;
         }
-        self.damped_loss += problem.factor.step_losses[column] * dot(errors, errors);
+        self.damped_loss += problem.factor.step_losses[column] * dot(shifts, shifts);
     }
 
     /// Updates the columns after `column` and before `end`.
     fn pass_on_one(&mut self, problem: &Problem<'_>, column: usize, end: usize, base: usize) {
         let n = self.n_rows;
-        let (before, after) = self.weights.split_at_mut((column + 1) * n);
-        let own = &before[column * n..];
-        let errors = &self.errors[(column - base) * n..][..n];
+        let differences = &self.differences[(column - base) * n..][..n];
+        let shifts = &mut self.shifts[(column + 1) * n..];
         let factors = &problem.factor.unit_row(column)[..end - column - 1];
-        for (weights, factor) in after.chunks_exact_mut(n).zip(factors) {
-            for (weight, error) in weights.iter_mut().zip(errors) {
-                *weight -= error * factor;
+        for (shifts, factor) in shifts.chunks_exact_mut(n).zip(factors) {
+            for (shift, difference) in shifts.iter_mut().zip(differences) {
+                *shift += difference * factor;
             }
         }
         let Some(pull) = problem.pull else {
             return;
         };
         let alpha = problem.settings.alpha;
+        let (before, after) = self.targets.split_at_mut((column + 1) * n);
+        let values = &before[column * n..];
         let factors = &pull.row(column)[column + 1..end];
-        for (weights, factor) in after.chunks_exact_mut(n).zip(factors) {
+        for (targets, factor) in after.chunks_exact_mut(n).zip(factors) {
             let factor = alpha * factor;
-            for (weight, own) in weights.iter_mut().zip(own) {
-                *weight += own * factor;
+            for (target, value) in targets.iter_mut().zip(values) {
+                *target += value * factor;
             }
         }
     }
@@ -369,27 +393,22 @@ impl Chunk {
         if to.is_empty() {
             return;
         }
-        let (before, after) = self.weights.split_at_mut(to.start * n);
-        let target = &mut after[..to.len() * n];
-        let mut target = MatMut::from_column_major_slice_mut(target, n, to.len());
-        let errors = &self.errors[(from.start - base) * n..][..from.len() * n];
-        let own = &before[from.start * n..][..from.len() * n];
         let view = |values| MatRef::from_column_major_slice(values, n, from.len());
+        let differences = &self.differences[(from.start - base) * n..][..from.len() * n];
+        let shifts = &mut self.shifts[to.start * n..][..to.len() * n];
+        let shifts = MatMut::from_column_major_slice_mut(shifts, n, to.len());
         let unit = problem.factor.unit_upper();
         let unit = unit.submatrix(from.start, to.start, from.len(), to.len());
-        matmul(
-            target.as_mut(),
-            Accum::Add,
-            view(errors),
-            unit,
-            -1.0,
-            Par::Seq,
-        );
+        matmul(shifts, Accum::Add, view(differences), unit, 1.0, Par::Seq);
         if let Some(pull) = problem.pull {
+            let (before, after) = self.targets.split_at_mut(to.start * n);
+            let values = &before[from.start * n..][..from.len() * n];
+            let targets = &mut after[..to.len() * n];
+            let targets = MatMut::from_column_major_slice_mut(targets, n, to.len());
             let alpha = problem.settings.alpha;
             let pull = pull.as_faer();
             let pull = pull.submatrix(from.start, to.start, from.len(), to.len());
-            matmul(target, Accum::Add, view(own), pull, alpha, Par::Seq);
+            matmul(targets, Accum::Add, view(values), pull, alpha, Par::Seq);
         }
     }
 
@@ -404,9 +423,10 @@ impl Chunk {
             }
         }
         self.codes = codes;
-        self.n_not_finite = self.weights.iter().filter(|w| !w.is_finite()).count();
+        self.n_not_finite = self.shifts.iter().filter(|e| !e.is_finite()).count();
         // All chunks are held until the last is done; what only solving needs is not.
-        self.weights = Vec::new();
-        self.errors = Vec::new();
+        self.targets = Vec::new();
+        self.shifts = Vec::new();
+        self.differences = Vec::new();
     }
 }

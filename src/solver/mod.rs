@@ -1,7 +1,7 @@
 //! From a weight and the statistics of its inputs to codes and scales.
 //!
-//! W `[out, in]` is the weight, H `[in, in]` the Hessian of its inputs, U the upper triangular
-//! factor of H⁻¹ = UᵀU, Q the weight on its grid. Every solver is a function of numbers only:
+//! W `[out, in]` is the weight, H `[in, in]` the Hessian of its inputs, R the unit upper triangular
+//! factor of H = R D Rᵀ, Q the weight on its grid. Every solver is a function of numbers only:
 //! - [`rtn()`] rounds to nearest;
 //! - [`gptq()`] rounds column after column and lets the later columns make up for each error; with
 //!   [`SolverSettings::alpha`] it also pulls towards the full-precision stream (GPTAQ).

@@ -1,14 +1,17 @@
 //! GPTAQ's pull towards the full-precision stream, in the place of C.
 //!
-//! Column q hands on w_q · P_qj to each later column j, with P_q,>q = C_q,>q (H_>q,>q)⁻¹, which for
-//! all q at once is P = triu(C Uᵀ, 1) · U. A row of P needs no other row of C, so bands of rows
-//! become P one by one; a second square would not fit beside H and C of a wide linear.
+//! Column q hands on w_q · P_qj to each later column j, with P_q,>q = C_q,>q (H_>q,>q)⁻¹. For all q
+//! at once, with H = R D Rᵀ: solve X Rᵀ = C, drop X's lower triangle and diagonal, divide its columns
+//! by D, solve P R = X. A row of P needs no other row of C, so bands of rows become P one by one; a
+//! second square would not fit beside H and C of a wide linear.
 //!
 //! Cost: n³/3 multiply-adds. Source: arXiv:2504.02692 §3.
 
 use crate::Matrix;
-use faer::linalg::matmul::triangular::{self, BlockStructure};
-use faer::{Accum, MatMut, Par};
+use faer::linalg::triangular_solve::{
+    solve_unit_lower_triangular_in_place, solve_unit_upper_triangular_in_place,
+};
+use faer::{MatMut, Par};
 use rayon::prelude::*;
 
 /// Rows that become P together.
@@ -17,13 +20,13 @@ const BAND_ROWS: usize = 128;
 /// P for α = 1 above the diagonal of the result; what lies elsewhere is of no meaning.
 ///
 /// Shapes: `cross [in, in]` in original order; `unit_upper [in, in]` read strictly above its
-/// diagonal, in solving `order`, with U_ii² in `squares`. `mean` is what H was divided by.
+/// diagonal: R in solving `order`, with D in `pivots`. `mean` is what H was divided by.
 pub(super) fn pull(
     mut cross: Matrix,
     order: &[usize],
     mean: f64,
     unit_upper: &Matrix,
-    squares: &[f32],
+    pivots: &[f32],
 ) -> Matrix {
     bring_into_order(&mut cross, order, mean);
     let n = order.len().max(1);
@@ -36,35 +39,19 @@ pub(super) fn pull(
             .submatrix(start, start, n - start, n - start);
         let mut band =
             MatMut::from_row_major_slice_mut(band, n_rows, n).subcols_mut(start, n - start);
-        let mut shares = Matrix::zeros(n_rows, n - start);
-        triangular::matmul(
-            shares.as_faer_mut(),
-            BlockStructure::Rectangular,
-            Accum::Replace,
-            band.as_ref(),
-            BlockStructure::Rectangular,
-            unit.transpose(),
-            BlockStructure::UnitTriangularLower,
-            1.0,
-            Par::Seq,
-        );
-        for row in 0..n_rows {
-            let shares = shares.row_mut(row);
-            shares[..=row].fill(0.0);
-            let scaled = shares.iter_mut().zip(&squares[start..]);
-            scaled.for_each(|(share, square)| *share *= square);
+        let columns = band.as_mut().transpose_mut();
+        solve_unit_upper_triangular_in_place(unit, columns, Par::Seq);
+        for (i, row) in band.as_mut().row_iter_mut().enumerate() {
+            for (j, value) in row.iter_mut().enumerate() {
+                *value = if j > i {
+                    *value / pivots[start + j]
+                } else {
+                    0.0
+                };
+            }
         }
-        triangular::matmul(
-            band.as_mut(),
-            BlockStructure::Rectangular,
-            Accum::Replace,
-            shares.as_faer(),
-            BlockStructure::Rectangular,
-            unit,
-            BlockStructure::UnitTriangularUpper,
-            1.0,
-            Par::Seq,
-        );
+        let columns = band.as_mut().transpose_mut();
+        solve_unit_lower_triangular_in_place(unit.transpose(), columns, Par::Seq);
     });
     cross
 }
