@@ -41,9 +41,8 @@ use std::ops::Range;
 /// Columns solved without a matrix product.
 const LEAF_COLS: usize = 16;
 
-/// Share of the damped loss that the damping may have and still be taken off it. The factor's
-/// rounding errors, some 1e-4 of that loss, are then at most four times as much of what is left.
-const MAX_DAMPING_SHARE: f64 = 0.75;
+/// How far the loss may be off before H itself is asked for it.
+const MAX_LOSS_ERROR: f64 = 2e-4;
 
 /// `w` quantized so that its outputs on the calibration data change least: GPTQ, or GPTAQ if
 /// [`SolverSettings::alpha`] is positive. [`Factor::new`], then [`solve`].
@@ -150,13 +149,15 @@ struct Problem<'a> {
 
 impl Problem<'_> {
     /// Without pull the errors of the steps add up to the loss with the damped H: tr(D H Dᵀ) is
-    /// that less what the damping added. Where that would leave a small difference of large
-    /// numbers, and with pull, H itself is asked.
+    /// that less what the damping added. The factor is that of an H whose diagonal is off by about
+    /// an epsilon of its mean, which weighs as much as that share of the damping. Where this is too
+    /// much for what is left, and with pull, H itself is asked.
     fn undamped_loss(&self, weight: &QuantizedWeight, damped_loss: f64) -> f64 {
         let hessian_lower = self.factor.hessian_lower();
         if self.pull.is_none() {
             let added = self.factor.damping * live_difference(self.w, weight, hessian_lower);
-            if added < MAX_DAMPING_SHARE * damped_loss {
+            let error = added * f64::from(f32::EPSILON) / self.factor.dampening_frac;
+            if error < MAX_LOSS_ERROR * (damped_loss - added) {
                 return damped_loss - added;
             }
         }

@@ -21,7 +21,7 @@ use rayon::prelude::*;
 use std::cmp::Ordering;
 
 /// Columns gathered before they are written.
-const BAND_ROWS: usize = 256;
+const BAND_COLS: usize = 256;
 
 /// Side of the tiles that are mirrored together.
 const TILE: usize = 32;
@@ -59,38 +59,38 @@ impl Halves {
         entry: impl Fn(usize, usize, f32) -> f32 + Sync,
     ) {
         let n = order.len();
-        let mut band = vec![0.0; n * BAND_ROWS.min(n)];
-        for start in (0..n).step_by(BAND_ROWS) {
-            let own = &order[start..n.min(start + BAND_ROWS)];
-            let rows = band.par_chunks_mut(own.len()).take(n).enumerate();
-            rows.for_each(|(other, row)| self.gather(other, own, row));
-            let target = self.square.data_mut()[start * n..].par_chunks_mut(n * TILE);
-            let target = target.zip(own.par_chunks(TILE)).enumerate();
-            target.for_each(|(tile, (target, tile_own))| {
-                for (i, other) in order.iter().enumerate().skip(start + tile * TILE) {
-                    let values = &band[other * own.len() + tile * TILE..];
-                    for (k, (own, value)) in tile_own.iter().zip(values).enumerate() {
-                        let j = start + tile * TILE + k;
-                        if i >= j {
-                            target[k * n + i] = entry(*other, *own, *value);
-                        }
-                    }
+        let mut positions = vec![0; n];
+        order.iter().zip(0..).for_each(|(a, i)| positions[*a] = i);
+        let mut band = vec![0.0; n * BAND_COLS.min(n)];
+        for start in (0..n).step_by(BAND_COLS) {
+            let own = &order[start..n.min(start + BAND_COLS)];
+            let rows = band.par_chunks_mut(own.len()).zip(&positions).enumerate();
+            let rows = rows.filter(|(_, (_, position))| **position >= start);
+            rows.for_each(|(a, (row, _))| self.gather(a, own, row));
+            let columns = self.square.data_mut()[start * n..].par_chunks_mut(n * TILE);
+            let columns = columns.zip(own.par_chunks(TILE)).enumerate();
+            columns.for_each(|(tile, (columns, tile_own))| {
+                let first = tile * TILE;
+                for (i, a) in order.iter().enumerate().skip(start + first) {
+                    let values = &band[a * own.len() + first..];
+                    let n_below = tile_own.len().min(i + 1 - start - first);
+                    let values = values.iter().zip(&tile_own[..n_below]).enumerate();
+                    values.for_each(|(k, (value, b))| columns[k * n + i] = entry(*a, *b, *value));
                 }
             });
         }
+        for (column, index) in order.iter().enumerate() {
+            self.square[(column, column)] = entry(*index, *index, self.diagonal[*index]);
+        }
     }
 
-    /// H's entries in row `other` and the columns `own`. Row after row, so that what lies below the
-    /// diagonal, and is read down the columns, stays in the cache for as many rows as a line has.
-    fn gather(&self, other: usize, own: &[usize], values: &mut [f32]) {
-        let before = self.square.row(other);
-        for (value, own) in values.iter_mut().zip(own) {
-            *value = match other.cmp(own) {
-                Ordering::Equal => self.diagonal[*own],
-                Ordering::Greater => before[*own],
-                Ordering::Less => self.square[(*own, other)],
-            };
-        }
+    /// H's entries in row `a` and the columns `own`, but for its diagonal. Row after row, so that
+    /// what is read down a column of the lower half stays in the cache while its line is used.
+    fn gather(&self, a: usize, own: &[usize], values: &mut [f32]) {
+        let (n, square) = (self.square.cols(), self.square.data());
+        let values = values.iter_mut().zip(own);
+        // No branches: either side of the diagonal is as likely.
+        values.for_each(|(value, b)| *value = square[a.max(*b) * n + a.min(*b)]);
     }
 
     /// Factors the triangle into L; the index of the first pivot that is not sound otherwise.
