@@ -198,8 +198,9 @@ impl Run<'_> {
         for stage in Stage::ALL {
             self.enter(stage, &mut pair, streams)?;
             let shared = self.shared(stage, &modules, importance.as_ref());
+            let dtype = self.recipe.statistics_dtype;
             let statistics = self.timed("statistics", |_| {
-                streams.accumulate(stage, &pair.full, &shared)
+                streams.accumulate(stage, &pair.full, &shared, dtype)
             })?;
             for (group, statistics) in shared.iter().zip(statistics) {
                 let group = Group {

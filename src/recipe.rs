@@ -4,6 +4,7 @@
 use crate::importance::{ImportanceLoss, ImportanceSettings, TokenNorm};
 use crate::plan::{ScaleDtype, Scheme};
 use crate::solver::{Clip, SolverSettings};
+use crate::statistics::StatisticsDtype;
 use crate::{Error, Result};
 use regex::Regex;
 use serde::{Deserialize, Serialize};
@@ -102,6 +103,8 @@ pub struct Recipe {
     pub solver: SolverSettings,
     /// How tokens are weighted; `None` weighs them alike.
     pub importance: Option<ImportanceSettings>,
+    /// What inputs are rounded to for the statistics.
+    pub statistics_dtype: StatisticsDtype,
     scheme: Scheme,
     alpha: Option<f32>,
     rules: Vec<Rule>,
@@ -115,6 +118,7 @@ impl Recipe {
             scheme,
             solver: SolverSettings::default(),
             importance: method.importance(),
+            statistics_dtype: StatisticsDtype::default(),
             alpha: None,
             rules: Vec::new(),
         }
@@ -178,6 +182,13 @@ impl Recipe {
                     _ => return Err(word("none, mse")),
                 }
             }
+            "statistics_dtype" => {
+                self.statistics_dtype = match value {
+                    "f32" => StatisticsDtype::F32,
+                    "bf16" => StatisticsDtype::Bf16,
+                    _ => return Err(word("f32, bf16")),
+                }
+            }
             "importance_power" => self.importance_settings(&invalid)?.power = number(0.0, 8.0)?,
             "importance_norm" => {
                 self.importance_settings(&invalid)?.norm = match value {
@@ -194,8 +205,8 @@ impl Recipe {
                 }
             }
             _ => {
-                let keys = "dampening_frac, col_block, alpha, act_order, clip, importance_power, \
-                            importance_norm, importance_loss";
+                let keys = "dampening_frac, col_block, alpha, act_order, clip, statistics_dtype, \
+                            importance_power, importance_norm, importance_loss";
                 return Err(invalid(format!("unknown key; there are {keys}")));
             }
         }
@@ -323,6 +334,7 @@ mod tests {
             "act_order=false",
             "clip=mse",
             "col_block=64",
+            "statistics_dtype=bf16",
             "importance_power=1.5",
             "importance_norm=rms",
             "importance_loss=layer",
@@ -336,6 +348,7 @@ mod tests {
             "alpha=2",
             "alpha=nan",
             "clip=l2",
+            "statistics_dtype=int8",
             "percdamp=0.1",
             "act_order=1",
         ] {

@@ -278,6 +278,7 @@ fn settings(recipe: &Recipe) -> serde_json::Value {
         "dampening_frac": recipe.solver.dampening_frac,
         "act_order": recipe.solver.act_order,
         "clip": recipe.solver.clip,
+        "statistics_dtype": recipe.statistics_dtype,
         "col_block": recipe.solver.col_block,
     })
 }

@@ -14,15 +14,27 @@
 //!
 //! Source: arXiv:2508.03351 (token weights), arXiv:2504.02692 (C, there "dXXT").
 
+mod bf16;
+mod single;
+
 use crate::{Error, Matrix, Result};
-use faer::linalg::matmul::triangular::BlockStructure;
-use faer::linalg::matmul::{matmul, triangular};
-use faer::{Accum, MatMut, Par};
 use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
 
 /// Rows mirrored together, so that whole cache lines of the lower triangle are read.
 const MIRROR_ROWS: usize = 32;
+
+/// What inputs are rounded to before their products are summed, which is in f32 either way.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum StatisticsDtype {
+    /// Not at all.
+    #[default]
+    F32,
+    /// bfloat16: twice as fast on processors with instructions for it, of no use on others.
+    Bf16,
+}
 
 /// H and, if asked for, C of one linear.
 #[derive(Clone, Debug, PartialEq)]
@@ -30,6 +42,7 @@ pub struct Statistics {
     /// `[in, in]`; only the lower triangle is kept, the rest stays zero.
     hessian_lower: Matrix,
     cross: Option<Matrix>,
+    dtype: StatisticsDtype,
     n_tokens: u64,
     weight_sum: f64,
     weight_square_sum: f64,
@@ -41,10 +54,18 @@ impl Statistics {
         Self {
             hessian_lower: Matrix::zeros(in_features, in_features),
             cross: with_cross.then(|| Matrix::zeros(in_features, in_features)),
+            dtype: StatisticsDtype::F32,
             n_tokens: 0,
             weight_sum: 0.0,
             weight_square_sum: 0.0,
         }
+    }
+
+    /// The same, with √ω u and √ω (f − u) rounded to `dtype` from now on.
+    #[must_use]
+    pub fn rounded_to(mut self, dtype: StatisticsDtype) -> Self {
+        self.dtype = dtype;
+        self
     }
 
     /// Adds a batch of tokens.
@@ -70,9 +91,15 @@ impl Statistics {
             Some(weights) => Cow::Owned(weighted(u, weights)),
             None => Cow::Borrowed(u),
         };
-        add_gram_lower(&mut self.hessian_lower, &scaled);
-        if let (Some(cross), Some(residual)) = (&mut self.cross, &residual) {
-            add_product(cross, residual, &scaled);
+        let cross = self.cross.as_mut().zip(residual.as_ref());
+        match self.dtype {
+            StatisticsDtype::F32 => {
+                single::add_gram_lower(&mut self.hessian_lower, &scaled);
+                if let Some((cross, residual)) = cross {
+                    single::add_product(cross, residual, &scaled);
+                }
+            }
+            StatisticsDtype::Bf16 => bf16::add(&mut self.hessian_lower, cross, &scaled),
         }
         self.n_tokens += u.rows() as u64;
         let ones = [1.0];
@@ -214,6 +241,7 @@ impl Statistics {
         Self {
             hessian_lower: Matrix::from_fn(n, n, lower),
             cross: cross.cloned(),
+            dtype: StatisticsDtype::F32,
             n_tokens: 1,
             weight_sum: 1.0,
             weight_square_sum: 1.0,
@@ -289,59 +317,6 @@ fn weighted_difference(f: &Matrix, u: &Matrix, weights: Option<&[f32]>) -> Matri
         }
     });
     difference
-}
-
-/// Rows of the result that one thread sums: enough bands for many cores, each high enough for a
-/// product to run at full speed. Depends on the shape only, never on the number of threads.
-fn band_rows(n_rows: usize) -> usize {
-    n_rows.div_ceil(8).clamp(32, 256)
-}
-
-/// `target` += lower triangle of `x`ᵀ`x`, x `[n_tokens, in]`.
-fn add_gram_lower(target: &mut Matrix, x: &Matrix) {
-    let n = target.cols();
-    if n == 0 || x.rows() == 0 {
-        return;
-    }
-    let band = band_rows(n);
-    let x = x.as_faer();
-    let bands = target.data_mut().par_chunks_mut(band * n).enumerate();
-    bands.for_each(|(index, data)| {
-        let (start, height) = (index * band, data.len() / n);
-        let rows = MatMut::from_row_major_slice_mut(data, height, n);
-        let (left, right) = rows.split_at_col_mut(start);
-        let own = x.subcols(start, height);
-        let before = x.subcols(0, start);
-        matmul(left, Accum::Add, own.transpose(), before, 1.0, Par::Seq);
-        triangular::matmul(
-            right.subcols_mut(0, height),
-            BlockStructure::TriangularLower,
-            Accum::Add,
-            own.transpose(),
-            BlockStructure::Rectangular,
-            own,
-            BlockStructure::Rectangular,
-            1.0,
-            Par::Seq,
-        );
-    });
-}
-
-/// `target` += `left`ᵀ`right`, both `[n_tokens, in]`.
-fn add_product(target: &mut Matrix, left: &Matrix, right: &Matrix) {
-    let n = target.cols();
-    if n == 0 || left.rows() == 0 {
-        return;
-    }
-    let band = band_rows(n);
-    let (left, right) = (left.as_faer(), right.as_faer());
-    let bands = target.data_mut().par_chunks_mut(band * n).enumerate();
-    bands.for_each(|(index, data)| {
-        let height = data.len() / n;
-        let rows = MatMut::from_row_major_slice_mut(data, height, n);
-        let own = left.subcols(index * band, height).transpose();
-        matmul(rows, Accum::Add, own, right, 1.0, Par::Seq);
-    });
 }
 
 fn add_elements(target: &mut Matrix, other: &Matrix) {

@@ -15,7 +15,7 @@ use crate::model::linear::{matrix_from_tensor, tensor_from_matrix};
 use crate::model::qwen2_vl::Module;
 use crate::model::rope::Rope;
 use crate::processor::TokenClass;
-use crate::statistics::Statistics;
+use crate::statistics::{Statistics, StatisticsDtype};
 use crate::{Error, Matrix, Result};
 use candle_core::Tensor;
 use rayon::prelude::*;
@@ -203,8 +203,10 @@ impl Streams {
         stage: Stage,
         norms: &DecoderLayer,
         shared: &[Shared],
+        dtype: StatisticsDtype,
     ) -> Result<Vec<Statistics>> {
-        let empty = |group: &Shared| Statistics::new(group.in_features, group.with_cross);
+        let empty =
+            |group: &Shared| Statistics::new(group.in_features, group.with_cross).rounded_to(dtype);
         let mut all: Vec<Statistics> = shared.iter().map(empty).collect();
         if all.is_empty() {
             return Ok(all);

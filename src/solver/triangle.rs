@@ -18,7 +18,6 @@ use faer::linalg::matmul::triangular::{self, BlockStructure};
 use faer::linalg::triangular_solve::solve_lower_triangular_in_place;
 use faer::{Accum, Mat, MatMut, Par, Spec};
 use rayon::prelude::*;
-use std::cmp::Ordering;
 
 /// Columns gathered before they are written.
 const BAND_COLS: usize = 256;
