@@ -16,7 +16,7 @@ use vlmq::Matrix;
 use vlmq::plan::{ScaleDtype, Scheme};
 use vlmq::solver::gptq::solve;
 use vlmq::solver::{Clip, Factor, SolverSettings, rtn};
-use vlmq::statistics::Statistics;
+use vlmq::statistics::{Statistics, StatisticsDtype};
 
 /// `[out, in]` of the testbed's way down, of square attention and of the way down in a 2B model.
 const SHAPES: [[usize; 2]; 3] = [[256, 768], [1536, 1536], [1536, 8960]];
@@ -67,9 +67,16 @@ fn statistics(criterion: &mut Criterion) {
     for [_, cols] in SHAPES {
         let (u, f) = (random(TOKENS, cols, 0), random(TOKENS, cols, 1));
         let half = TOKENS * cols * cols / 2;
-        for (name, with_cross, needed) in [("H", false, half), ("H and C", true, 3 * half)] {
-            let mut statistics = Statistics::new(cols, with_cross);
+        let (f32, bf16) = (StatisticsDtype::F32, StatisticsDtype::Bf16);
+        for (name, with_cross, dtype) in [
+            ("H", false, f32),
+            ("H and C", true, f32),
+            ("H, bf16", false, bf16),
+            ("H and C, bf16", true, bf16),
+        ] {
+            let mut statistics = Statistics::new(cols, with_cross).rounded_to(dtype);
             let f = with_cross.then_some(&f);
+            let needed = if with_cross { 3 * half } else { half };
             group.throughput(Throughput::Elements(needed as u64));
             group.bench_function(BenchmarkId::new(name, cols), |bencher| {
                 bencher.iter(|| {
@@ -83,13 +90,13 @@ fn statistics(criterion: &mut Criterion) {
     group.finish();
 }
 
-/// Cholesky and inverse of a triangle are n³/6 each; with C two triangular products of n³/6 more.
+/// Cholesky is n³/6; with C two triangular solves of n³/6 each more.
 fn factors(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("factor");
     group.sample_size(10);
     for [_, cols] in SHAPES {
         let sixth = (cols * cols * cols / 6) as u64;
-        for (name, with_cross, needed) in [("H", false, 2 * sixth), ("H and C", true, 4 * sixth)] {
+        for (name, with_cross, needed) in [("H", false, sixth), ("H and C", true, 3 * sixth)] {
             let statistics = statistics_of(cols, with_cross);
             let settings = SolverSettings::default();
             group.throughput(Throughput::Elements(needed));

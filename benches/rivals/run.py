@@ -54,11 +54,13 @@ def measured(command, environment, cwd, log, limit):
 def command_of(tool, bits, out, args):
     samples = args.work / "calibration"
     if tool.startswith("vlmq:"):
+        method, *settings = tool.removeprefix("vlmq:").split(":")
         return [args.vlmq, "--threads", str(args.threads), "quantize", args.model,
                 "--calibration", samples, "--samples", str(args.samples), "--output", out,
-                "--method", tool.removeprefix("vlmq:"), "--bits", str(bits),
+                "--method", method, "--bits", str(bits),
                 "--group-size", str(args.group), "--json",
-                "--asymmetric" if args.asymmetric else "--symmetric"]
+                "--asymmetric" if args.asymmetric else "--symmetric",
+                *[part for setting in settings for part in ("--set", setting)]]
     name = RIVALS[tool]
     return [args.environments / name / "bin/python", HERE / f"{name}_run.py", args.model,
             "--samples", samples, "--out", out, "--bits", str(bits), "--group", str(args.group),
@@ -142,7 +144,8 @@ def main():
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--tools", type=lambda s: s.split(","),
                    default=["vlmq:gptq", "gptqmodel", "llm-compressor"],
-                   help="in the order of their turns; vlmq:METHOD, gptqmodel, llm-compressor")
+                   help="in the order of their turns; vlmq:METHOD or vlmq:METHOD:KEY=VALUE, gptqmodel, "
+                   "llm-compressor")
     p.add_argument("--limit", type=float, default=7200, help="seconds after which a run is ended")
     args = p.parse_args()
     if args.samples + args.heldout > N_DATA:
