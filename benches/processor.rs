@@ -8,7 +8,8 @@ use rand_chacha::ChaCha8Rng;
 use std::hint::black_box;
 use std::path::Path;
 use vlmq::processor::resize::{Filter, resize};
-use vlmq::processor::{Processor, RgbImage};
+use vlmq::families::open_processor;
+use vlmq::processor::RgbImage;
 
 /// Sides before and after resizing.
 const SIDES: [(usize, usize); 3] = [(336, 168), (1024, 448), (2048, 1008)];
@@ -24,7 +25,7 @@ fn picture(side: usize) -> RgbImage {
 
 fn processor(criterion: &mut Criterion) {
     let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("testbed/model");
-    let processor = Processor::open(&model).expect("the bundled model is whole");
+    let processor = open_processor(&model).expect("the bundled model is whole");
     let mut group = criterion.benchmark_group("processor");
     for (from, to) in SIDES {
         let picture = picture(from);
@@ -33,7 +34,7 @@ fn processor(criterion: &mut Criterion) {
             b.iter(|| resize(black_box(&picture), to, to, Filter::Bicubic).is_ok());
         });
         group.bench_function(BenchmarkId::new("patches of 168", from), |b| {
-            b.iter(|| processor.vision_input(black_box(&picture)).is_ok());
+            b.iter(|| processor.vision_input(black_box(&picture), 1).is_ok());
         });
     }
     let text = "The quick brown fox jumps over 12 lazy dogs; which of them is red?\n".repeat(32);

@@ -4,13 +4,13 @@
 
 use std::path::PathBuf;
 use vlmq::checkpoint::Checkpoint;
-use vlmq::model::Qwen2Vl;
+use vlmq::families::open_model;
 
 fn main() -> vlmq::Result<()> {
     let folder = std::env::args()
         .nth(1)
         .map_or("testbed/model".into(), PathBuf::from);
-    let model = Qwen2Vl::new(Checkpoint::open(&folder)?, candle_core::Device::Cpu)?;
+    let model = open_model(Checkpoint::open(&folder)?, candle_core::Device::Cpu)?;
     for module in model.modules() {
         println!(
             "{:<40} {:>6} x {}",

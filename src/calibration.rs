@@ -5,13 +5,13 @@
 
 use crate::dataset::Sample;
 use crate::hidden_states::{HiddenState, Store};
-use crate::model::qwen2_vl::Qwen2Vl;
-use crate::model::rope::Rope;
-use crate::model::vision::qwen2::VisionTower;
+use crate::model::ModelSource;
+use crate::model::context::TokenContext;
+use crate::model::vision::VisionTower;
 use crate::pipeline::Observer;
 use crate::processor::{ModelInput, Processor, TokenClass};
 use crate::{Error, Result};
-use candle_core::Device;
+use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 use std::sync::Arc;
 use std::time::Instant;
@@ -57,10 +57,12 @@ pub struct CalibrationSample {
     pub origin: String,
     /// One class per token.
     pub classes: Vec<TokenClass>,
-    /// Rotary tables of its tokens.
-    pub rope: Rope,
+    /// Where its tokens stand.
+    pub context: TokenContext,
     /// `[n_tokens, hidden]`, image features in their places.
     pub embeddings: HiddenState,
+    /// What the tower adds to the outputs of the first layers, `[n_tokens, hidden]` each.
+    pub deepstack: Vec<HiddenState>,
 }
 
 impl CalibrationSample {
@@ -68,8 +70,14 @@ impl CalibrationSample {
         digest.update(&(self.classes.len() as u64).to_le_bytes());
         let classes: Vec<u8> = self.classes.iter().map(|class| *class as u8).collect();
         digest.update(&classes);
-        let embeddings = self.embeddings.all(store)?;
-        for tensor in self.rope.tables().into_iter().chain([&embeddings]) {
+        for image in self.context.images() {
+            digest.update(&image.to_le_bytes());
+        }
+        let states = [&self.embeddings].into_iter().chain(&self.deepstack);
+        let states = states.map(|state| state.all(store));
+        let states: Vec<Tensor> = states.collect::<Result<_>>()?;
+        let tables = self.context.ropes().flat_map(|rope| rope.tables());
+        for tensor in tables.chain(&states) {
             for value in tensor.flatten_all()?.to_vec1::<f32>()? {
                 digest.update(&value.to_le_bytes());
             }
@@ -86,8 +94,8 @@ impl CalibrationSample {
 /// [`Error::Interrupted`] if the observer says so; [`Error::Missing`] for a sample without an
 /// image; else the reader's, the processor's or the model's error.
 pub fn prepare(
-    model: &Qwen2Vl,
-    tower: &VisionTower,
+    model: &ModelSource,
+    tower: &dyn VisionTower,
     processor: &Processor,
     samples: &[&Sample],
     store: Store,
@@ -103,14 +111,19 @@ pub fn prepare(
         let features = input.images.iter().map(|image| tower.forward(image));
         let features = features.collect::<Result<Vec<_>>>()?;
         let seconds = [encoded, began.elapsed().as_secs_f64() - encoded];
-        let rows = model.embed(&input.input_ids, &features)?;
-        let (n_tokens, hidden) = rows.dims2()?;
-        let mut embeddings = store.place(n_tokens, hidden)?;
-        embeddings.set(&store, 0, &rows)?;
+        let embedded = model.embed(&input.input_ids, &features)?;
+        let place = |rows: &Tensor| -> Result<HiddenState> {
+            let (n_tokens, hidden) = rows.dims2()?;
+            let mut state = store.place(n_tokens, hidden)?;
+            state.set(&store, 0, rows)?;
+            Ok(state)
+        };
+        let deepstack = embedded.deepstack.iter().map(place);
         let sample = CalibrationSample {
             origin: sample.origin.clone(),
-            rope: model.rope(&model.positions(&input)?)?,
-            embeddings,
+            context: model.context(&input.input_ids, &model.positions(&input)?)?,
+            embeddings: place(&embedded.rows)?,
+            deepstack: deepstack.collect::<Result<_>>()?,
             classes: input.classes,
         };
         Ok((sample, seconds))
@@ -145,7 +158,9 @@ fn encode(processor: &Processor, sample: &Sample) -> Result<ModelInput> {
     }
     let images = sample.images.iter().map(|source| {
         let image = source.load()?;
-        processor.vision_input(&image).map(Arc::new)
+        processor
+            .vision_input(&image, sample.images.len())
+            .map(Arc::new)
     });
     let images = images.collect::<Result<Vec<_>>>()?;
     processor.encode_conversation(&sample.messages, &images)

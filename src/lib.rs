@@ -48,6 +48,7 @@ pub mod dataset;
 pub mod error;
 pub mod eval;
 pub mod export;
+pub mod families;
 pub mod hidden_states;
 pub mod importance;
 pub mod journal;

@@ -1,10 +1,9 @@
 //! What a run will hold in memory and write to disk, told before it begins.
 
 use crate::model::attention::block_len;
-use crate::model::config::DecoderConfig;
 use crate::model::decoder::Projection;
-use crate::model::qwen2_vl::Qwen2Vl;
-use crate::model::vision::qwen2::VisionConfig;
+use crate::model::vision::VisionSize;
+use crate::model::{DecoderConfig, ModelSource};
 use crate::pipeline::BATCH_TOKENS;
 use crate::recipe::Recipe;
 use crate::report::peak_memory_bytes;
@@ -66,7 +65,7 @@ impl MemoryPlan {
 }
 
 /// Plans a run over samples of these many tokens, all in memory.
-pub fn plan_memory(model: &Qwen2Vl, recipe: &Recipe, n_tokens: &[usize]) -> MemoryPlan {
+pub fn plan_memory(model: &ModelSource, recipe: &Recipe, n_tokens: &[usize]) -> MemoryPlan {
     let process = peak_memory_bytes().unwrap_or(32 << 20);
     let config = model.decoder();
     let weight = |p: Projection| {
@@ -101,13 +100,14 @@ pub fn plan_memory(model: &Qwen2Vl, recipe: &Recipe, n_tokens: &[usize]) -> Memo
         with_mlp_loss: recipe.importance.is_some_and(|i| i.needs_mlp()),
         longest: n_tokens.iter().copied().max().unwrap_or(0) as u64,
         batch: n_tokens.iter().sum::<usize>().min(BATCH_TOKENS) as u64,
+        n_deepstack: model.vision().n_deepstack(),
         n_threads: rayon::current_num_threads().min(n_tokens.len().max(1)) as u64,
     };
     let streams = n_tokens.iter().sum::<usize>() as u64 * step.stream_width() * F32;
     MemoryPlan {
         process,
         allocator: allowance(streams),
-        vision: plan_vision(model.vision(), &step),
+        vision: plan_vision(model.vision().size(), &step),
         streams,
         streams_on_disk: 0,
         attention: step.attention(),
@@ -118,12 +118,13 @@ pub fn plan_memory(model: &Qwen2Vl, recipe: &Recipe, n_tokens: &[usize]) -> Memo
 }
 
 /// The tower, and in each thread a sample whose tokens are all of one picture.
-fn plan_vision(tower: &VisionConfig, step: &Step) -> u64 {
-    let dim = tower.embed_dim as u64;
+fn plan_vision(tower: VisionSize, step: &Step) -> u64 {
+    let dim = tower.width as u64;
     let weights = (4 * dim * dim + 2 * dim * tower.mlp_dim as u64) * tower.depth as u64;
-    let patches = step.longest * (tower.merge_size * tower.merge_size) as u64;
-    let n_queries = block_len(tower.n_heads, patches as usize) as u64;
-    let map = tower.n_heads as u64 * patches * patches.min(n_queries);
+    let patches = step.longest * tower.patches_per_token as u64;
+    let seen = (tower.patches_per_tile).map_or(patches, |tile| patches.min(tile as u64));
+    let n_queries = block_len(tower.n_heads, seen as usize) as u64;
+    let map = tower.n_heads as u64 * seen * seen.min(n_queries);
     // The stream; in attention q, k and v before and after rotation, in the MLP two activations.
     let rows = patches * (dim + (6 * dim).max(2 * tower.mlp_dim as u64));
     (weights + step.n_threads * (3 * map + rows)) * F32
@@ -145,6 +146,8 @@ struct Step<'a> {
     /// Tokens of a batch.
     batch: u64,
     n_threads: u64,
+    /// Layers after which the tower adds something.
+    n_deepstack: usize,
 }
 
 impl Step<'_> {
@@ -153,12 +156,14 @@ impl Step<'_> {
         sizes.map(|[out, inp]| (out * inp) as u64 * F32).sum()
     }
 
-    /// Values per token: U's residual and input, rotary tables; F's residual, y and input.
+    /// Values per token: U's residual and input, rotary tables, what the tower adds on the way; F's
+    /// residual, y and input.
     fn stream_width(&self) -> u64 {
         let hidden = self.config.hidden_size;
         let heads = self.config.n_heads * self.config.head_dim;
         let widest = hidden.max(heads).max(self.config.intermediate_size);
-        let own = hidden + widest + 2 * self.config.head_dim;
+        let n_tables = 2 + 2 * usize::from(self.config.local.is_some());
+        let own = hidden + widest + n_tables * self.config.head_dim + self.n_deepstack * hidden;
         let full = if self.with_full {
             2 * hidden + widest
         } else {
@@ -227,7 +232,7 @@ pub struct DiskPlan {
 }
 
 /// What a run will write.
-pub fn plan_disk(model: &Qwen2Vl, recipe: &Recipe) -> DiskPlan {
+pub fn plan_disk(model: &ModelSource, recipe: &Recipe) -> DiskPlan {
     let mut plan = DiskPlan {
         tensors: model.checkpoint().total_bytes(),
         progress: 0,

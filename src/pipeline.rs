@@ -18,7 +18,7 @@ mod streams;
 use crate::calibration::CalibrationSet;
 use crate::importance::{ImportanceSettings, LayerImportance};
 use crate::model::decoder::{DecoderLayer, LayerSource, Projection};
-use crate::model::qwen2_vl::{Module, Qwen2Vl};
+use crate::model::source::{ModelSource, Module};
 use crate::plan::Scheme;
 use crate::recipe::Recipe;
 use crate::report::{Deviation, ModuleReport, log};
@@ -102,7 +102,7 @@ pub trait LayerSink {
 /// The solver's, the model's and `sink`'s; [`Error::Invalid`] if the recipe needs samples and
 /// there are none; [`Error::Interrupted`] if the observer says so.
 pub fn quantize(
-    model: &Qwen2Vl,
+    model: &ModelSource,
     calibration: CalibrationSet,
     recipe: &Recipe,
     observer: &dyn Observer,
@@ -146,7 +146,7 @@ pub fn quantize(
 
 /// The work on one layer.
 struct Run<'a> {
-    model: &'a Qwen2Vl,
+    model: &'a ModelSource,
     recipe: &'a Recipe,
     observer: &'a dyn Observer,
     layer_idx: usize,
@@ -262,7 +262,7 @@ impl Run<'_> {
     }
 
     fn end(&mut self, mut pair: Pair, streams: &mut Streams) -> Result<()> {
-        let down = Stage::Down.projections();
+        let (down, layer_idx) = (Stage::Down.projections(), self.layer_idx);
         self.timed("load", |run| {
             run.source.complete(&mut pair.quantized, down)?;
             match streams.with_full() {
@@ -271,7 +271,7 @@ impl Run<'_> {
             }
         })?;
         self.timed("forward", |_| {
-            streams.end_layer(&pair.full, &pair.quantized)
+            streams.end_layer(layer_idx, &pair.full, &pair.quantized)
         })
     }
 

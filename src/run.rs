@@ -7,13 +7,13 @@ use crate::calibration::{self, CalibrationSample, CalibrationSet};
 use crate::checkpoint::write::MAX_SHARD_BYTES;
 use crate::dataset::{Sample, SampleSet};
 use crate::export::ModulePlan;
+use crate::families::open_processor;
 use crate::export::compressed_tensors::{Exported, Exporter};
 use crate::hidden_states::Store;
 use crate::journal::{Fingerprint, Journal, LayerWriter, Resume};
 use crate::memory::plan_memory;
-use crate::model::qwen2_vl::{Module, Qwen2Vl};
+use crate::model::{ModelSource, Module};
 use crate::pipeline::{self, FinishedLayer, LayerOutcome, LayerSink, Observer};
-use crate::processor::Processor;
 use crate::recipe::Recipe;
 use crate::report::{
     CalibrationReport, Deviation, REPORT_FILE, RunReport, SCHEMA, peak_memory_bytes,
@@ -50,7 +50,7 @@ pub struct RunOptions {
 /// # Errors
 /// [`Error::Invalid`] naming every module whose columns its group size does not divide;
 /// [`Error::Invalid`] if no module is left.
-pub fn module_plan(model: &Qwen2Vl, recipe: &Recipe) -> Result<Vec<ModulePlan>> {
+pub fn module_plan(model: &ModelSource, recipe: &Recipe) -> Result<Vec<ModulePlan>> {
     let mut plan = Vec::new();
     let mut problems: Vec<Error> = Vec::new();
     for module in model.modules() {
@@ -83,7 +83,7 @@ pub fn module_plan(model: &Qwen2Vl, recipe: &Recipe) -> Result<Vec<ModulePlan>> 
 /// # Errors
 /// Those of every stage; nothing is left behind then but finished layers, in the [`Journal`].
 pub fn quantize_folder(
-    model: &Qwen2Vl,
+    model: &ModelSource,
     recipe: &Recipe,
     choice: Option<&SampleChoice>,
     output: &Path,
@@ -145,7 +145,7 @@ pub fn quantize_folder(
 
 /// Modules go to the output folder and to the journal at once.
 struct Journaled<'a> {
-    model: &'a Qwen2Vl,
+    model: &'a ModelSource,
     exporter: Exporter<'a>,
     journal: Journal,
     /// The layer at work.
@@ -204,7 +204,7 @@ fn fingerprint(recipe: &Recipe, plan: &[ModulePlan], set: &CalibrationSet) -> Re
     })
 }
 
-fn idle_rules(model: &Qwen2Vl, recipe: &Recipe) -> Vec<Deviation> {
+fn idle_rules(model: &ModelSource, recipe: &Recipe) -> Vec<Deviation> {
     let names: Vec<String> = model.modules().into_iter().map(|m| m.name).collect();
     let idle = recipe.idle_rules(&names).map(str::to_owned);
     idle.map(|pattern| Deviation::IdleRule { pattern })
@@ -212,7 +212,7 @@ fn idle_rules(model: &Qwen2Vl, recipe: &Recipe) -> Vec<Deviation> {
 }
 
 /// What is copied as it is would else be looked at by nobody.
-fn check_copied(model: &Qwen2Vl, plan: &[ModulePlan]) -> Result<()> {
+fn check_copied(model: &ModelSource, plan: &[ModulePlan]) -> Result<()> {
     let quantized: BTreeSet<&str> = plan.iter().map(|module| module.name.as_str()).collect();
     let is_copied = |name: &&str| {
         let module = name.strip_suffix(".weight");
@@ -233,7 +233,7 @@ fn check_copied(model: &Qwen2Vl, plan: &[ModulePlan]) -> Result<()> {
 /// [`Error::Missing`] if the method needs samples and no choice is given; else as
 /// [`calibration::prepare`].
 pub fn load_samples(
-    model: &Qwen2Vl,
+    model: &ModelSource,
     recipe: &Recipe,
     choice: Option<&SampleChoice>,
     memory_bytes: u64,
@@ -247,13 +247,13 @@ pub fn load_samples(
         what: "--calibration DATA".into(),
         place: format!("the arguments; {} needs samples", recipe.method.name()),
     })?;
-    let processor = Processor::open(model.checkpoint().dir())?;
+    let processor = open_processor(model.checkpoint().dir())?;
     let chosen: Vec<&Sample> = choice.set.choose(choice.n_samples, choice.seed)?;
     let n_tokens = calibration::count_tokens(&processor, &chosen)?;
     let plan = plan_memory(model, recipe, &n_tokens);
     let store = Store::new(plan.room(memory_bytes), dir, &Device::Cpu);
     let tower = model.load_tower()?;
-    calibration::prepare(model, &tower, &processor, &chosen, store, observer)
+    calibration::prepare(model, tower.as_ref(), &processor, &chosen, store, observer)
 }
 
 fn calibration_report(choice: &SampleChoice, samples: &[CalibrationSample]) -> CalibrationReport {

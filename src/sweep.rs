@@ -6,7 +6,7 @@
 use crate::eval::{AnswerScore, Divergence, Reference, Task, score_answers};
 use crate::model::LoadedModel;
 use crate::model::decoder::DecoderLayer;
-use crate::model::qwen2_vl::{Module, Qwen2Vl};
+use crate::model::{ModelSource, Module};
 use crate::pipeline::{self, LayerSink, Observer};
 use crate::plan::{ScaleDtype, Scheme};
 use crate::recipe::{Method, Recipe};
@@ -244,7 +244,7 @@ pub fn compare_with_reference(
 /// # Errors
 /// Those of [`pipeline::quantize`].
 pub fn quantize_in_memory(
-    model: &Qwen2Vl,
+    model: &ModelSource,
     recipe: &Recipe,
     choice: Option<&SampleChoice>,
     observer: &dyn Observer,

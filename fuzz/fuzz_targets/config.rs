@@ -6,7 +6,7 @@ use candle_core::Device;
 use libfuzzer_sys::fuzz_target;
 use vlmq::checkpoint::write::{MAX_SHARD_BYTES, ShardedWriter, TensorSpec};
 use vlmq::checkpoint::{CONFIG_FILE, Checkpoint, DType};
-use vlmq::model::Qwen2Vl;
+use vlmq::families::open_model;
 
 fuzz_target!(
     init: { put_weights(); },
@@ -16,7 +16,7 @@ fuzz_target!(
             return;
         };
         vlmq_fuzz::read_all(&checkpoint);
-        if let Ok(model) = Qwen2Vl::new(checkpoint, Device::Cpu) {
+        if let Ok(model) = open_model(checkpoint, Device::Cpu) {
             model.modules();
         }
     }

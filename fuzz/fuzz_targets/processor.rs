@@ -6,6 +6,7 @@
 use libfuzzer_sys::fuzz_target;
 use serde_json::Value;
 use std::sync::Arc;
+use vlmq::families::open_processor;
 use vlmq::processor::{ContentPart, Message, Processor, RgbImage, Role};
 
 /// A small one, for the pattern of the genuine one takes long to compile.
@@ -20,7 +21,8 @@ macro_rules! genuine {
     };
 }
 
-const FILES: [(&str, &[u8]); 6] = [
+const FILES: [(&str, &[u8]); 7] = [
+    genuine!("config.json"),
     genuine!("tokenizer_config.json"),
     genuine!("preprocessor_config.json"),
     genuine!("generation_config.json"),
@@ -45,7 +47,7 @@ fuzz_target!(
         };
         let (name, content) = FILES[usize::from(*kind) % FILES.len()];
         vlmq_fuzz::put(name, rest);
-        if let Ok(processor) = Processor::open(vlmq_fuzz::folder()) {
+        if let Ok(processor) = open_processor(vlmq_fuzz::folder()) {
             let settings = serde_json::from_slice(rest).unwrap_or(Value::Null);
             use_it(&processor, asks_for_much(&settings));
         }
@@ -66,7 +68,7 @@ fn use_it(processor: &Processor, without_images: bool) {
         height: 3,
         data: vec![7; 45],
     };
-    if let Ok(image) = processor.vision_input(&image) {
+    if let Ok(image) = processor.vision_input(&image, 1) {
         message.content.push(ContentPart::Image);
         let _ = processor.encode_conversation(&[message], &[Arc::new(image)]);
     }

@@ -12,7 +12,7 @@ use vlmq::dataset::open_samples;
 use vlmq::eval::open_tasks;
 use vlmq::model::LoadedModel;
 use vlmq::pipeline::Observer;
-use vlmq::processor::Processor;
+use vlmq::families::open_processor;
 use vlmq::run::SampleChoice;
 use vlmq::sweep::{Sweep, SweepRow, quantize_in_memory, score_original, score_tasks};
 
@@ -43,7 +43,7 @@ fn measure(sweep: &Sweep, output: &PathBuf) -> anyhow::Result<Vec<SweepRow>> {
     let model = open_model(&sweep.model)?;
     let runs = sweep.runs(scale_dtype(&model))?;
     let mut rows = read_rows(output)?;
-    let tasks = open_tasks(&sweep.tasks, &Processor::open(&sweep.model)?, sweep.limit)?;
+    let tasks = open_tasks(&sweep.tasks, &open_processor(&sweep.model)?, sweep.limit)?;
     let samples = open_samples(&sweep.calibration)?;
     let mut loaded = LoadedModel::load(open_model(&sweep.model)?)?;
     let (original, references) = score_original(&loaded, &tasks)?;

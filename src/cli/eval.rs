@@ -10,7 +10,7 @@ use std::process::ExitCode;
 use vlmq::Error;
 use vlmq::eval::{Accuracy, Divergence, Task, answer_all, open_tasks};
 use vlmq::model::LoadedModel;
-use vlmq::processor::Processor;
+use vlmq::families::open_processor;
 use vlmq::sweep::compare_with_reference;
 
 #[derive(clap::Args)]
@@ -38,7 +38,7 @@ pub fn run(args: &Args, as_json: bool) -> anyhow::Result<ExitCode> {
         }
         .into());
     }
-    let processor = Processor::open(&args.model.model)?;
+    let processor = open_processor(&args.model.model)?;
     let tasks = open_tasks(&args.task, &processor, args.limit)?;
     let model = LoadedModel::load(open_model(&args.model.model)?)?;
     let reference = args.reference.as_deref().map(open_model).transpose()?;

@@ -4,7 +4,7 @@ use super::prompt::PromptArgs;
 use super::{ModelArg, SCHEMA, open_model, print_json, say};
 use std::process::ExitCode;
 use vlmq::model::LoadedModel;
-use vlmq::processor::Processor;
+use vlmq::families::open_processor;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -19,7 +19,7 @@ pub struct Args {
 
 pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
     let source = open_model(&args.model.model)?;
-    let processor = Processor::open(&args.model.model)?;
+    let processor = open_processor(&args.model.model)?;
     let input = args.prompt.encode(&processor)?;
     let model = LoadedModel::load(source)?;
     let features = input.images.iter().map(|image| model.image_features(image));

@@ -3,8 +3,7 @@
 use super::quantize::scale_dtype;
 use super::{ModelArg, SCHEMA, open_model, print_json, say};
 use std::process::ExitCode;
-use vlmq::model::Qwen2Vl;
-use vlmq::model::qwen2_vl::Module;
+use vlmq::model::{ModelSource, Module};
 use vlmq::plan::Scheme;
 
 #[derive(clap::Args)]
@@ -31,12 +30,12 @@ pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn n_weights(model: &Qwen2Vl) -> usize {
+fn n_weights(model: &ModelSource) -> usize {
     let modules = model.modules();
     modules.iter().map(|m| m.shape[0] * m.shape[1]).sum()
 }
 
-fn n_quantized(model: &Qwen2Vl) -> usize {
+fn n_quantized(model: &ModelSource) -> usize {
     let checkpoint = model.checkpoint();
     let modules = model.modules();
     modules
@@ -45,14 +44,14 @@ fn n_quantized(model: &Qwen2Vl) -> usize {
         .count()
 }
 
-fn summary(model: &Qwen2Vl, candidates: &[Candidate]) -> serde_json::Value {
+fn summary(model: &ModelSource, candidates: &[Candidate]) -> serde_json::Value {
     let modules = model.modules();
     let module = |m: &Module| serde_json::json!({"name": m.name, "shape": m.shape});
     let row = |c: &Candidate| serde_json::json!({"scheme": c.scheme, "tensor_bytes": c.bytes, "misfits": c.misfits});
     serde_json::json!({
         "schema": SCHEMA,
         "command": "inspect",
-        "family": vlmq::model::qwen2_vl::MODEL_TYPE,
+        "family": model.family(),
         "n_tensors": model.checkpoint().names().count(),
         "tensor_bytes": model.checkpoint().total_bytes(),
         "n_modules": modules.len(),
@@ -63,8 +62,8 @@ fn summary(model: &Qwen2Vl, candidates: &[Candidate]) -> serde_json::Value {
     })
 }
 
-fn model_text(model: &Qwen2Vl) -> String {
-    let (d, v) = (model.decoder(), model.vision());
+fn model_text(model: &ModelSource) -> String {
+    let (d, v) = (model.decoder(), model.vision().size());
     let checkpoint = model.checkpoint();
     let mut text = format!(
         "family      {}\n\
@@ -72,7 +71,7 @@ fn model_text(model: &Qwen2Vl) -> String {
          vision      {} layers, width {}, heads {}\n\
          tensors     {}, {:.1} MB\n\
          to quantize {} modules, {:.2} M weights\n",
-        vlmq::model::qwen2_vl::MODEL_TYPE,
+        model.family(),
         d.n_layers,
         d.hidden_size,
         d.intermediate_size,
@@ -80,7 +79,7 @@ fn model_text(model: &Qwen2Vl) -> String {
         d.n_kv_heads,
         d.head_dim,
         v.depth,
-        v.embed_dim,
+        v.width,
         v.n_heads,
         checkpoint.names().count(),
         checkpoint.total_bytes() as f64 / 1e6,
@@ -113,7 +112,7 @@ fn candidates_text(candidates: &[Candidate]) -> String {
     text
 }
 
-fn candidates(model: &Qwen2Vl) -> vlmq::Result<Vec<Candidate>> {
+fn candidates(model: &ModelSource) -> vlmq::Result<Vec<Candidate>> {
     let mut all = Vec::new();
     for bits in [4, 3, 2] {
         for group_size in [Some(32), Some(64), Some(128), None] {

@@ -19,7 +19,8 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use vlmq::Error;
 use vlmq::checkpoint::Checkpoint;
-use vlmq::model::Qwen2Vl;
+use vlmq::families;
+use vlmq::model::ModelSource;
 
 /// Version of the objects that `--json` prints.
 const SCHEMA: u32 = 1;
@@ -111,11 +112,9 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
     }
 }
 
-fn open_model(dir: &Path) -> anyhow::Result<Qwen2Vl> {
-    Ok(Qwen2Vl::new(
-        Checkpoint::open(dir)?,
-        candle_core::Device::Cpu,
-    )?)
+fn open_model(dir: &Path) -> anyhow::Result<ModelSource> {
+    let checkpoint = Checkpoint::open(dir)?;
+    Ok(families::open_model(checkpoint, candle_core::Device::Cpu)?)
 }
 
 fn print_json(value: serde_json::Value) -> anyhow::Result<()> {

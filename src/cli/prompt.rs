@@ -32,7 +32,9 @@ impl PromptArgs {
     pub fn encode(&self, processor: &Processor) -> vlmq::Result<ModelInput> {
         let images = self.image.iter().map(|path| {
             let image = ImageSource::File(path.clone()).load()?;
-            processor.vision_input(&image).map(Arc::new)
+            processor
+                .vision_input(&image, self.image.len())
+                .map(Arc::new)
         });
         let images = images.collect::<vlmq::Result<Vec<_>>>()?;
         processor.encode_prompt(&[self.message()], &images)

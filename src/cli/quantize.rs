@@ -11,9 +11,9 @@ use vlmq::checkpoint::DType;
 use vlmq::dataset::open_samples;
 use vlmq::journal::{Journal, Resume};
 use vlmq::memory::{plan_disk, plan_memory};
-use vlmq::model::Qwen2Vl;
+use vlmq::model::ModelSource;
 use vlmq::plan::{ScaleDtype, Scheme};
-use vlmq::processor::Processor;
+use vlmq::families::open_processor;
 use vlmq::recipe::{Method, Recipe};
 use vlmq::report::free_memory_bytes;
 use vlmq::run::{RunOptions, SampleChoice, module_plan, quantize_folder};
@@ -105,7 +105,7 @@ pub struct RecipeArgs {
 
 impl RecipeArgs {
     /// The recipe for a model; scales are stored in the type of its weights.
-    pub fn recipe(&self, model: &Qwen2Vl) -> vlmq::Result<Recipe> {
+    pub fn recipe(&self, model: &ModelSource) -> vlmq::Result<Recipe> {
         let group_size = match self.group_size {
             -1 => None,
             n => Some(usize::try_from(n).map_err(|_| Error::Invalid {
@@ -157,7 +157,7 @@ fn parse_bytes(text: &str) -> Result<u64, String> {
 }
 
 /// The type that the model's weights have, which its readers will give the scales too.
-pub fn scale_dtype(model: &Qwen2Vl) -> ScaleDtype {
+pub fn scale_dtype(model: &ModelSource) -> ScaleDtype {
     let module = model.modules().into_iter().next();
     let name = module
         .map(|m| format!("{}.weight", m.name))
@@ -227,7 +227,7 @@ fn tell_what_is_kept(error: &Error, output: &Path) {
 
 fn dry_run(
     args: &Args,
-    model: &Qwen2Vl,
+    model: &ModelSource,
     recipe: &Recipe,
     choice: Option<&SampleChoice>,
     json: bool,
@@ -241,7 +241,7 @@ fn dry_run(
     }
     let n_tokens = match choice {
         Some(choice) => {
-            let processor = Processor::open(&args.model.model)?;
+            let processor = open_processor(&args.model.model)?;
             let chosen = choice.set.choose(choice.n_samples, choice.seed)?;
             vlmq::calibration::count_tokens(&processor, &chosen)?
         }

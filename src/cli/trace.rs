@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use vlmq::Error;
 use vlmq::model::LoadedModel;
-use vlmq::processor::Processor;
+use vlmq::families::open_processor;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -28,7 +28,7 @@ pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
         }
         .into());
     }
-    let processor = Processor::open(&args.model.model)?;
+    let processor = open_processor(&args.model.model)?;
     let model = LoadedModel::load(open_model(&args.model.model)?)?;
     let input = args.prompt.encode(&processor)?;
     let features = input.images.iter().map(|image| model.image_features(image));
@@ -60,7 +60,12 @@ pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
             .flat_map(|image| image.grid_thw.map(|side| side as i64));
         let grids: Vec<i64> = grids.collect();
         tensors.insert("pixel_values".to_owned(), Tensor::cat(&patches, 0)?);
-        tensors.insert("image_features".to_owned(), Tensor::cat(&features, 0)?);
+        let rows: Vec<&Tensor> = features.iter().map(|f| &f.embeddings).collect();
+        tensors.insert("image_features".to_owned(), Tensor::cat(&rows, 0)?);
+        for level in 0..model.source().vision().n_deepstack() {
+            let rows: Vec<&Tensor> = features.iter().map(|f| &f.deepstack[level]).collect();
+            tensors.insert(format!("deepstack_features.{level}"), Tensor::cat(&rows, 0)?);
+        }
         tensors.insert(
             "image_grid_thw".to_owned(),
             Tensor::from_vec(grids, (features.len(), 3), cpu)?,

@@ -4,9 +4,9 @@ use crate::dataset::{Question, open_questions};
 use crate::model::LoadedModel;
 use crate::model::loaded::Prefix;
 use crate::processor::chat::{ContentPart, Message, Role};
+use crate::model::vision::ImageFeatures;
 use crate::processor::{ModelInput, Processor, VisionInput};
 use crate::{Error, Result};
-use candle_core::Tensor;
 use rayon::prelude::*;
 use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -43,7 +43,7 @@ pub struct EvalItem {
 /// computed once for all models of a comparison.
 struct EvalImage {
     input: Arc<VisionInput>,
-    features: OnceLock<Tensor>,
+    features: OnceLock<ImageFeatures>,
 }
 
 impl Task {
@@ -90,7 +90,7 @@ impl EvalItem {
     ///
     /// # Errors
     /// As [`LoadedModel::image_features`].
-    pub fn features(&self, model: &LoadedModel) -> Result<Vec<Tensor>> {
+    pub fn features(&self, model: &LoadedModel) -> Result<Vec<ImageFeatures>> {
         let one = |image: &Arc<EvalImage>| {
             if let Some(features) = image.features.get() {
                 return Ok(features.clone());
@@ -156,15 +156,17 @@ fn open_task(path: &Path, processor: &Processor, limit: Option<usize>) -> Result
 type ImageCache = Mutex<HashMap<u64, Arc<EvalImage>>>;
 
 fn encode(question: &Question, processor: &Processor, cache: &ImageCache) -> Result<EvalItem> {
+    let n_images = question.images.len();
     let images = question.images.iter().map(|source| {
         let mut hasher = DefaultHasher::new();
         let bytes = source.read()?;
         bytes.hash(&mut hasher);
+        n_images.hash(&mut hasher);
         let key = hasher.finish();
         if let Some(known) = cache.lock().expect("no holder panics").get(&key) {
             return Ok(known.clone());
         }
-        let input = Arc::new(processor.vision_input(&source.load()?)?);
+        let input = Arc::new(processor.vision_input(&source.load()?, n_images)?);
         let image = Arc::new(EvalImage {
             input,
             features: OnceLock::new(),
@@ -204,7 +206,7 @@ fn with_answer(
     answer: &str,
 ) -> Result<(ModelInput, usize)> {
     let mut input = prompt.clone();
-    let answer = processor.encode_text(answer)?;
+    let answer = processor.encode_continuation(answer)?;
     let end = processor.eos_ids().first().copied();
     for id in answer.into_iter().chain(end) {
         input.input_ids.push(id);

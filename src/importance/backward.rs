@@ -14,21 +14,57 @@
 
 use crate::Result;
 use crate::model::attention::{Attention, merge_heads};
+use crate::model::context::TokenContext;
 use crate::model::decoder::{DecoderLayer, Projection};
-use crate::model::rope::Rope;
+use crate::model::decoder_config::Activation;
 use candle_core::{D, Tensor};
 use candle_nn::ops::sigmoid;
+
+/// One sample's way through a layer's attention, with everything that the way back needs.
+#[derive(Clone, Debug)]
+pub struct AttentionPass<'a> {
+    layer: &'a DecoderLayer,
+    context: &'a TokenContext,
+    /// Input of q, k and v, `[n, hidden]`.
+    n1: Tensor,
+    pub(super) trace: Attention,
+    /// Residual stream after attention, `[n, hidden]`.
+    pub y: Tensor,
+}
+
+impl<'a> AttentionPass<'a> {
+    /// Takes `x [n, hidden]` through attention.
+    ///
+    /// # Errors
+    /// A tensor error if shapes disagree; [`crate::Error::Missing`] if `layer` lacks a linear.
+    pub fn new(layer: &'a DecoderLayer, context: &'a TokenContext, x: &Tensor) -> Result<Self> {
+        let n1 = layer.qkv_input(x)?;
+        let trace = layer.attention(&n1, context)?;
+        Ok(Self {
+            y: layer.after_attention(x, &trace.output)?,
+            layer,
+            context,
+            n1,
+            trace,
+        })
+    }
+
+    /// The layer.
+    pub fn layer(&self) -> &'a DecoderLayer {
+        self.layer
+    }
+}
 
 /// ∂L/∂(output of q, k, v, o), each `[n_tokens, out]`.
 #[derive(Clone, Debug)]
 pub struct AttentionGradients {
-    /// With respect to the queries before rotation.
+    /// With respect to the queries before norm and rotation.
     pub q: Tensor,
-    /// With respect to the keys before rotation.
+    /// With respect to the keys before norm and rotation.
     pub k: Tensor,
     /// With respect to the values.
     pub v: Tensor,
-    /// With respect to the attention output.
+    /// With respect to the attention output, before its norm if it has one.
     pub o: Tensor,
 }
 
@@ -39,25 +75,23 @@ pub struct MlpGradients {
     pub gate: Tensor,
     /// With respect to the up projection.
     pub up: Tensor,
-    /// With respect to the down projection.
+    /// With respect to the down projection, before its norm if it has one.
     pub down: Tensor,
     /// With respect to the residual stream between attention and MLP, `[n_tokens, hidden]`.
     pub y: Tensor,
 }
 
-/// Carries `d_o = ∂L/∂(output of o_proj)` `[n, hidden]` back through attention.
+/// Carries `d_y = ∂L/∂y` `[n, hidden]` back through attention.
 ///
 /// For L = ‖y_U − y_F‖² it is 2·(y_U − y_F).
 ///
 /// # Errors
 /// A tensor error if shapes disagree.
 /// Source: arXiv:2508.03351 §3.2; checked against finite differences and automatic gradients.
-pub fn attention(
-    layer: &DecoderLayer,
-    trace: &Attention,
-    rope: &Rope,
-    d_o: &Tensor,
-) -> Result<AttentionGradients> {
+pub fn attention(pass: &AttentionPass, d_y: &Tensor) -> Result<AttentionGradients> {
+    let (layer, trace) = (pass.layer, &pass.trace);
+    let rope = layer.rope(pass.context);
+    let d_o = layer.after_attention_backward(&trace.output, d_y)?;
     let d_heads = layer.split_heads(&d_o.matmul(layer.linear(Projection::O)?.weight())?)?;
     let mut d_q = Vec::new();
     let (mut d_k, mut d_v) = (trace.keys.zeros_like()?, trace.values.zeros_like()?);
@@ -69,7 +103,7 @@ pub fn attention(
         let d_a = d_heads.matmul(&seen.values.t()?)?;
         // Softmax: dS = A ∘ (dA − rowsum(A ∘ dA)).
         let row_sums = (&a * &d_a)?.sum_keepdim(D::Minus1)?;
-        let d_s = ((a * d_a.broadcast_sub(&row_sums)?)? * trace.score_scale()?)?;
+        let d_s = ((a * d_a.broadcast_sub(&row_sums)?)? * trace.scale())?;
         let (heads, _, head_dim) = trace.queries.dims3()?;
         d_q.push(
             d_s.matmul(&seen.keys)?
@@ -78,11 +112,15 @@ pub fn attention(
         let queries = trace.rows(&trace.queries, &rows)?;
         d_k = add_rows(&d_k, &d_s.t()?.matmul(&queries)?)?;
     }
+    let before_norm = |projection, d: &Tensor| -> Result<Tensor> {
+        let d = layer.head_norm_backward(projection, &pass.n1, rope.rotate_back(d)?)?;
+        merge_heads(&d)
+    };
     Ok(AttentionGradients {
-        q: merge_heads(&rope.rotate_back(&Tensor::cat(&d_q, 1)?)?)?,
-        k: merge_heads(&rope.rotate_back(&d_k)?)?,
+        q: before_norm(Projection::Q, &Tensor::cat(&d_q, 1)?)?,
+        k: before_norm(Projection::K, &d_k)?,
         v: merge_heads(&d_v)?,
-        o: d_o.clone(),
+        o: d_o,
     })
 }
 
@@ -100,18 +138,51 @@ pub fn mlp(layer: &DecoderLayer, y: &Tensor, d_out: &Tensor) -> Result<MlpGradie
     let n2 = layer.gate_up_input(y)?;
     let gate = layer.linear(Projection::Gate)?.forward(&n2)?;
     let up = layer.linear(Projection::Up)?.forward(&n2)?;
-    let s = sigmoid(&gate)?;
-    let d_h = d_out.matmul(layer.linear(Projection::Down)?.weight())?;
-    let d_up = (&d_h * (&gate * &s)?)?;
-    // silu'(z) = σ(z)·(1 + z·(1 − σ(z)))
-    let slope = (&s * ((&gate * (1.0 - &s)?)? + 1.0)?)?;
+    let Activated { value, slope } = activated(layer.activation(), &gate)?;
+    let d_down = layer.after_mlp_backward(&(&value * &up)?, d_out)?;
+    let d_h = d_down.matmul(layer.linear(Projection::Down)?.weight())?;
+    let d_up = (&d_h * value)?;
     let d_gate = ((&d_h * up)? * slope)?;
     let d_n2 = (d_gate.matmul(layer.linear(Projection::Gate)?.weight())?
         + d_up.matmul(layer.linear(Projection::Up)?.weight())?)?;
     Ok(MlpGradients {
         gate: d_gate,
         up: d_up,
-        down: d_out.clone(),
+        down: d_down,
         y: (d_out + layer.gate_up_norm_backward(y, &d_n2)?)?,
     })
+}
+
+/// An activation's values and its derivatives.
+struct Activated {
+    value: Tensor,
+    slope: Tensor,
+}
+
+fn activated(activation: Activation, z: &Tensor) -> Result<Activated> {
+    match activation {
+        Activation::Silu => {
+            let s = sigmoid(z)?;
+            // silu'(z) = σ(z)·(1 + z·(1 − σ(z)))
+            let slope = (&s * ((z * (1.0 - &s)?)? + 1.0)?)?;
+            Ok(Activated {
+                value: (z * s)?,
+                slope,
+            })
+        }
+        Activation::GeluTanh => {
+            // gelu(z) = z·(1 + t)/2 with t = tanh(c·(z + a·z³)).
+            const C: f64 = 0.797_884_560_802_865_4;
+            const A: f64 = 0.044_715;
+            let square = z.sqr()?;
+            let t = ((z * ((&square * A)? + 1.0)?)? * C)?.tanh()?;
+            let half = ((&t + 1.0)? * 0.5)?;
+            let inner = ((square * (3.0 * A))? + 1.0)?;
+            let bend = (((1.0 - t.sqr()?)? * inner)? * (0.5 * C))?;
+            Ok(Activated {
+                value: (z * &half)?,
+                slope: (half + (z * bend)?)?,
+            })
+        }
+    }
 }

@@ -1,14 +1,14 @@
 //! The analytic gradients against automatic ones (testdata/importance, written by
 //! tests/oracle/importance_golden.py) and against finite differences of a naive f64 forward.
 
-use super::backward::{self, AttentionGradients, MlpGradients};
+use super::backward::{self, AttentionGradients, AttentionPass, MlpGradients};
 use super::*;
 use crate::checkpoint::Checkpoint;
-use crate::model::attention::{Attention, CausalMask};
-use crate::model::config::DecoderConfig;
+use crate::model::attention::{Attention, Mask};
+use crate::model::context::TokenContext;
 use crate::model::decoder::{DecoderLayer, LayerSource, Projection};
+use crate::model::decoder_config::{DecoderConfig, RopeAxes};
 use crate::model::linear::matrix_from_tensor;
-use crate::model::rope::Rope;
 use candle_core::{Device, Tensor};
 use std::path::Path;
 
@@ -18,26 +18,17 @@ const HIDDEN: usize = 48;
 const ROPE_THETA: f64 = 100.0;
 
 fn config() -> DecoderConfig {
-    DecoderConfig {
-        vocab_size: 8,
-        hidden_size: HIDDEN,
-        intermediate_size: 40,
-        n_layers: 1,
-        n_heads: 6,
-        n_kv_heads: 2,
-        head_dim: 8,
-        rms_norm_eps: 1e-6,
-        rope_theta: ROPE_THETA,
-        mrope_section: vec![1, 1, 2],
-        tie_word_embeddings: true,
-    }
+    let mut config = DecoderConfig::small(HIDDEN, 40, [6, 2, 8]);
+    config.rotary.theta = ROPE_THETA;
+    config.rotary.axes = RopeAxes::Sections([1, 1, 2]);
+    config
 }
 
 /// The golden layer with its two streams.
 struct Case {
     golden: Checkpoint,
     layer: DecoderLayer,
-    rope: Rope,
+    context: TokenContext,
     positions: [Vec<u32>; 3],
     full: Tensor,
     quantized: Tensor,
@@ -70,12 +61,13 @@ impl Case {
             layer: LayerSource {
                 checkpoint: &golden,
                 prefix: "layer".into(),
+                layer_idx: 0,
                 config: &config(),
                 device: &Device::Cpu,
             }
             .whole()
             .unwrap(),
-            rope: Rope::multimodal(&config(), &positions, &Device::Cpu).unwrap(),
+            context: TokenContext::new(&config(), &positions, vec![0; n], &Device::Cpu).unwrap(),
             full: stream("full"),
             quantized: stream("quantized"),
             positions,
@@ -84,11 +76,8 @@ impl Case {
         }
     }
 
-    fn pass(&self, x: &Tensor) -> (Attention, Tensor) {
-        let n1 = self.layer.qkv_input(x).unwrap();
-        let trace = self.layer.attention(&n1, &self.rope).unwrap();
-        let y = self.layer.after_attention(x, &trace.output).unwrap();
-        (trace, y)
+    fn pass(&self, x: &Tensor) -> AttentionPass<'_> {
+        AttentionPass::new(&self.layer, &self.context, x).unwrap()
     }
 
     fn layer_output(&self, y: &Tensor) -> Tensor {
@@ -97,18 +86,16 @@ impl Case {
     }
 
     fn attention_gradients(&self) -> AttentionGradients {
-        let (trace, y) = self.pass(&self.quantized);
-        let (_, target) = self.pass(&self.full);
-        let d_o = ((y - target).unwrap() * 2.0).unwrap();
-        backward::attention(&self.layer, &trace, &self.rope, &d_o).unwrap()
+        let (pass, target) = (self.pass(&self.quantized), self.pass(&self.full).y);
+        let d_y = ((&pass.y - target).unwrap() * 2.0).unwrap();
+        backward::attention(&pass, &d_y).unwrap()
     }
 
     fn layer_gradients(&self) -> (AttentionGradients, MlpGradients) {
-        let (trace, y) = self.pass(&self.quantized);
-        let (_, target) = self.pass(&self.full);
-        let residual = (self.layer_output(&y) - self.layer_output(&target)).unwrap();
-        let mlp = backward::mlp(&self.layer, &y, &(residual * 2.0).unwrap()).unwrap();
-        let attention = backward::attention(&self.layer, &trace, &self.rope, &mlp.y).unwrap();
+        let (pass, target) = (self.pass(&self.quantized), self.pass(&self.full).y);
+        let residual = (self.layer_output(&pass.y) - self.layer_output(&target)).unwrap();
+        let mlp = backward::mlp(&self.layer, &pass.y, &(residual * 2.0).unwrap()).unwrap();
+        let attention = backward::attention(&pass, &mlp.y).unwrap();
         (attention, mlp)
     }
 
@@ -305,29 +292,31 @@ fn gradients_are_those_of_automatic_differentiation() {
 #[test]
 fn attention_in_blocks_of_queries_is_attention() {
     let case = Case::open();
-    let (whole, y) = case.pass(&case.quantized);
-    let (_, target) = case.pass(&case.full);
-    let d_o = ((y - target).unwrap() * 2.0).unwrap();
-    let n = d_o.dim(0).unwrap();
-    let gradients = |a: &Attention| {
-        named(
-            &backward::attention(&case.layer, a, &case.rope, &d_o).unwrap(),
-            None,
-        )
+    let pass = case.pass(&case.quantized);
+    let d_y = ((&pass.y - case.pass(&case.full).y).unwrap() * 2.0).unwrap();
+    let n = d_y.dim(0).unwrap();
+    let gradients = |trace: &Attention| {
+        let pass = AttentionPass {
+            trace: trace.clone(),
+            ..pass.clone()
+        };
+        named(&backward::attention(&pass, &d_y).unwrap(), None)
     };
+    let whole = &pass.trace;
     for block_len in [1, 3, n - 1] {
         let cut = Attention::new(
             whole.queries.clone(),
             whole.keys.clone(),
             whole.values.clone(),
-            &CausalMask::new(&[n]),
+            &Mask::causal(&[n]),
+            whole.scale(),
             block_len,
         );
         let cut = cut.unwrap();
         assert_eq!(cut.blocks().count(), n.div_ceil(block_len));
         let error = worst(&rows(&cut.output), &rows(&whole.output));
         assert!(error <= 1e-6, "output, {block_len}: {error:.2e}");
-        for ((p, cut), (_, whole)) in gradients(&cut).iter().zip(gradients(&whole)) {
+        for ((p, cut), (_, whole)) in gradients(&cut).iter().zip(gradients(whole)) {
             let error = worst(cut, &whole);
             assert!(error <= 1e-5, "{p:?}, {block_len}: {error:.2e}");
         }
@@ -433,9 +422,8 @@ fn settings(power: f64) -> ImportanceSettings {
 }
 
 fn importance(case: &Case, power: f64, quantized: &Tensor) -> LayerImportance {
-    let (trace, y) = case.pass(quantized);
-    let (_, target) = case.pass(&case.full);
-    let factors = settings(power).sample_factors(&case.layer, &trace, &case.rope, &y, &target);
+    let (pass, target) = (case.pass(quantized), case.pass(&case.full).y);
+    let factors = settings(power).sample_factors(&pass, &target);
     LayerImportance::new(settings(power), vec![factors.unwrap()]).unwrap()
 }
 

@@ -1,9 +1,7 @@
 //! From gradients to token weights.
 
-use crate::importance::backward::{self, AttentionGradients, MlpGradients};
-use crate::model::attention::Attention;
-use crate::model::decoder::{DecoderLayer, Projection};
-use crate::model::rope::Rope;
+use crate::importance::backward::{self, AttentionGradients, AttentionPass, MlpGradients};
+use crate::model::decoder::Projection;
 use crate::{Error, Result};
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
@@ -86,19 +84,17 @@ impl ImportanceSettings {
         self.loss == ImportanceLoss::Layer
     }
 
-    /// The factors of one sample: `y` and `trace` are the quantized stream's pass through the
-    /// full-precision layer, `y_full` the full-precision stream's, `[n_tokens, hidden]`.
+    /// The factors of one sample from the quantized stream's pass through the full-precision layer;
+    /// `y_full` is what the full-precision stream came to, `[n_tokens, hidden]`.
     ///
     /// # Errors
     /// A tensor error if shapes disagree.
     pub fn sample_factors(
         &self,
-        layer: &DecoderLayer,
-        trace: &Attention,
-        rope: &Rope,
-        y: &Tensor,
+        pass: &AttentionPass,
         y_full: &Tensor,
     ) -> Result<SampleFactors> {
+        let (layer, y) = (pass.layer(), &pass.y);
         let (residual, output, mlp) = match self.loss {
             ImportanceLoss::Attention => ((y - y_full)?, y_full.clone(), None),
             ImportanceLoss::Layer => {
@@ -110,11 +106,11 @@ impl ImportanceSettings {
                 (residual, out_full, Some(mlp))
             }
         };
-        let d_o = match &mlp {
+        let d_y = match &mlp {
             Some(mlp) => mlp.y.clone(),
             None => (&residual * 2.0)?,
         };
-        let attention = backward::attention(layer, trace, rope, &d_o)?;
+        let attention = backward::attention(pass, &d_y)?;
         let factors = gradients(&attention, mlp.as_ref())
             .into_iter()
             .map(|(projection, g)| Ok((projection, self.norm.per_token(g)?)));

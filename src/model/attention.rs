@@ -24,35 +24,91 @@ pub fn blocks(n_queries: usize, block_len: usize) -> impl Iterator<Item = Range<
     starts.map(move |start| start..n_queries.min(start + block_len))
 }
 
-/// What new tokens may see: all earlier ones, and of the new ones, which are sequences side by side,
-/// those of their own sequence up to themselves.
+/// What new tokens may see. They are sequences side by side after what is past, which all of them
+/// share; a token sees its own sequence up to itself, with a window the latest tokens only, and
+/// where images are bidirectional all of its image.
 #[derive(Clone, Debug)]
-pub struct CausalMask {
-    /// Of each new token, the new token with which its sequence begins.
-    starts: Vec<usize>,
+pub struct Mask {
+    tokens: Vec<Token>,
+    window: Option<usize>,
 }
 
-impl CausalMask {
-    /// The mask of sequences of these many new tokens.
-    pub fn new(lengths: &[usize]) -> Self {
-        let mut starts = Vec::with_capacity(lengths.iter().sum());
-        for &length in lengths {
-            starts.resize(starts.len() + length, starts.len());
-        }
-        Self { starts }
+/// A new token among the new ones.
+#[derive(Clone, Copy, Debug)]
+struct Token {
+    /// Where its sequence begins.
+    sequence: usize,
+    /// Where the image that it sees begins and ends; empty at the token itself if there is none.
+    image: [usize; 2],
+}
+
+impl Mask {
+    /// The mask of sequences of these many new tokens, each of which sees what is before it.
+    pub fn causal(lengths: &[usize]) -> Self {
+        let n = lengths.iter().sum();
+        Self::new(lengths, &vec![0; n], false, None)
     }
 
-    /// 0 for what the new tokens `rows` may see and −∞ elsewhere, `[rows, n_past + rows.end]`: none
-    /// of them sees a later token.
-    fn block(&self, rows: Range<usize>, n_past: usize, device: &Device) -> Result<Tensor> {
-        let (len, width) = (rows.len(), n_past + rows.end);
+    /// The mask of a layer with this `window` for tokens of `images` (0 for text), each of which is
+    /// seen as a whole by its own tokens if `bidirectional_images`.
+    pub fn new(
+        lengths: &[usize],
+        images: &[u32],
+        bidirectional_images: bool,
+        window: Option<usize>,
+    ) -> Self {
+        let mut tokens = Vec::with_capacity(images.len());
+        let mut start = 0;
+        for &length in lengths {
+            let own = &images[start..start + length];
+            tokens.extend((0..length).map(|i| Token {
+                sequence: start,
+                image: match bidirectional_images && own[i] != 0 {
+                    true => run_around(own, i).map(|at| start + at),
+                    false => [start + i; 2],
+                },
+            }));
+            start += length;
+        }
+        Self { tokens, window }
+    }
+
+    /// The keys that a new token may see, of `n_past` past ones and the new ones after them: two
+    /// ranges, of which the first lies in the past.
+    fn seen(&self, token: usize, n_past: usize) -> [Range<usize>; 2] {
+        let Token { sequence, image } = self.tokens[token];
+        let n_before = n_past + token - sequence;
+        let hidden = self.window.map_or(0, |w| (n_before + 1).saturating_sub(w));
+        let start = sequence + hidden.saturating_sub(n_past);
+        let own = start.min(image[0])..(token + 1).max(image[1]);
+        [hidden.min(n_past)..n_past, n_past + own.start..n_past + own.end]
+    }
+
+    /// Keys that the new tokens `rows` may see at most, of `n_past` and the new ones.
+    fn n_visible(&self, rows: &Range<usize>, n_past: usize) -> usize {
+        let ends = rows.clone().map(|token| self.seen(token, n_past)[1].end);
+        ends.max().unwrap_or(n_past)
+    }
+
+    /// 0 for what the new tokens `rows` may see and −∞ elsewhere, `[rows, n_visible]`.
+    fn block(&self, rows: &Range<usize>, n_past: usize, device: &Device) -> Result<Tensor> {
+        let (len, width) = (rows.len(), self.n_visible(rows, n_past));
         let mut mask = vec![f32::NEG_INFINITY; len * width];
-        for (row, i) in mask.chunks_exact_mut(width).zip(rows) {
-            row[..n_past].fill(0.0);
-            row[n_past..][self.starts[i]..=i].fill(0.0);
+        for (row, token) in mask.chunks_exact_mut(width).zip(rows.clone()) {
+            for range in self.seen(token, n_past) {
+                row[range].fill(0.0);
+            }
         }
         Ok(Tensor::from_vec(mask, (len, width), device)?)
     }
+}
+
+/// The run of equal values around `at`.
+fn run_around(values: &[u32], at: usize) -> [usize; 2] {
+    let is_other = |v: &u32| *v != values[at];
+    let start = values[..at].iter().rposition(is_other).map_or(0, |i| i + 1);
+    let end = values[at..].iter().position(is_other);
+    [start, end.map_or(values.len(), |n| at + n)]
 }
 
 /// Attention of one layer over some new tokens, with everything that a backward pass needs.
@@ -66,14 +122,15 @@ pub struct Attention {
     pub values: Tensor,
     /// Heads put together, the input of `o_proj`, `[n, heads · head_dim]`.
     pub output: Tensor,
-    mask: CausalMask,
+    mask: Mask,
+    scale: f64,
     block_len: usize,
     /// Those of the only block. Of several they are made again when they are asked for: that costs
     /// one product of the seven of forward and backward.
     probabilities: Option<Tensor>,
 }
 
-/// What the queries of a block are compared with, both `[kv_heads, n_past + rows.end, head_dim]`.
+/// What the queries of a block are compared with, both `[kv_heads, n_visible, head_dim]`.
 pub struct Visible {
     /// Their keys.
     pub keys: Tensor,
@@ -82,7 +139,8 @@ pub struct Visible {
 }
 
 impl Attention {
-    /// Attends in blocks of `block_len` queries ([`block_len`]); shapes as in [`Attention`].
+    /// Attends in blocks of `block_len` queries ([`block_len`]), scores multiplied by `scale`; shapes
+    /// as in [`Attention`].
     ///
     /// # Errors
     /// A tensor error if shapes disagree.
@@ -90,7 +148,8 @@ impl Attention {
         queries: Tensor,
         keys: Tensor,
         values: Tensor,
-        mask: &CausalMask,
+        mask: &Mask,
+        scale: f64,
         block_len: usize,
     ) -> Result<Self> {
         let mut attention = Self {
@@ -99,6 +158,7 @@ impl Attention {
             keys,
             values,
             mask: mask.clone(),
+            scale,
             block_len,
             probabilities: None,
         };
@@ -122,10 +182,10 @@ impl Attention {
 
     /// The blocks of queries.
     pub fn blocks(&self) -> impl Iterator<Item = Range<usize>> + use<> {
-        blocks(self.mask.starts.len(), self.block_len)
+        blocks(self.mask.tokens.len(), self.block_len)
     }
 
-    /// Probabilities `[kv_heads, groups · rows, n_past + rows.end]` of a block.
+    /// Probabilities `[kv_heads, groups · rows, n_visible]` of a block.
     ///
     /// # Errors
     /// A tensor error if shapes disagree.
@@ -133,14 +193,13 @@ impl Attention {
         if let Some(all) = &self.probabilities {
             return Ok(all.clone());
         }
-        let n_past = self.keys.dim(1)? - self.mask.starts.len();
+        let n_past = self.keys.dim(1)? - self.mask.tokens.len();
         let keys = self.visible(&rows)?.keys;
         // Grouped queries lie side by side, so one product per key head serves the whole group.
-        let scores =
-            (self.rows(&self.queries, &rows)?.matmul(&keys.t()?)? * self.score_scale()?)?;
-        let mask = self.mask.block(rows.clone(), n_past, scores.device())?;
+        let scores = (self.rows(&self.queries, &rows)?.matmul(&keys.t()?)? * self.scale)?;
+        let mask = self.mask.block(&rows, n_past, scores.device())?;
         let scores = scores
-            .reshape(((), rows.len(), n_past + rows.end))?
+            .reshape(((), rows.len(), keys.dim(1)?))?
             .broadcast_add(&mask)?;
         self.grouped(&softmax_last_dim(&scores)?)
     }
@@ -150,10 +209,11 @@ impl Attention {
     /// # Errors
     /// A tensor error if `rows` are not there.
     pub fn visible(&self, rows: &Range<usize>) -> Result<Visible> {
-        let n_past = self.keys.dim(1)? - self.mask.starts.len();
+        let n_past = self.keys.dim(1)? - self.mask.tokens.len();
+        let n_visible = self.mask.n_visible(rows, n_past);
         Ok(Visible {
-            keys: self.keys.narrow(1, 0, n_past + rows.end)?,
-            values: self.values.narrow(1, 0, n_past + rows.end)?,
+            keys: self.keys.narrow(1, 0, n_visible)?,
+            values: self.values.narrow(1, 0, n_visible)?,
         })
     }
 
@@ -171,12 +231,9 @@ impl Attention {
         Ok(x.contiguous()?.reshape(shape)?)
     }
 
-    /// 1/√head_dim, the factor on scores.
-    ///
-    /// # Errors
-    /// None for three axes.
-    pub fn score_scale(&self) -> Result<f64> {
-        Ok(1.0 / (self.queries.dim(2)? as f64).sqrt())
+    /// The factor on scores.
+    pub fn scale(&self) -> f64 {
+        self.scale
     }
 }
 
@@ -203,13 +260,45 @@ mod tests {
         assert_eq!(block_len(8, 64), BLOCK_SCORES / 512);
     }
 
+    fn seen(mask: &Mask, rows: Range<usize>, n_past: usize) -> Vec<Vec<u8>> {
+        let mask = mask.block(&rows, n_past, &Device::Cpu);
+        let rows: Vec<Vec<f32>> = mask.unwrap().to_vec2().unwrap();
+        (rows.iter())
+            .map(|row| row.iter().map(|&v| u8::from(v == 0.0)).collect())
+            .collect()
+    }
+
     #[test]
     fn the_mask_keeps_sequences_apart_and_shows_what_is_past() {
-        let mask = CausalMask::new(&[2, 3]).block(1..4, 1, &Device::Cpu);
-        let seen: Vec<Vec<f32>> = mask.unwrap().to_vec2().unwrap();
-        let seen: Vec<Vec<u8>> = (seen.iter())
-            .map(|row| row.iter().map(|&v| u8::from(v == 0.0)).collect())
-            .collect();
-        assert_eq!(seen, [[1, 1, 1, 0, 0], [1, 0, 0, 1, 0], [1, 0, 0, 1, 1]]);
+        let mask = Mask::causal(&[2, 3]);
+        let expected = [[1, 1, 1, 0, 0], [1, 0, 0, 1, 0], [1, 0, 0, 1, 1]];
+        assert_eq!(seen(&mask, 1..4, 1), expected);
+    }
+
+    #[test]
+    fn a_window_counts_from_the_token_back_into_the_past() {
+        let mask = Mask::new(&[1, 3], &[0; 4], false, Some(3));
+        let expected = [
+            [1, 1, 0, 1, 0, 0],
+            [0, 1, 0, 1, 1, 0],
+            [0, 0, 0, 1, 1, 1],
+        ];
+        assert_eq!(seen(&mask, 1..4, 2), expected);
+        assert_eq!(seen(&mask, 0..1, 2), [[1, 1, 1]]);
+    }
+
+    #[test]
+    fn an_image_sees_all_of_itself_whatever_the_window() {
+        let mask = Mask::new(&[5], &[0, 1, 1, 1, 0], true, Some(2));
+        let expected = [
+            [1, 0, 0, 0, 0],
+            [1, 1, 1, 1, 0],
+            [0, 1, 1, 1, 0],
+            [0, 1, 1, 1, 0],
+            [0, 0, 0, 1, 1],
+        ];
+        assert_eq!(seen(&mask, 0..5, 0), expected);
+        // A block ends where its last image does.
+        assert_eq!(seen(&mask, 0..2, 0), [[1, 0, 0, 0], [1, 1, 1, 1]]);
     }
 }

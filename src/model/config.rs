@@ -50,6 +50,21 @@ impl<'a> ConfigNode<'a> {
         })
     }
 
+    /// The object under `key` by itself, if it is there.
+    pub fn inside(&self, key: &str) -> Option<Self> {
+        let inner = self.get(key).filter(|value| value.is_object())?;
+        Some(Self {
+            file: self.file.clone(),
+            at: format!("{}{key}.", self.at),
+            layers: vec![inner],
+        })
+    }
+
+    /// The string under `key` of this very object, not of one around it.
+    pub fn own_text(&self, key: &str) -> Option<&'a str> {
+        self.layers.first()?.get(key)?.as_str()
+    }
+
     /// The value of `key`, unless absent or null.
     pub fn get(&self, key: &str) -> Option<&'a Value> {
         self.layers
@@ -122,6 +137,22 @@ impl<'a> ConfigNode<'a> {
             .ok_or_else(|| self.wrong(key, "a string", value))
     }
 
+    /// A list of strings, if there is one.
+    ///
+    /// # Errors
+    /// [`Error::Format`] if it is anything else.
+    pub fn texts(&self, key: &str) -> Result<Option<Vec<&'a str>>> {
+        let Some(value) = self.get(key) else {
+            return Ok(None);
+        };
+        let texts = value.as_array();
+        let texts = texts.and_then(|list| list.iter().map(Value::as_str).collect());
+        match texts {
+            Some(texts) => Ok(Some(texts)),
+            None => Err(self.wrong(key, "a list of strings", value)),
+        }
+    }
+
     /// A list of positive integers, or `default` where the key is absent.
     ///
     /// # Errors
@@ -150,113 +181,4 @@ impl<'a> ConfigNode<'a> {
     fn wrong(&self, key: &str, expected: &str, found: &Value) -> Error {
         self.invalid(key, format!("expected {expected}, found {found}"))
     }
-}
-
-/// What the shared decoder needs to know of an architecture.
-#[derive(Clone, Debug, PartialEq)]
-pub struct DecoderConfig {
-    /// Rows of the embedding and of the head.
-    pub vocab_size: usize,
-    /// Width of the residual stream.
-    pub hidden_size: usize,
-    /// Width inside the MLP.
-    pub intermediate_size: usize,
-    /// Number of transformer layers.
-    pub n_layers: usize,
-    /// Query heads.
-    pub n_heads: usize,
-    /// Key and value heads; divides `n_heads`.
-    pub n_kv_heads: usize,
-    /// Channels of one head.
-    pub head_dim: usize,
-    /// Epsilon inside RMSNorm's square root.
-    pub rms_norm_eps: f64,
-    /// Base of the rotary frequencies.
-    pub rope_theta: f64,
-    /// How many of the `head_dim / 2` frequencies follow the temporal, height and width position.
-    pub mrope_section: Vec<usize>,
-    /// Whether the head is the transposed embedding.
-    pub tie_word_embeddings: bool,
-}
-
-impl DecoderConfig {
-    /// Reads the Qwen2 decoder of a Qwen2-VL configuration.
-    ///
-    /// # Errors
-    /// [`Error::Format`] for an absent, ill-typed or contradictory key, [`Error::Unsupported`] for
-    /// sliding windows and scaled rotary embeddings.
-    pub fn qwen2(root: &ConfigNode) -> Result<Self> {
-        let text = root.nested_or_flat("text_config");
-        let hidden_size = text.size("hidden_size")?;
-        let n_heads = text.size("num_attention_heads")?;
-        let n_kv_heads = text.size_or("num_key_value_heads", n_heads)?;
-        if hidden_size % n_heads != 0 {
-            return Err(text.invalid(
-                "num_attention_heads",
-                format!("{n_heads} does not divide hidden_size {hidden_size}"),
-            ));
-        }
-        if n_heads % n_kv_heads != 0 {
-            return Err(text.invalid(
-                "num_key_value_heads",
-                format!("{n_kv_heads} does not divide {n_heads} heads"),
-            ));
-        }
-        refuse_sliding_window(&text)?;
-        let head_dim = hidden_size / n_heads;
-        let (rope_theta, mrope_section) = rope(&text, head_dim)?;
-        Ok(Self {
-            vocab_size: text.size("vocab_size")?,
-            hidden_size,
-            intermediate_size: text.size("intermediate_size")?,
-            n_layers: text.size("num_hidden_layers")?,
-            n_heads,
-            n_kv_heads,
-            head_dim,
-            rms_norm_eps: text.positive_or("rms_norm_eps", 1e-5)?,
-            rope_theta,
-            mrope_section,
-            tie_word_embeddings: root.flag_or("tie_word_embeddings", false)?
-                || text.flag_or("tie_word_embeddings", false)?,
-        })
-    }
-
-    /// Query heads that share one key and value head.
-    pub fn n_groups(&self) -> usize {
-        self.n_heads / self.n_kv_heads
-    }
-}
-
-fn refuse_sliding_window(text: &ConfigNode) -> Result<()> {
-    if text.flag_or("use_sliding_window", false)? {
-        return Err(Error::Unsupported {
-            what: "use_sliding_window: true in config.json; only full attention is implemented for this family".into(),
-        });
-    }
-    Ok(())
-}
-
-/// `rope_theta` and `mrope_section`, which stand at the top level, in `rope_scaling` (hub files)
-/// or in `rope_parameters` (transformers 5).
-fn rope(text: &ConfigNode, head_dim: usize) -> Result<(f64, Vec<usize>)> {
-    let scaling = text
-        .nested_or_flat("rope_scaling")
-        .nested_or_flat("rope_parameters");
-    let kind = scaling.text_or("rope_type", scaling.text_or("type", "default")?)?;
-    if !matches!(kind, "default" | "mrope") {
-        return Err(Error::Unsupported {
-            what: format!("rope_type {kind:?}; \"default\" and \"mrope\" are implemented"),
-        });
-    }
-    let section = scaling.sizes_or("mrope_section", &[16, 24, 24])?;
-    if section.len() != 3 || section.iter().sum::<usize>() * 2 != head_dim {
-        return Err(scaling.invalid(
-            "mrope_section",
-            format!(
-                "expected three numbers that sum to {} (head_dim / 2), found {section:?}",
-                head_dim / 2
-            ),
-        ));
-    }
-    Ok((scaling.positive_or("rope_theta", 1e6)?, section))
 }

@@ -5,17 +5,22 @@
 //!  x ──norm──► n₁ ─q,k,v─► attention ──► a ─o─► + x = y ──norm──► n₂ ─gate,up─► h ─down─► + y
 //!              stage qkv                 stage o                  stage gate_up  stage down
 //! ```
+//! Where an architecture has them ([`DecoderConfig`]), queries and keys are normed head by head
+//! before rotation, and the outputs of o and down are normed before they are added.
+//!
 //! Calibration walks these stages one by one, so that no part of a forward is ever run twice.
 //! All activations are `[n_tokens, width]`, one sample at a time; no padding exists.
 
 use crate::checkpoint::Checkpoint;
-use crate::model::attention::{Attention, CausalMask, block_len};
-use crate::model::config::DecoderConfig;
+use crate::model::attention::{Attention, Mask, block_len};
+use crate::model::context::TokenContext;
+use crate::model::decoder_config::{Activation, DecoderConfig};
 use crate::model::linear::{Linear, load_tensor, tensor_from_matrix};
+use crate::model::norm::RmsNorm;
 use crate::model::rope::Rope;
 use crate::{Error, Matrix, Result};
-use candle_core::{D, Device, Tensor};
-use candle_nn::ops::{rms_norm, silu};
+use candle_core::{Device, Tensor};
+use candle_nn::ops::silu;
 
 /// The linears of a layer, in the order in which they are solved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -77,8 +82,12 @@ impl Projection {
         }
     }
 
-    fn has_bias(self) -> bool {
-        matches!(self, Self::Q | Self::K | Self::V)
+    fn has_bias(self, config: &DecoderConfig) -> bool {
+        match self {
+            Self::Q | Self::K | Self::V => config.qkv_bias,
+            Self::O => config.o_bias,
+            Self::Gate | Self::Up | Self::Down => false,
+        }
     }
 }
 
@@ -90,6 +99,8 @@ pub struct LayerSource<'a> {
     pub checkpoint: &'a Checkpoint,
     /// Name of the layer in it, e.g. `model.layers.3`.
     pub prefix: String,
+    /// Its place among the layers.
+    pub layer_idx: usize,
     /// Shapes.
     pub config: &'a DecoderConfig,
     /// Where the weights go.
@@ -102,18 +113,33 @@ impl LayerSource<'_> {
     /// # Errors
     /// Those of [`Checkpoint::load`]: absent tensors, wrong shapes, values that are not finite.
     pub fn norms(&self) -> Result<DecoderLayer> {
-        let hidden = self.config.hidden_size;
-        let norm = |name: &str| {
+        let config = self.config;
+        let norm = |name: &str, dim: usize| {
             let name = format!("{}.{name}.weight", self.prefix);
-            load_tensor(self.checkpoint, &name, &[hidden], self.device)
+            RmsNorm::load(self.checkpoint, &name, dim, config, self.device)
+        };
+        let when = |is_there: bool, name: &str, dim: usize| is_there.then(|| norm(name, dim));
+        let (hidden, head_dim) = (config.hidden_size, config.head_dim);
+        let sandwich = config.sandwich_norms;
+        // A sandwiched layer calls the norm before its MLP by another name.
+        let before_mlp = match sandwich {
+            true => "pre_feedforward_layernorm",
+            false => "post_attention_layernorm",
         };
         Ok(DecoderLayer {
             linears: Default::default(),
-            input_norm: norm("input_layernorm")?,
-            post_attention_norm: norm("post_attention_layernorm")?,
-            n_heads: self.config.n_heads,
-            head_dim: self.config.head_dim,
-            rms_norm_eps: self.config.rms_norm_eps as f32,
+            before_attention: norm("input_layernorm", hidden)?,
+            after_attention: when(sandwich, "post_attention_layernorm", hidden).transpose()?,
+            before_mlp: norm(before_mlp, hidden)?,
+            after_mlp: when(sandwich, "post_feedforward_layernorm", hidden).transpose()?,
+            queries: when(config.qk_norm, "self_attn.q_norm", head_dim).transpose()?,
+            keys: when(config.qk_norm, "self_attn.k_norm", head_dim).transpose()?,
+            n_heads: config.n_heads,
+            head_dim,
+            score_scale: config.score_scale,
+            activation: config.activation,
+            bidirectional_images: config.bidirectional_images,
+            window: config.window(self.layer_idx),
         })
     }
 
@@ -156,7 +182,7 @@ impl LayerSource<'_> {
     /// # Errors
     /// As [`LayerSource::norms`].
     pub fn linear(&self, projection: Projection, weight: Matrix) -> Result<Linear> {
-        let bias = projection.has_bias().then(|| {
+        let bias = projection.has_bias(self.config).then(|| {
             let name = format!("{}.bias", self.name(projection));
             let [out, _] = projection.shape(self.config);
             load_tensor(self.checkpoint, &name, &[out], self.device)
@@ -174,11 +200,21 @@ impl LayerSource<'_> {
 #[derive(Clone, Debug)]
 pub struct DecoderLayer {
     linears: [Option<Linear>; 7],
-    input_norm: Tensor,
-    post_attention_norm: Tensor,
+    before_attention: RmsNorm,
+    /// Of attention's output, where the architecture norms it.
+    after_attention: Option<RmsNorm>,
+    before_mlp: RmsNorm,
+    /// Of the MLP's output, where the architecture norms it.
+    after_mlp: Option<RmsNorm>,
+    /// Of each head's queries, where the architecture norms them.
+    queries: Option<RmsNorm>,
+    keys: Option<RmsNorm>,
     n_heads: usize,
     head_dim: usize,
-    rms_norm_eps: f32,
+    score_scale: f64,
+    activation: Activation,
+    bidirectional_images: bool,
+    window: Option<usize>,
 }
 
 /// Keys and values of the tokens seen so far, `[kv_heads, n, head_dim]`, keys rotated.
@@ -231,39 +267,75 @@ impl DecoderLayer {
     /// # Errors
     /// A tensor error if shapes disagree.
     pub fn qkv_input(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(rms_norm(
-            &x.contiguous()?,
-            &self.input_norm,
-            self.rms_norm_eps,
-        )?)
+        self.before_attention.forward(x)
     }
 
-    /// Causal attention over one whole sample from n₁.
+    /// Attention over one whole sample from n₁.
     ///
     /// # Errors
     /// A tensor error if shapes disagree.
-    pub fn attention(&self, n1: &Tensor, rope: &Rope) -> Result<Attention> {
-        let mask = CausalMask::new(&[n1.dim(0)?]);
-        self.attention_cached(n1, rope, &mask, &mut KvCache::default())
+    pub fn attention(&self, n1: &Tensor, context: &TokenContext) -> Result<Attention> {
+        self.attention_cached(n1, context, &[n1.dim(0)?], &mut KvCache::default())
     }
 
-    /// Attention of new tokens over `cache` and themselves; `rope` and `mask` belong to the new ones.
+    /// Attention of new tokens, which are sequences of `lengths` side by side, over `cache` and
+    /// themselves; `context` is that of the new ones.
     ///
     /// # Errors
     /// A tensor error if shapes disagree.
     pub fn attention_cached(
         &self,
         n1: &Tensor,
-        rope: &Rope,
-        mask: &CausalMask,
+        context: &TokenContext,
+        lengths: &[usize],
         cache: &mut KvCache,
     ) -> Result<Attention> {
-        let queries = rope.rotate(&self.split_heads(&self.linear(Projection::Q)?.forward(n1)?)?)?;
-        let keys = rope.rotate(&self.split_heads(&self.linear(Projection::K)?.forward(n1)?)?)?;
-        let values = self.split_heads(&self.linear(Projection::V)?.forward(n1)?)?;
+        let rope = context.rope(self.window.is_some());
+        let queries = self.heads(Projection::Q, n1)?;
+        let keys = self.heads(Projection::K, n1)?;
+        let values = self.heads(Projection::V, n1)?;
+        let queries = rope.rotate(&normed(&self.queries, queries)?)?;
+        let keys = rope.rotate(&normed(&self.keys, keys)?)?;
         let (keys, values) = cache.extend(keys, values)?;
+        let mask = Mask::new(
+            lengths,
+            context.images(),
+            self.bidirectional_images,
+            self.window,
+        );
         let block_len = block_len(self.n_heads, keys.dim(1)?);
-        Attention::new(queries, keys, values, mask, block_len)
+        Attention::new(queries, keys, values, &mask, self.score_scale, block_len)
+    }
+
+    /// The angles that the layer turns by.
+    pub fn rope<'a>(&self, context: &'a TokenContext) -> &'a Rope {
+        context.rope(self.window.is_some())
+    }
+
+    /// Queries, keys or values before norm and rotation, `[heads, n, head_dim]`.
+    fn heads(&self, projection: Projection, n1: &Tensor) -> Result<Tensor> {
+        self.split_heads(&self.linear(projection)?.forward(n1)?)
+    }
+
+    /// Carries the gradient with respect to normed queries or keys `d [heads, n, head_dim]` back
+    /// through their norm, where the layer has one; `n1` is what they were made of.
+    ///
+    /// # Errors
+    /// A tensor error if shapes disagree.
+    pub fn head_norm_backward(
+        &self,
+        projection: Projection,
+        n1: &Tensor,
+        d: Tensor,
+    ) -> Result<Tensor> {
+        let norm = match projection {
+            Projection::Q => &self.queries,
+            _ => &self.keys,
+        };
+        match norm {
+            Some(norm) => norm.backward(&self.heads(projection, n1)?, &d),
+            None => Ok(d),
+        }
     }
 
     /// y, the residual stream after attention, from x and the input `a` of `o_proj`.
@@ -271,7 +343,19 @@ impl DecoderLayer {
     /// # Errors
     /// A tensor error if shapes disagree.
     pub fn after_attention(&self, x: &Tensor, a: &Tensor) -> Result<Tensor> {
-        Ok((x + self.linear(Projection::O)?.forward(a)?)?)
+        let out = self.linear(Projection::O)?.forward(a)?;
+        Ok((x + normed(&self.after_attention, out)?)?)
+    }
+
+    /// Carries `d = ∂L/∂y` back to the output of `o_proj`, whose input is `a`.
+    ///
+    /// # Errors
+    /// A tensor error if shapes disagree.
+    pub fn after_attention_backward(&self, a: &Tensor, d: &Tensor) -> Result<Tensor> {
+        match &self.after_attention {
+            Some(norm) => norm.backward(&self.linear(Projection::O)?.forward(a)?, d),
+            None => Ok(d.clone()),
+        }
     }
 
     /// n₂, the input of gate and up, for `y [n, hidden]`.
@@ -279,27 +363,15 @@ impl DecoderLayer {
     /// # Errors
     /// A tensor error if shapes disagree.
     pub fn gate_up_input(&self, y: &Tensor) -> Result<Tensor> {
-        Ok(rms_norm(
-            &y.contiguous()?,
-            &self.post_attention_norm,
-            self.rms_norm_eps,
-        )?)
+        self.before_mlp.forward(y)
     }
 
-    /// Carries `d = ∂L/∂n₂` `[n, hidden]` back through the norm to y:
-    /// r·(γ∘d) − r³·y·mean(γ∘d∘y) with r = 1/√(mean y² + ε).
+    /// Carries `d = ∂L/∂n₂` `[n, hidden]` back through the norm to y.
     ///
     /// # Errors
     /// A tensor error if shapes disagree.
     pub fn gate_up_norm_backward(&self, y: &Tensor, d: &Tensor) -> Result<Tensor> {
-        let d = d.broadcast_mul(&self.post_attention_norm)?;
-        let mean_square = y.sqr()?.mean_keepdim(D::Minus1)?;
-        let r = (mean_square + f64::from(self.rms_norm_eps))?
-            .sqrt()?
-            .recip()?;
-        let mean = (&d * y)?.mean_keepdim(D::Minus1)?;
-        let pull = y.broadcast_mul(&(mean * r.powf(3.0)?)?)?;
-        Ok((d.broadcast_mul(&r)? - pull)?)
+        self.before_mlp.backward(y, d)
     }
 
     /// h, the input of down, from n₂.
@@ -307,8 +379,17 @@ impl DecoderLayer {
     /// # Errors
     /// A tensor error if shapes disagree.
     pub fn down_input(&self, n2: &Tensor) -> Result<Tensor> {
-        let gate = silu(&self.linear(Projection::Gate)?.forward(n2)?)?;
+        let gate = self.linear(Projection::Gate)?.forward(n2)?;
+        let gate = match self.activation {
+            Activation::Silu => silu(&gate)?,
+            Activation::GeluTanh => gate.gelu()?,
+        };
         Ok((gate * self.linear(Projection::Up)?.forward(n2)?)?)
+    }
+
+    /// The gate's activation.
+    pub fn activation(&self) -> Activation {
+        self.activation
     }
 
     /// The layer's output from y and h.
@@ -316,23 +397,36 @@ impl DecoderLayer {
     /// # Errors
     /// A tensor error if shapes disagree.
     pub fn after_mlp(&self, y: &Tensor, h: &Tensor) -> Result<Tensor> {
-        Ok((y + self.linear(Projection::Down)?.forward(h)?)?)
+        let out = self.linear(Projection::Down)?.forward(h)?;
+        Ok((y + normed(&self.after_mlp, out)?)?)
     }
 
-    /// The whole layer on new tokens `x [n, hidden]`, extending `cache`; `rope` and `mask` belong to
-    /// the new ones.
+    /// Carries `d`, the gradient with respect to the layer's output, back to the output of
+    /// `down_proj`, whose input is `h`.
+    ///
+    /// # Errors
+    /// A tensor error if shapes disagree.
+    pub fn after_mlp_backward(&self, h: &Tensor, d: &Tensor) -> Result<Tensor> {
+        match &self.after_mlp {
+            Some(norm) => norm.backward(&self.linear(Projection::Down)?.forward(h)?, d),
+            None => Ok(d.clone()),
+        }
+    }
+
+    /// The whole layer on new tokens `x [n, hidden]`, which are sequences of `lengths` side by side,
+    /// extending `cache`; `context` is that of the new ones.
     ///
     /// # Errors
     /// A tensor error if shapes disagree.
     pub fn forward(
         &self,
         x: &Tensor,
-        rope: &Rope,
-        mask: &CausalMask,
+        context: &TokenContext,
+        lengths: &[usize],
         cache: &mut KvCache,
     ) -> Result<Tensor> {
         let a = self
-            .attention_cached(&self.qkv_input(x)?, rope, mask, cache)?
+            .attention_cached(&self.qkv_input(x)?, context, lengths, cache)?
             .output;
         let y = self.after_attention(x, &a)?;
         let h = self.down_input(&self.gate_up_input(&y)?)?;
@@ -345,5 +439,12 @@ impl DecoderLayer {
         Ok(x.reshape((n, (), self.head_dim))?
             .transpose(0, 1)?
             .contiguous()?)
+    }
+}
+
+fn normed(norm: &Option<RmsNorm>, x: Tensor) -> Result<Tensor> {
+    match norm {
+        Some(norm) => norm.forward(&x),
+        None => Ok(x),
     }
 }

@@ -2,16 +2,15 @@
 
 use crate::Result;
 use crate::checkpoint::Checkpoint;
-use crate::model::config::DecoderConfig;
+use crate::model::decoder_config::DecoderConfig;
 use crate::model::linear::{Linear, load_tensor};
+use crate::model::norm::RmsNorm;
 use candle_core::{Device, Tensor};
-use candle_nn::ops::rms_norm;
 
 /// Final norm and head, in f32.
 #[derive(Clone, Debug)]
 pub struct Head {
-    norm: Tensor,
-    rms_norm_eps: f32,
+    norm: RmsNorm,
     projection: Linear,
 }
 
@@ -30,8 +29,7 @@ impl Head {
     ) -> Result<Self> {
         let shape = [config.vocab_size, config.hidden_size];
         Ok(Self {
-            norm: load_tensor(checkpoint, norm, &shape[1..], device)?,
-            rms_norm_eps: config.rms_norm_eps as f32,
+            norm: RmsNorm::load(checkpoint, norm, config.hidden_size, config, device)?,
             projection: Linear::new(load_tensor(checkpoint, weight, &shape, device)?, None),
         })
     }
@@ -41,7 +39,6 @@ impl Head {
     /// # Errors
     /// A tensor error if shapes disagree.
     pub fn logits(&self, x: &Tensor) -> Result<Tensor> {
-        let normed = rms_norm(&x.contiguous()?, &self.norm, self.rms_norm_eps)?;
-        self.projection.forward(&normed)
+        self.projection.forward(&self.norm.forward(x)?)
     }
 }

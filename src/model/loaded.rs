@@ -1,12 +1,11 @@
 //! A model with all its layers in memory, to answer questions and to score answers.
 
-use crate::model::attention::CausalMask;
+use crate::model::context::TokenContext;
 use crate::model::decoder::{DecoderLayer, KvCache};
 use crate::model::head::Head;
 use crate::model::positions::Positions;
-use crate::model::qwen2_vl::Qwen2Vl;
-use crate::model::rope::Rope;
-use crate::model::vision::qwen2::VisionTower;
+use crate::model::source::ModelSource;
+use crate::model::vision::{ImageFeatures, VisionTower};
 use crate::processor::{ModelInput, VisionInput};
 use crate::{Error, Result};
 use candle_core::{D, Tensor};
@@ -14,8 +13,8 @@ use std::ops::Range;
 
 /// All parts of a model.
 pub struct LoadedModel {
-    source: Qwen2Vl,
-    tower: VisionTower,
+    source: ModelSource,
+    tower: Box<dyn VisionTower>,
     layers: Vec<DecoderLayer>,
     head: Head,
 }
@@ -32,7 +31,7 @@ pub struct Continuation<'a> {
     /// The whole input, the prefix's tokens included.
     pub input: &'a ModelInput,
     /// Features of its images.
-    pub features: Vec<Tensor>,
+    pub features: Vec<ImageFeatures>,
     /// Tokens after the prefix; the logits at one predict the one after.
     pub tokens: Range<usize>,
 }
@@ -42,7 +41,7 @@ impl LoadedModel {
     ///
     /// # Errors
     /// Those of [`crate::checkpoint::Checkpoint::load`].
-    pub fn load(source: Qwen2Vl) -> Result<Self> {
+    pub fn load(source: ModelSource) -> Result<Self> {
         let layers = (0..source.decoder().n_layers).map(|i| source.load_layer(i));
         Ok(Self {
             tower: source.load_tower()?,
@@ -53,7 +52,7 @@ impl LoadedModel {
     }
 
     /// The checkpoint that it came from.
-    pub fn source(&self) -> &Qwen2Vl {
+    pub fn source(&self) -> &ModelSource {
         &self.source
     }
 
@@ -73,11 +72,11 @@ impl LoadedModel {
         Ok(())
     }
 
-    /// Embeddings of one image, `[n_tokens, hidden]`.
+    /// The features of one image.
     ///
     /// # Errors
     /// As [`VisionTower::forward`].
-    pub fn image_features(&self, image: &VisionInput) -> Result<Tensor> {
+    pub fn image_features(&self, image: &VisionInput) -> Result<ImageFeatures> {
         self.tower.forward(image)
     }
 
@@ -86,14 +85,16 @@ impl LoadedModel {
     fn hidden_states(
         &self,
         x: &Tensor,
-        rope: &Rope,
+        context: &TokenContext,
         lengths: &[usize],
         caches: &mut [KvCache],
     ) -> Result<Tensor> {
-        let mask = CausalMask::new(lengths);
         let mut x = x.clone();
-        for (layer, cache) in self.layers.iter().zip(caches) {
-            x = layer.forward(&x, rope, &mask, cache)?;
+        for (i, (layer, cache)) in self.layers.iter().zip(caches).enumerate() {
+            x = layer.forward(&x, context, lengths, cache)?;
+            if let Some(added) = context.deepstack(i) {
+                x = (x + added)?;
+            }
         }
         Ok(x)
     }
@@ -101,8 +102,8 @@ impl LoadedModel {
     /// Logits `[n_tokens, vocab]` of a whole input.
     ///
     /// # Errors
-    /// As [`Qwen2Vl::embed`].
-    pub fn logits(&self, input: &ModelInput, features: &[Tensor]) -> Result<Tensor> {
+    /// As [`ModelSource::embed`].
+    pub fn logits(&self, input: &ModelInput, features: &[ImageFeatures]) -> Result<Tensor> {
         let (x, _) = self.read(&self.nothing(), input, features)?;
         self.head.logits(&x)
     }
@@ -116,12 +117,12 @@ impl LoadedModel {
         let parts = inputs
             .iter()
             .map(|c| self.after_prefix(prefix, c.input, &c.features));
-        let (x, ropes): (Vec<_>, Vec<_>) = parts.collect::<Result<Vec<_>>>()?.into_iter().unzip();
+        let (x, contexts): (Vec<_>, Vec<_>) = parts.collect::<Result<Vec<_>>>()?.into_iter().unzip();
         let lengths = x.iter().map(|x| Ok(x.dim(0)?));
         let lengths = lengths.collect::<Result<Vec<usize>>>()?;
         let mut caches = prefix.caches.clone();
-        let (x, rope) = (Tensor::cat(&x, 0)?, Rope::cat(&ropes)?);
-        let x = self.hidden_states(&x, &rope, &lengths, &mut caches)?;
+        let (x, context) = (Tensor::cat(&x, 0)?, TokenContext::cat(&contexts)?);
+        let x = self.hidden_states(&x, &context, &lengths, &mut caches)?;
         let mut end = 0;
         let logits = inputs.iter().zip(lengths).map(|(c, length)| {
             let own = x.narrow(0, end, length)?;
@@ -141,7 +142,7 @@ impl LoadedModel {
         &self,
         prefix: &Prefix,
         input: &ModelInput,
-        features: &[Tensor],
+        features: &[ImageFeatures],
         eos_ids: &[u32],
         max_new_tokens: usize,
     ) -> Result<Vec<u32>> {
@@ -157,11 +158,13 @@ impl LoadedModel {
             let position = next + answer.len() as u32;
             answer.push(id);
             let ids = std::array::from_fn(|_| vec![position]);
-            let rope = self.source.rope(&Positions {
+            let positions = Positions {
                 ids,
                 next: position + 1,
-            })?;
-            last = self.hidden_states(&self.source.embed_text(&[id])?, &rope, &[1], &mut caches)?;
+            };
+            let context = self.source.context_of_text(&positions)?;
+            let x = self.source.embed_text(&[id])?;
+            last = self.hidden_states(&x, &context, &[1], &mut caches)?;
         }
         Ok(answer)
     }
@@ -177,18 +180,17 @@ impl LoadedModel {
     /// Reads the first `n_tokens` of an input, for several inputs that begin alike.
     ///
     /// # Errors
-    /// As [`Qwen2Vl::embed`]; [`Error::Invalid`] if nothing is left to read after it.
+    /// As [`ModelSource::embed`]; [`Error::Invalid`] if nothing is left to read after it.
     pub fn read_prefix(
         &self,
         input: &ModelInput,
-        features: &[Tensor],
+        features: &[ImageFeatures],
         n_tokens: usize,
     ) -> Result<Prefix> {
         let mut caches = self.nothing().caches;
-        let x = self.source.embed(&input.input_ids, features)?;
-        let rope = self.source.rope(&self.source.positions(input)?)?;
-        let (x, rope) = (x.narrow(0, 0, n_tokens)?, rope.narrow(0, n_tokens)?);
-        self.hidden_states(&x, &rope, &[n_tokens], &mut caches)?;
+        let (x, context) = self.embedded(input, features)?;
+        let (x, context) = (x.narrow(0, 0, n_tokens)?, context.narrow(0, n_tokens)?);
+        self.hidden_states(&x, &context, &[n_tokens], &mut caches)?;
         Ok(Prefix { caches, n_tokens })
     }
 
@@ -197,21 +199,33 @@ impl LoadedModel {
         &self,
         prefix: &Prefix,
         input: &ModelInput,
-        features: &[Tensor],
+        features: &[ImageFeatures],
     ) -> Result<(Tensor, Vec<KvCache>)> {
-        let (x, rope) = self.after_prefix(prefix, input, features)?;
+        let (x, context) = self.after_prefix(prefix, input, features)?;
         let mut caches = prefix.caches.clone();
-        let x = self.hidden_states(&x, &rope, &[x.dim(0)?], &mut caches)?;
+        let x = self.hidden_states(&x, &context, &[x.dim(0)?], &mut caches)?;
         Ok((x, caches))
     }
 
-    /// Embeddings and angles of the tokens after the prefix.
+    /// Embeddings and context of a whole input.
+    fn embedded(
+        &self,
+        input: &ModelInput,
+        features: &[ImageFeatures],
+    ) -> Result<(Tensor, TokenContext)> {
+        let embedded = self.source.embed(&input.input_ids, features)?;
+        let positions = self.source.positions(input)?;
+        let context = self.source.context(&input.input_ids, &positions)?;
+        Ok((embedded.rows, context.with_deepstack(embedded.deepstack)))
+    }
+
+    /// Embeddings and context of the tokens after the prefix.
     fn after_prefix(
         &self,
         prefix: &Prefix,
         input: &ModelInput,
-        features: &[Tensor],
-    ) -> Result<(Tensor, Rope)> {
+        features: &[ImageFeatures],
+    ) -> Result<(Tensor, TokenContext)> {
         let n = input.input_ids.len();
         if n <= prefix.n_tokens {
             return Err(Error::Invalid {
@@ -220,9 +234,8 @@ impl LoadedModel {
             });
         }
         let (start, rest) = (prefix.n_tokens, n - prefix.n_tokens);
-        let x = self.source.embed(&input.input_ids, features)?;
-        let rope = self.source.rope(&self.source.positions(input)?)?;
-        Ok((x.narrow(0, start, rest)?, rope.narrow(start, rest)?))
+        let (x, context) = self.embedded(input, features)?;
+        Ok((x.narrow(0, start, rest)?, context.narrow(start, rest)?))
     }
 }
 

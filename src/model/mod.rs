@@ -1,25 +1,32 @@
 //! Vision-language models, one layer in memory at a time.
 //!
-//! A family is a file that says how its checkpoint names things and which tower it has; the
-//! decoder, its rotary positions and the head are shared. Calibration loads layer after layer;
-//! [`LoadedModel`] holds all of them, to answer questions.
+//! A family (`crate::families`) says what a checkpoint is ([`Architecture`]): the decoder and the
+//! tower as data, and what they are called. The decoder, its rotary positions and the head are
+//! shared. Calibration loads layer after layer from a [`ModelSource`]; [`LoadedModel`] holds all of
+//! them, to answer questions.
 
+pub mod architecture;
 pub mod attention;
 pub mod config;
+pub mod context;
 pub mod decoder;
+pub mod decoder_config;
 pub mod head;
 pub mod linear;
 pub mod loaded;
+pub mod norm;
 pub mod positions;
-pub mod qwen2_vl;
 pub mod rope;
+pub mod source;
 pub mod vision;
 
-pub use config::DecoderConfig;
+pub use architecture::Architecture;
+pub use context::TokenContext;
 pub use decoder::{DecoderLayer, LayerSource, Projection};
+pub use decoder_config::DecoderConfig;
 pub use head::Head;
 pub use linear::Linear;
 pub use loaded::LoadedModel;
 pub use positions::multimodal_positions;
-pub use qwen2_vl::Qwen2Vl;
 pub use rope::Rope;
+pub use source::{ModelSource, Module};

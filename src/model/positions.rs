@@ -12,6 +12,15 @@ pub struct Positions {
     pub next: u32,
 }
 
+/// Positions of `n_tokens` tokens that simply follow each other, images or not.
+pub fn text_positions(n_tokens: usize) -> Positions {
+    let next = n_tokens as u32;
+    Positions {
+        ids: std::array::from_fn(|_| (0..next).collect()),
+        next,
+    }
+}
+
 /// Positions of `input_ids`, whose runs of `image_token_id` are the images of `grids_thw` (patch
 /// counts) in order. Text counts on by one; an image spreads over its merged grid from the
 /// position it starts at, and text goes on after its longer side.

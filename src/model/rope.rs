@@ -3,7 +3,7 @@
 //! Angles are built in f32 as the published models do; a model's own dtype would lose positions.
 
 use crate::Result;
-use crate::model::config::DecoderConfig;
+use crate::model::decoder_config::{RopeScaling, Rotary};
 use candle_core::{D, Device, Tensor};
 
 /// The positions of one sample's tokens along the temporal, height and width axes, `[3][n]`.
@@ -18,29 +18,28 @@ pub struct Rope {
 }
 
 impl Rope {
-    /// M-RoPE: frequency `i` follows the axis whose section of `mrope_section` holds `i`.
+    /// The angles of a decoder: each frequency follows the axis that `rotary` gives it.
     ///
     /// # Errors
     /// A tensor error if the device refuses the memory.
-    /// Source: Qwen2-VL, arXiv:2409.12191 §2.1; transformers `Qwen2VLRotaryEmbedding`.
-    pub fn multimodal(
-        config: &DecoderConfig,
+    /// Source: Qwen2-VL, arXiv:2409.12191 §2.1 (M-RoPE); transformers `Qwen2VLRotaryEmbedding`,
+    /// `Qwen3VLTextRotaryEmbedding`.
+    pub fn of_decoder(
+        rotary: &Rotary,
+        head_dim: usize,
         positions: &PositionIds,
         device: &Device,
     ) -> Result<Self> {
-        let freqs = inverse_frequencies(config.head_dim, config.rope_theta as f32);
-        let axis_of: Vec<usize> = (config.mrope_section.iter().enumerate())
-            .flat_map(|(axis, &len)| std::iter::repeat_n(axis, len))
-            .collect();
+        let mut freqs = inverse_frequencies(head_dim, rotary.theta as f32);
+        freqs
+            .iter_mut()
+            .for_each(|f| *f = scaled(*f, rotary.scaling));
+        let axis_of = rotary.axes.of_frequencies(freqs.len());
         let n = positions[0].len();
+        let angle = |token: usize, i: usize| positions[axis_of[i]][token] as f32 * freqs[i];
         let angles: Vec<f32> = (0..n)
-            .flat_map(|t| {
-                let axis_of = &axis_of;
-                freqs
-                    .iter()
-                    .zip(axis_of)
-                    .map(move |(f, &axis)| positions[axis][t] as f32 * f)
-            })
+            .flat_map(|token| (0..freqs.len()).map(move |i| (token, i)))
+            .map(|(token, i)| angle(token, i))
             .collect();
         Self::from_angles(&angles, n, device)
     }
@@ -127,6 +126,30 @@ fn inverse_frequencies(dim: usize, theta: f32) -> Vec<f32> {
         .step_by(2)
         .map(|i| 1.0 / theta.powf(i as f32 / dim as f32))
         .collect()
+}
+
+/// A frequency in a stretched context, in f32 as published.
+fn scaled(frequency: f32, scaling: RopeScaling) -> f32 {
+    match scaling {
+        RopeScaling::None => frequency,
+        RopeScaling::Linear(factor) => frequency / factor as f32,
+        RopeScaling::Llama3 {
+            factor,
+            low,
+            high,
+            original,
+        } => {
+            let wavelength = std::f32::consts::TAU / frequency;
+            if wavelength < (original / high) as f32 {
+                frequency
+            } else if wavelength > (original / low) as f32 {
+                frequency / factor as f32
+            } else {
+                let share = (original as f32 / wavelength - low as f32) / (high - low) as f32;
+                (1.0 - share) * frequency / factor as f32 + share * frequency
+            }
+        }
+    }
 }
 
 /// (−x₂, x₁) of the two halves of the last axis.

@@ -8,12 +8,13 @@
 use super::stage::Stage;
 use crate::calibration::{CalibrationSample, CalibrationSet};
 use crate::hidden_states::{HiddenState, Store};
+use crate::importance::backward::AttentionPass;
 use crate::importance::{ImportanceSettings, LayerImportance, SampleFactors};
-use crate::model::config::DecoderConfig;
+use crate::model::context::TokenContext;
 use crate::model::decoder::{DecoderLayer, Projection};
+use crate::model::decoder_config::DecoderConfig;
 use crate::model::linear::{matrix_from_tensor, tensor_from_matrix};
-use crate::model::qwen2_vl::Module;
-use crate::model::rope::Rope;
+use crate::model::source::Module;
 use crate::processor::TokenClass;
 use crate::statistics::{Statistics, StatisticsDtype};
 use crate::{Error, Matrix, Result};
@@ -38,7 +39,9 @@ struct Sample {
     /// File and line or row, for messages.
     origin: String,
     classes: Vec<TokenClass>,
-    rope: Rope,
+    context: TokenContext,
+    /// What the first layers' outputs have added to them, in both streams.
+    deepstack: Vec<HiddenState>,
     /// U: the residual stream that the next addition goes to, `[n_tokens, hidden]`.
     residual: HiddenState,
     /// U: the input of `o_proj`, later of `down_proj`; the other stages' are a norm away.
@@ -141,7 +144,8 @@ impl Streams {
             input: self.store.place(n, widest)?,
             full: full.transpose()?,
             classes: sample.classes,
-            rope: sample.rope,
+            context: sample.context,
+            deepstack: sample.deepstack,
             residual: sample.embeddings,
         })
     }
@@ -186,7 +190,7 @@ impl Streams {
             if stage == Stage::O {
                 return batch.iter_mut().try_for_each(|sample| {
                     let n1 = quantized.qkv_input(&sample.residual.all(store)?)?;
-                    let a = quantized.attention(&n1, &sample.rope)?.output;
+                    let a = quantized.attention(&n1, &sample.context)?.output;
                     sample.input.set(store, 0, &a)
                 });
             }
@@ -232,23 +236,38 @@ impl Streams {
         Ok(all)
     }
 
-    /// Leaves the layer: U through its quantized `down_proj`, F through the original one.
+    /// Leaves the layer: U through its quantized `down_proj`, F through the original one. What the
+    /// tower adds after this layer is added to both.
     pub(super) fn end_layer(
         &mut self,
+        layer_idx: usize,
         full: &DecoderLayer,
         quantized: &DecoderLayer,
     ) -> Result<()> {
         let store = &self.store;
         self.batches.par_iter_mut().try_for_each(|batch| {
             for piece in pieces_of(batch) {
+                let added = match batch[0].deepstack.get(layer_idx) {
+                    Some(_) => Some(gather_tensor(batch, &piece, store, |s| {
+                        &s.deepstack[layer_idx]
+                    })?),
+                    None => None,
+                };
+                let leave = |layer: &DecoderLayer, y: &Tensor, h: &Tensor| -> Result<Tensor> {
+                    let x = layer.after_mlp(y, h)?;
+                    Ok(match &added {
+                        Some(added) => (x + added)?,
+                        None => x,
+                    })
+                };
                 let y = gather_tensor(batch, &piece, store, |s| &s.residual)?;
                 let h = gather_tensor(batch, &piece, store, |s| &s.input)?;
-                let x = quantized.after_mlp(&y, &h)?;
+                let x = leave(quantized, &y, &h)?;
                 scatter(batch, &piece, store, &x, |s| Some(&mut s.residual))?;
                 if batch[0].full.is_some() {
                     let y = gather_full(batch, &piece, store, |f| &f.y)?;
                     let h = gather_full(batch, &piece, store, |f| &f.input)?;
-                    let x = full.after_mlp(&y, &h)?;
+                    let x = leave(full, &y, &h)?;
                     scatter(batch, &piece, store, &x, |s| {
                         full_state(s, |f| &mut f.residual)
                     })?;
@@ -285,7 +304,7 @@ impl Sample {
             return Ok(None);
         };
         let x = stream.residual.all(store)?;
-        let a = full.attention(&full.qkv_input(&x)?, &self.rope)?.output;
+        let a = full.attention(&full.qkv_input(&x)?, &self.context)?.output;
         let y_full = full.after_attention(&x, &a)?;
         stream.input.set(store, 0, &a)?;
         stream.y.set(store, 0, &y_full)?;
@@ -293,11 +312,8 @@ impl Sample {
             return Ok(None);
         };
         let x = self.residual.all(store)?;
-        let trace = full.attention(&full.qkv_input(&x)?, &self.rope)?;
-        let y = full.after_attention(&x, &trace.output)?;
-        settings
-            .sample_factors(full, &trace, &self.rope, &y, &y_full)
-            .map(Some)
+        let pass = AttentionPass::new(full, &self.context, &x)?;
+        settings.sample_factors(&pass, &y_full).map(Some)
     }
 }
 

@@ -1,8 +1,7 @@
 //! From images and messages to what the model reads, exactly as transformers does it.
 //!
-//! [`decode_image`] and [`mod@resize`] serve every family; [`qwen2_vl`] holds what belongs to one
-//! family, so that another family is another file; [`chat`] renders templates. [`Processor`] joins
-//! them for one checkpoint folder.
+//! [`decode_image`] and [`mod@resize`] serve every family; an [`ImageProcessor`] holds what belongs
+//! to some of them; [`chat`] renders templates. [`Processor`] joins them for one checkpoint folder.
 //!
 //! Compared bit by bit with transformers 5.23 and Pillow 13 in `testdata/processor`, whose script
 //! is `tests/oracle/processor_golden.py`.
@@ -11,22 +10,23 @@ pub mod chat;
 pub mod image;
 pub mod qwen2_vl;
 pub mod resize;
+pub mod settings;
 
 pub use self::chat::{ContentPart, Message, Role};
 pub use self::image::{RgbImage, decode_image};
-pub use self::qwen2_vl::VisionInput;
 pub use self::resize::{Filter, resize};
 
 use self::chat::{ChatTemplate, Rendered, TextSpan};
-use self::qwen2_vl::Preprocessor;
-use crate::{Error, Result};
+pub use self::settings::ImageSettings;
+
+use crate::{Error, Matrix, Result};
 use serde::de::IgnoredAny;
 use serde_json::{Map, Value};
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use tokenizers::Tokenizer;
+use tokenizers::{Encoding, Tokenizer};
 
 /// Largest tokenizer, template or settings file that is read.
 const MAX_FILE_BYTES: u64 = 256 << 20;
@@ -46,10 +46,57 @@ pub enum TokenClass {
     Special,
 }
 
+/// One image as a vision tower takes it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct VisionInput {
+    /// `[n_patches, values of one]`, in the order of the tower.
+    pub patches: Matrix,
+    /// Patches in time (or tiles), height and width.
+    pub grid_thw: [usize; 3],
+    /// Tokens that the image takes in the prompt.
+    pub n_tokens: usize,
+    /// How the tiles make up the image, where it is cut into any.
+    pub tiling: Option<Tiling>,
+}
+
+/// How an image was cut into tiles of equal size; a whole view of it may come before or after them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tiling {
+    /// Tiles below each other.
+    pub rows: usize,
+    /// Tiles beside each other.
+    pub cols: usize,
+    /// Rows of pixels of the image as it came.
+    pub height: usize,
+    /// Columns of pixels of the image as it came.
+    pub width: usize,
+}
+
+/// What is a family's own about images.
+pub trait ImageProcessor: std::fmt::Debug + Send + Sync {
+    /// The image as the tower takes it, bit-identical to transformers' pixel values, in a
+    /// conversation with `n_images` in all: some families cut a single image only.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if the image is empty or has a shape that the family does not take.
+    fn vision_input(&self, image: &RgbImage, n_images: usize) -> Result<VisionInput>;
+
+    /// What the chat template writes for an image.
+    fn placeholder(&self) -> &str;
+
+    /// The token that stands for one row of the tower's output.
+    fn image_token(&self) -> &str;
+
+    /// What the placeholder of an image becomes.
+    fn prompt_text(&self, image: &VisionInput) -> String {
+        self.image_token().repeat(image.n_tokens)
+    }
+}
+
 /// One input ready for the model.
 #[derive(Clone, Debug)]
 pub struct ModelInput {
-    /// Token ids, image placeholders repeated once per merged patch.
+    /// Token ids, image placeholders replaced by the tokens of the images.
     pub input_ids: Vec<u32>,
     /// One class per token. A token that spans a text and the template counts as text.
     pub classes: Vec<TokenClass>,
@@ -63,15 +110,16 @@ pub struct Processor {
     dir: PathBuf,
     tokenizer: Tokenizer,
     template: ChatTemplate,
-    images: Preprocessor,
-    image_token: String,
+    images: Box<dyn ImageProcessor>,
     image_token_id: u32,
+    bos_token: Option<String>,
     eos_ids: Vec<u32>,
 }
 
 impl Processor {
     /// Reads `tokenizer.json`, `tokenizer_config.json`, the chat template, the image settings and
-    /// the end tokens of a checkpoint folder.
+    /// the end tokens of a checkpoint folder; `images` makes a family's image processor of the
+    /// settings.
     ///
     /// The template is `chat_template.jinja`, else `chat_template.json`, else the one in
     /// `tokenizer_config.json`. Image settings are `image_processor` of `processor_config.json`,
@@ -81,34 +129,33 @@ impl Processor {
     /// # Errors
     /// [`Error::Missing`] for an absent file, template or token, [`Error::Format`] for a damaged
     /// one, [`Error::Unsupported`] for an image processor of another family.
-    pub fn open(model_dir: &Path) -> Result<Self> {
+    pub fn open(
+        model_dir: &Path,
+        images: fn(&ImageSettings) -> Result<Box<dyn ImageProcessor>>,
+    ) -> Result<Self> {
         let config = read_json(&model_dir.join("tokenizer_config.json"))?.unwrap_or(Value::Null);
         let tokenizer = open_tokenizer(&model_dir.join("tokenizer.json"))?;
         let template = open_template(model_dir, &config)?;
-        let images = open_images(model_dir)?;
-        let image_token = match token_text(&config["image_token"]) {
-            Some(token) => token,
-            None => "<|image_pad|>".to_owned(),
-        };
-        let image_token_id = token_id(&tokenizer, &image_token, model_dir)?;
+        let images = images(&ImageSettings::open(model_dir, &config)?)?;
+        let image_token_id = token_id(&tokenizer, images.image_token(), model_dir)?;
         let eos_ids = open_eos_ids(model_dir, &config, &tokenizer)?;
         Ok(Self {
             dir: model_dir.to_path_buf(),
             tokenizer,
             template,
             images,
-            image_token,
             image_token_id,
+            bos_token: token_text(&config["bos_token"]),
             eos_ids,
         })
     }
 
-    /// The patches of an image, bit-identical to transformers' `pixel_values`.
+    /// An image as the tower takes it, in a conversation with `n_images` in all.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if the image is empty or too elongated.
-    pub fn vision_input(&self, image: &RgbImage) -> Result<VisionInput> {
-        self.images.vision_input(image)
+    /// As [`ImageProcessor::vision_input`].
+    pub fn vision_input(&self, image: &RgbImage, n_images: usize) -> Result<VisionInput> {
+        self.images.vision_input(image, n_images)
     }
 
     /// The text of `messages` with one placeholder per image.
@@ -162,21 +209,26 @@ impl Processor {
         self.image_token_id
     }
 
-    /// Patches per side that are merged into one token.
-    pub fn merge_size(&self) -> usize {
-        self.images.merge_size()
-    }
-
     /// The token ids of `text`, special tokens in it recognised, as transformers' tokenizer gives.
     ///
     /// # Errors
     /// [`Error::Format`] if the tokenizer fails.
     pub fn encode_text(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = caught(|| self.tokenizer.encode(text, true));
-        Ok(encoding
-            .map_err(|e| self.tokenizer_error(&e))?
-            .get_ids()
-            .to_vec())
+        Ok(self.tokenized(text, true)?.get_ids().to_vec())
+    }
+
+    /// As [`Processor::encode_text`], of text that goes on after other text: without what the
+    /// tokenizer puts around a whole one.
+    ///
+    /// # Errors
+    /// [`Error::Format`] if the tokenizer fails.
+    pub fn encode_continuation(&self, text: &str) -> Result<Vec<u32>> {
+        Ok(self.tokenized(text, false)?.get_ids().to_vec())
+    }
+
+    fn tokenized(&self, text: &str, add_special_tokens: bool) -> Result<Encoding> {
+        let encoding = caught(|| self.tokenizer.encode(text, add_special_tokens));
+        encoding.map_err(|e| self.tokenizer_error(&e))
     }
 
     fn tokenizer_error(&self, error: &tokenizers::Error) -> Error {
@@ -197,28 +249,27 @@ impl Processor {
         let rendered = self
             .template
             .render_spans(messages, add_generation_prompt)?;
-        let found = rendered.text.matches(&self.image_token).count();
+        let placeholder = self.images.placeholder();
+        let found = rendered.text.matches(placeholder).count();
         if places != images.len() || found != places {
             return Err(Error::Invalid {
                 what: "images of a conversation".into(),
                 why: format!(
-                    "{} given, {places} places in the messages, {found} {} in the rendered text; \
-                     all three must agree",
+                    "{} given, {places} places in the messages, {found} {placeholder} in the rendered \
+                     text; all three must agree",
                     images.len(),
-                    self.image_token
                 ),
             });
         }
-        let counts: Vec<usize> = images
-            .iter()
-            .map(|image| image.n_tokens(self.merge_size()))
-            .collect();
-        let expanded = expand_images(&rendered, &self.image_token, &counts);
-        let encoding = caught(|| self.tokenizer.encode(expanded.text.as_str(), true))
-            .map_err(|e| self.tokenizer_error(&e))?;
+        let texts = images.iter().map(|image| self.images.prompt_text(image));
+        let expanded = expand_images(&rendered, placeholder, &texts.collect::<Vec<_>>());
+        // A template that begins with the first token itself would else give two of them.
+        let begins = |bos: &String| expanded.text.starts_with(bos.as_str());
+        let has_bos = self.bos_token.as_ref().is_some_and(begins);
+        let encoding = self.tokenized(&expanded.text, !has_bos)?;
         let input_ids = encoding.get_ids().to_vec();
         let classes = self.classes(&input_ids, encoding.get_offsets(), &expanded.spans);
-        let n_vision: usize = counts.iter().sum();
+        let n_vision: usize = images.iter().map(|image| image.n_tokens).sum();
         let n_found = input_ids
             .iter()
             .filter(|id| **id == self.image_token_id)
@@ -226,7 +277,7 @@ impl Processor {
         if n_vision != n_found {
             return Err(Error::format(
                 &self.dir.join("tokenizer.json"),
-                self.image_token.as_str(),
+                self.images.image_token(),
                 format!("{n_vision} image tokens expected in the input, {n_found} found"),
             ));
         }
@@ -277,15 +328,15 @@ fn ends_answer(classes: &[TokenClass], ids: &[u32], eos_ids: &[u32]) -> bool {
     last.is_some_and(|id| eos_ids.contains(id))
 }
 
-/// Repeats the i-th placeholder `counts[i]` times and moves the spans along.
-fn expand_images(rendered: &Rendered, token: &str, counts: &[usize]) -> Rendered {
+/// Puts `texts[i]` in place of the i-th placeholder and moves the spans along.
+fn expand_images(rendered: &Rendered, placeholder: &str, texts: &[String]) -> Rendered {
     let mut text = String::with_capacity(rendered.text.len());
-    let mut moves: Vec<Move> = Vec::with_capacity(counts.len());
+    let mut moves: Vec<Move> = Vec::with_capacity(texts.len());
     let mut copied = 0;
-    for ((at, _), count) in rendered.text.match_indices(token).zip(counts) {
+    for ((at, _), own) in rendered.text.match_indices(placeholder).zip(texts) {
         text.push_str(&rendered.text[copied..at]);
-        text.push_str(&token.repeat(*count));
-        copied = at + token.len();
+        text.push_str(own);
+        copied = at + placeholder.len();
         moves.push(Move {
             from: copied,
             to: text.len(),
@@ -332,7 +383,7 @@ fn read_file(path: &Path) -> Result<Option<Vec<u8>>> {
     Ok(Some(bytes))
 }
 
-fn read_json(path: &Path) -> Result<Option<Value>> {
+pub(crate) fn read_json(path: &Path) -> Result<Option<Value>> {
     let Some(bytes) = read_file(path)? else {
         return Ok(None);
     };
@@ -423,33 +474,6 @@ fn default_template(value: &Value) -> Option<&str> {
     value
         .as_str()
         .or_else(|| default.and_then(|t| t["template"].as_str()))
-}
-
-fn open_images(dir: &Path) -> Result<Preprocessor> {
-    let nested = dir.join("processor_config.json");
-    let own = dir.join("preprocessor_config.json");
-    let inner = read_json(&nested)?.map(|mut v| v["image_processor"].take());
-    let (path, value) = match inner.filter(Value::is_object) {
-        Some(value) => (nested, value),
-        None => {
-            let value = read_json(&own)?;
-            let value = value.ok_or_else(|| missing("preprocessor_config.json", dir))?;
-            (own, value)
-        }
-    };
-    let kind = value["image_processor_type"].as_str().unwrap_or_default();
-    if !matches!(
-        kind,
-        "Qwen2VLImageProcessor" | "Qwen2VLImageProcessorFast" | "Qwen2VLImageProcessorPil"
-    ) {
-        return Err(Error::Unsupported {
-            what: format!(
-                "{}: image processor {kind:?}; supported is Qwen2VLImageProcessor",
-                path.display()
-            ),
-        });
-    }
-    Preprocessor::from_json(&path, &value)
 }
 
 fn open_eos_ids(dir: &Path, tokenizer_config: &Value, tokenizer: &Tokenizer) -> Result<Vec<u32>> {

@@ -9,45 +9,21 @@
 
 use crate::processor::image::RgbImage;
 use crate::processor::resize::{Filter, resize};
+use crate::processor::settings::{
+    CHANNELS, CLIP_MEAN, CLIP_STD, ImageSettings, Settings, Size, ValueTable,
+};
+use crate::processor::{ImageProcessor, VisionInput};
 use crate::{Error, Matrix, Result};
 use serde_json::Value;
 use std::path::Path;
 
 /// Longest to shortest side above which an image is refused.
 const MAX_ASPECT: f64 = 200.0;
-const CHANNELS: usize = 3;
 /// Bounds of what a configuration may ask for, far above every published model.
 const MAX_PATCH: usize = 256;
 const MAX_PIXELS: usize = 1 << 28;
 /// Values of one image's patches, 8 GiB of them: each setting within its bounds, all together.
 const MAX_VALUES: usize = 1 << 31;
-
-/// The patches of one image.
-#[derive(Clone, Debug, PartialEq)]
-pub struct VisionInput {
-    /// `[n_patches, 3 · temporal_patch · patch · patch]`: channel, frame, row, column within a
-    /// patch; patches in merge groups (2×2), each group's rows first.
-    pub patches: Matrix,
-    /// Patches in time, height and width.
-    pub grid_thw: [usize; 3],
-}
-
-impl VisionInput {
-    /// Tokens that the image takes in the prompt once `merge_size`² patches are merged into one.
-    pub fn n_tokens(&self, merge_size: usize) -> usize {
-        let [t, h, w] = self.grid_thw;
-        t * h * w / (merge_size * merge_size).max(1)
-    }
-}
-
-/// A height and a width in pixels.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Size {
-    /// Rows.
-    pub height: usize,
-    /// Columns.
-    pub width: usize,
-}
 
 /// The size nearest to `size` whose sides are multiples of `factor` and whose area lies between
 /// `min_pixels` and `max_pixels`, keeping the aspect ratio as well as that allows.
@@ -108,81 +84,45 @@ pub struct Preprocessor {
     merge_size: usize,
     filter: Filter,
     resizes: bool,
-    rescale: Option<f64>,
-    normalise: Option<[MeanStd; CHANNELS]>,
+    values: ValueTable,
+    image_token: String,
 }
 
-/// Normalisation of one channel.
-#[derive(Clone, Copy, Debug, PartialEq)]
-struct MeanStd {
-    mean: f32,
-    std: f32,
-}
+/// What the published templates write for an image.
+const DEFAULT_IMAGE_TOKEN: &str = "<|image_pad|>";
 
-/// One JSON object and the file it is from, for messages.
-struct Settings<'a> {
-    path: &'a Path,
-    value: &'a Value,
-}
-
-impl Settings<'_> {
-    fn bad(&self, key: &str, expected: &str) -> Error {
-        let found = &self.value[key];
-        Error::format(
-            self.path,
-            key,
-            format!("{expected} expected, {found} found"),
-        )
+impl ImageProcessor for Preprocessor {
+    fn vision_input(&self, image: &RgbImage, _: usize) -> Result<VisionInput> {
+        self.patches_of(image)
     }
 
-    fn integer(&self, key: &str, default: usize, max: usize) -> Result<usize> {
-        match &self.value[key] {
-            Value::Null => Ok(default),
-            v => v
-                .as_u64()
-                .and_then(|n| usize::try_from(n).ok())
-                .filter(|n| (1..=max).contains(n))
-                .ok_or_else(|| self.bad(key, &format!("an integer of 1 to {max}"))),
-        }
+    fn placeholder(&self) -> &str {
+        &self.image_token
     }
 
-    fn flag(&self, key: &str) -> Result<bool> {
-        match &self.value[key] {
-            Value::Null => Ok(true),
-            v => v.as_bool().ok_or_else(|| self.bad(key, "true or false")),
-        }
-    }
-
-    fn number(&self, key: &str, default: f64) -> Result<f64> {
-        match &self.value[key] {
-            Value::Null => Ok(default),
-            v => v
-                .as_f64()
-                .filter(|x| x.is_finite())
-                .ok_or_else(|| self.bad(key, "a number")),
-        }
-    }
-
-    fn channels(&self, key: &str, default: [f64; CHANNELS]) -> Result<[f32; CHANNELS]> {
-        let wrong = || self.bad(key, "three numbers");
-        let values = match &self.value[key] {
-            Value::Null => return Ok(default.map(|x| x as f32)),
-            Value::Number(n) => vec![n.as_f64(); CHANNELS],
-            Value::Array(list) => list.iter().map(Value::as_f64).collect(),
-            _ => return Err(wrong()),
-        };
-        let values: Option<Vec<f32>> = values.into_iter().map(|x| x.map(|x| x as f32)).collect();
-        values
-            .and_then(|v| <[f32; CHANNELS]>::try_from(v).ok())
-            .filter(|v| v.iter().all(|x| x.is_finite()))
-            .ok_or_else(wrong)
+    fn image_token(&self) -> &str {
+        &self.image_token
     }
 }
-
-const CLIP_MEAN: [f64; CHANNELS] = [0.48145466, 0.4578275, 0.40821073];
-const CLIP_STD: [f64; CHANNELS] = [0.26862954, 0.26130258, 0.27577711];
 
 impl Preprocessor {
+    /// The settings of a checkpoint of Qwen2-VL, Qwen2.5-VL or Qwen3-VL.
+    ///
+    /// # Errors
+    /// As [`Preprocessor::from_json`]; [`Error::Unsupported`] for another image processor.
+    pub fn open(settings: &ImageSettings) -> Result<Self> {
+        settings.require_kind(&[
+            "Qwen2VLImageProcessor",
+            "Qwen2VLImageProcessorFast",
+            "Qwen2VLImageProcessorPil",
+        ])?;
+        let mut found = Self::from_json(&settings.path, &settings.images)?;
+        if let Some(token) = settings.token("image_token") {
+            found.image_token = token;
+        }
+        Ok(found)
+    }
+
     /// The settings in `value`, the content of `path` (`preprocessor_config.json`). Absent keys
     /// take the family's defaults; `min_pixels`/`max_pixels` beside `size` override it, and are
     /// read inside `size` too.
@@ -204,16 +144,6 @@ impl Preprocessor {
             let inner = size.integer(edge, inner, MAX_PIXELS)?;
             top.integer(short, inner, MAX_PIXELS)
         };
-        let mean = top.channels("image_mean", CLIP_MEAN)?;
-        let std = top.channels("image_std", CLIP_STD)?;
-        if std.contains(&0.0) {
-            return Err(top.bad("image_std", "three numbers other than zero"));
-        }
-        let normalise = std::array::from_fn(|c| MeanStd {
-            mean: mean[c],
-            std: std[c],
-        });
-        let rescale = top.number("rescale_factor", 1.0 / 255.0)?;
         Ok(Self {
             min_pixels: pixels("min_pixels", "shortest_edge", 56 * 56)?,
             max_pixels: pixels("max_pixels", "longest_edge", 28 * 28 * 1280)?,
@@ -222,14 +152,9 @@ impl Preprocessor {
             merge_size: top.integer("merge_size", 2, MAX_PATCH)?,
             filter: Filter::from_pillow(top.integer("resample", 3, 255)? as u64)?,
             resizes: top.flag("do_resize")?,
-            rescale: top.flag("do_rescale")?.then_some(rescale),
-            normalise: top.flag("do_normalize")?.then_some(normalise),
+            values: ValueTable::read(&top, CLIP_MEAN, CLIP_STD)?,
+            image_token: DEFAULT_IMAGE_TOKEN.to_owned(),
         })
-    }
-
-    /// Patches per side that are merged into one token.
-    pub fn merge_size(&self) -> usize {
-        self.merge_size
     }
 
     /// The patches of `image`, bit-identical to transformers' `pixel_values` in f32.
@@ -238,7 +163,7 @@ impl Preprocessor {
     /// [`Error::Invalid`] if the image is empty, its aspect ratio exceeds 200, its patches would
     /// have more than 2³¹ values, or `do_resize` is off and its sides are no multiples of
     /// `patch_size · merge_size`.
-    pub fn vision_input(&self, image: &RgbImage) -> Result<VisionInput> {
+    pub fn patches_of(&self, image: &RgbImage) -> Result<VisionInput> {
         image.check()?;
         let factor = self.patch_size * self.merge_size;
         let size = Size {
@@ -282,7 +207,7 @@ impl Preprocessor {
     fn patchify(&self, image: &RgbImage) -> Result<VisionInput> {
         let (patch, merge, frames) = (self.patch_size, self.merge_size, self.temporal_patch_size);
         let (grid_h, grid_w) = (image.height / patch, image.width / patch);
-        let table = self.value_table();
+        let table = self.values.channels();
         let mut data = Vec::with_capacity(image.data.len() * frames);
         for index in 0..grid_h * grid_w {
             let within = index % (merge * merge);
@@ -304,20 +229,8 @@ impl Preprocessor {
         Ok(VisionInput {
             patches: Matrix::from_vec("image patches", grid_h * grid_w, cols, data)?,
             grid_thw: [1, grid_h, grid_w],
-        })
-    }
-
-    /// The network's input for each byte, per channel: rescaled in f64, rounded to f32,
-    /// normalised in f32.
-    fn value_table(&self) -> [[f32; 256]; CHANNELS] {
-        std::array::from_fn(|channel| {
-            std::array::from_fn(|byte| {
-                let value = (byte as f64 * self.rescale.unwrap_or(1.0)) as f32;
-                match self.normalise {
-                    Some(by) => (value - by[channel].mean) / by[channel].std,
-                    None => value,
-                }
-            })
+            n_tokens: grid_h * grid_w / (merge * merge),
+            tiling: None,
         })
     }
 }
@@ -350,7 +263,7 @@ mod tests {
         for case in cases {
             let processor = preprocessor(&golden["settings"][case.settings]);
             let image = lcg_image(case.size[0], case.size[1]);
-            let out = processor.vision_input(&image).unwrap();
+            let out = processor.patches_of(&image).unwrap();
             assert_eq!(out.grid_thw, case.grid_thw, "{:?}", case.size);
             assert_eq!(&out.patches.data()[..case.head.len()], case.head);
             let bytes: Vec<u8> = out
@@ -394,7 +307,7 @@ mod tests {
             data: Vec::new(),
         };
         let processor = preprocessor(&serde_json::json!({}));
-        assert!(processor.vision_input(&empty).is_err());
+        assert!(processor.patches_of(&empty).is_err());
     }
 
     #[test]

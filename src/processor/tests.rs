@@ -25,7 +25,7 @@ struct Conversation {
 }
 
 fn open_with_template(template: &str) -> Processor {
-    let mut processor = Processor::open(&data("model")).unwrap();
+    let mut processor = open_processor(&data("model")).unwrap();
     let text = std::fs::read_to_string(data(template)).unwrap();
     processor.template = ChatTemplate::new(template, &text, Map::new()).unwrap();
     processor
@@ -52,6 +52,8 @@ fn blank(grid_thw: [usize; 3]) -> Arc<VisionInput> {
     Arc::new(VisionInput {
         patches: crate::Matrix::zeros(rows, 1),
         grid_thw,
+        n_tokens: rows / 4,
+        tiling: None,
     })
 }
 
@@ -76,7 +78,7 @@ fn conversations_equal_transformers() {
 
 #[test]
 fn token_ids_and_text_equal_transformers() {
-    let processor = Processor::open(&data("model")).unwrap();
+    let processor = open_processor(&data("model")).unwrap();
     let golden = json("tokens.json");
     let cases = golden["cases"].as_array().unwrap();
     assert!(cases.len() >= 30);
@@ -153,9 +155,9 @@ fn damaged_folders_name_their_file() {
             std::fs::copy(entry.path(), copy.path().join(entry.file_name())).unwrap();
         }
     };
-    let message = || Processor::open(copy.path()).unwrap_err().to_string();
+    let message = || open_processor(copy.path()).unwrap_err().to_string();
     restore();
-    assert!(Processor::open(copy.path()).is_ok());
+    assert!(open_processor(copy.path()).is_ok());
     std::fs::write(copy.path().join("tokenizer.json"), b"{").unwrap();
     assert!(message().contains("tokenizer.json"));
     std::fs::remove_file(copy.path().join("tokenizer.json")).unwrap();

@@ -1,0 +1,466 @@
+//! The decoder as data: everything in which the language models of the known families differ.
+//!
+//! A language model is told by the `model_type` of its part of the configuration; each has a
+//! function here that reads it. The forward in [`crate::model::decoder`] is one for all.
+
+use crate::model::config::ConfigNode;
+use crate::{Error, Result};
+
+/// What the shared decoder needs to know of an architecture.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DecoderConfig {
+    /// Rows of the embedding and of the head.
+    pub vocab_size: usize,
+    /// Width of the residual stream.
+    pub hidden_size: usize,
+    /// Width inside the MLP.
+    pub intermediate_size: usize,
+    /// Number of transformer layers.
+    pub n_layers: usize,
+    /// Query heads.
+    pub n_heads: usize,
+    /// Key and value heads; divides `n_heads`.
+    pub n_kv_heads: usize,
+    /// Channels of one head.
+    pub head_dim: usize,
+    /// Epsilon inside RMSNorm's square root.
+    pub rms_norm_eps: f64,
+    /// What norms multiply by.
+    pub norm_scale: NormScale,
+    /// Whether the outputs of attention and MLP are normed before they are added.
+    pub sandwich_norms: bool,
+    /// Whether queries and keys are normed head by head, before rotation.
+    pub qk_norm: bool,
+    /// Whether q, k and v have a bias.
+    pub qkv_bias: bool,
+    /// Whether the attention output has a bias.
+    pub o_bias: bool,
+    /// The gate's activation.
+    pub activation: Activation,
+    /// Factor on scores before the softmax.
+    pub score_scale: f64,
+    /// Rotary positions of layers that see everything before a token.
+    pub rotary: Rotary,
+    /// Layers that see the latest tokens only.
+    pub local: Option<LocalAttention>,
+    /// Whether the tokens of an image see each other, later ones included.
+    pub bidirectional_images: bool,
+    /// Factor on the embeddings of text tokens.
+    pub embedding_scale: f32,
+    /// Whether the head is the transposed embedding.
+    pub tie_word_embeddings: bool,
+}
+
+/// What a norm multiplies normed values by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NormScale {
+    /// Its weight.
+    Weight,
+    /// One plus its weight.
+    OnePlusWeight,
+}
+
+/// The activation of a gated MLP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// z·σ(z).
+    Silu,
+    /// GELU in its tanh form.
+    GeluTanh,
+}
+
+/// Rotary positions.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Rotary {
+    /// Base of the frequencies.
+    pub theta: f64,
+    /// What the frequencies are stretched by.
+    pub scaling: RopeScaling,
+    /// Which of a token's three positions a frequency follows.
+    pub axes: RopeAxes,
+}
+
+/// How frequencies are changed for contexts longer than those of the first training.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum RopeScaling {
+    /// Not at all.
+    None,
+    /// All divided by a factor.
+    Linear(f64),
+    /// Slow ones divided by a factor, fast ones kept, those between blended (Llama 3).
+    Llama3 {
+        /// The factor.
+        factor: f64,
+        /// Below this many turns in the first context a frequency is slow.
+        low: f64,
+        /// Above this many it is fast.
+        high: f64,
+        /// Tokens of the first context.
+        original: f64,
+    },
+}
+
+/// Which of a token's positions (time, height, width) a frequency follows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RopeAxes {
+    /// The first for all: text positions.
+    One,
+    /// Three runs of frequencies of these lengths.
+    Sections([usize; 3]),
+    /// Frequencies take turns; those beyond 3 × the second or third length follow time.
+    Interleaved([usize; 3]),
+}
+
+/// Layers with a sliding window.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LocalAttention {
+    /// Tokens that a token sees, itself included.
+    pub window: usize,
+    /// Their rotary positions.
+    pub rotary: Rotary,
+    /// For each layer whether it is one of them.
+    pub is_local: Vec<bool>,
+}
+
+impl DecoderConfig {
+    /// Reads the language model in `text`, whose kind is its `model_type` or else `default_kind`.
+    ///
+    /// # Errors
+    /// [`Error::Format`] for an absent, ill-typed or contradictory key; [`Error::Unsupported`] for
+    /// another language model, and for features that this one is not handled with.
+    pub fn read(root: &ConfigNode, text: &ConfigNode, default_kind: &str) -> Result<Self> {
+        let kind = text.own_text("model_type").unwrap_or(default_kind);
+        let mut config = Self::plain(text, Defaults::of(kind))?;
+        config.tie_word_embeddings = tied(root, text, kind)?;
+        match kind {
+            "qwen2" | "qwen2_vl" | "qwen2_vl_text" | "qwen2_5_vl" | "qwen2_5_vl_text" => {
+                config.qkv_bias = true;
+            }
+            "qwen3" | "qwen3_vl_text" => {
+                config.qk_norm = true;
+                config.qkv_bias = text.flag_or("attention_bias", false)?;
+                config.o_bias = config.qkv_bias;
+            }
+            "llama" | "mistral" => {
+                config.qkv_bias = text.flag_or("attention_bias", false)?;
+                config.o_bias = config.qkv_bias;
+            }
+            "gemma3_text" | "gemma3" => config.make_gemma3(text)?,
+            _ => {
+                return Err(Error::Unsupported {
+                    what: format!(
+                        "language model {kind:?} in config.json; qwen2, qwen3, llama, mistral and \
+                         gemma3_text are implemented"
+                    ),
+                });
+            }
+        }
+        config.refuse_what_is_not_handled(text, kind)?;
+        Ok(config)
+    }
+
+    /// What most language models are: pre-norm, SiLU, no biases, text positions.
+    fn plain(text: &ConfigNode, defaults: Defaults) -> Result<Self> {
+        let hidden_size = text.size("hidden_size")?;
+        let n_heads = text.size("num_attention_heads")?;
+        let n_kv_heads = text.size_or("num_key_value_heads", n_heads)?;
+        if text.get("head_dim").is_none() && hidden_size % n_heads != 0 {
+            return Err(text.invalid(
+                "num_attention_heads",
+                format!("{n_heads} does not divide hidden_size {hidden_size}"),
+            ));
+        }
+        if n_heads % n_kv_heads != 0 {
+            return Err(text.invalid(
+                "num_key_value_heads",
+                format!("{n_kv_heads} does not divide {n_heads} heads"),
+            ));
+        }
+        let head_dim = text.size_or("head_dim", hidden_size / n_heads)?;
+        if head_dim % 2 != 0 || n_heads.checked_mul(head_dim).is_none_or(|n| n >= 1 << 31) {
+            let why = format!("{n_heads} heads of {head_dim} channels cannot be");
+            return Err(text.invalid("head_dim", why));
+        }
+        Ok(Self {
+            vocab_size: text.size("vocab_size")?,
+            hidden_size,
+            intermediate_size: text.size("intermediate_size")?,
+            n_layers: text.size("num_hidden_layers")?,
+            n_heads,
+            n_kv_heads,
+            head_dim,
+            rms_norm_eps: text.positive_or("rms_norm_eps", defaults.rms_norm_eps)?,
+            norm_scale: NormScale::Weight,
+            sandwich_norms: false,
+            qk_norm: false,
+            qkv_bias: false,
+            o_bias: false,
+            activation: Activation::Silu,
+            score_scale: 1.0 / (head_dim as f64).sqrt(),
+            rotary: Rotary::read(text, defaults.rope_theta)?,
+            local: None,
+            bidirectional_images: false,
+            embedding_scale: 1.0,
+            tie_word_embeddings: false,
+        })
+    }
+
+    /// Gemma 3: sandwich norms that multiply by 1 + weight, query and key norms, scaled embeddings,
+    /// and five local layers to a global one.
+    fn make_gemma3(&mut self, text: &ConfigNode) -> Result<()> {
+        self.norm_scale = NormScale::OnePlusWeight;
+        self.sandwich_norms = true;
+        self.qk_norm = true;
+        self.qkv_bias = text.flag_or("attention_bias", false)?;
+        self.o_bias = self.qkv_bias;
+        self.activation = Activation::GeluTanh;
+        let scalar = text.positive_or("query_pre_attn_scalar", 256.0)?;
+        self.score_scale = 1.0 / scalar.sqrt();
+        self.embedding_scale = (self.hidden_size as f32).sqrt();
+        let parameters = text.inside("rope_parameters");
+        let node = |kind: &str| parameters.as_ref().and_then(|p| p.inside(kind));
+        let (full, sliding) = (node("full_attention"), node("sliding_attention"));
+        self.rotary = match &full {
+            Some(node) => Rotary::read(node, 1e6)?,
+            None => Rotary::read(text, 1e6)?,
+        };
+        let theta = text.positive_or("rope_local_base_freq", 1e4)?;
+        let local = match &sliding {
+            Some(node) => Rotary::read(node, theta)?,
+            None => Rotary {
+                theta,
+                scaling: RopeScaling::None,
+                axes: RopeAxes::One,
+            },
+        };
+        let pattern = text.size_or("sliding_window_pattern", 6)?;
+        let named = text.texts("layer_types")?;
+        let is_local = match named {
+            Some(types) if types.len() == self.n_layers => {
+                types.iter().map(|t| *t == "sliding_attention").collect()
+            }
+            Some(types) => {
+                let why = format!("{} entries for {} layers", types.len(), self.n_layers);
+                return Err(text.invalid("layer_types", why));
+            }
+            None => (1..=self.n_layers).map(|i| i % pattern != 0).collect(),
+        };
+        self.local = Some(LocalAttention {
+            window: text.size_or("sliding_window", 4096)?,
+            rotary: local,
+            is_local,
+        });
+        Ok(())
+    }
+
+    fn refuse_what_is_not_handled(&self, text: &ConfigNode, kind: &str) -> Result<()> {
+        let unsupported = |what: &str| Err(Error::Unsupported { what: what.into() });
+        if text.flag_or("use_sliding_window", false)? {
+            return unsupported(
+                "use_sliding_window: true in config.json; only full attention is implemented for this family",
+            );
+        }
+        // Mistral's window of its first release; later ones have none.
+        if kind == "mistral" && text.get("sliding_window").is_some() {
+            return unsupported("sliding_window of a mistral language model in config.json");
+        }
+        if text.flag_or("mlp_bias", false)? {
+            return unsupported("mlp_bias: true in config.json");
+        }
+        let act = text.text_or("hidden_act", text.text_or("hidden_activation", "default")?)?;
+        let expected: &[&str] = match self.activation {
+            Activation::Silu => &["default", "silu", "swish"],
+            Activation::GeluTanh => &["default", "gelu_pytorch_tanh"],
+        };
+        if !expected.contains(&act) {
+            return unsupported(&format!(
+                "hidden_act {act:?} of a {kind} language model; {} is implemented",
+                expected[1]
+            ));
+        }
+        for cap in ["attn_logit_softcapping", "final_logit_softcapping"] {
+            if text.get(cap).is_some() {
+                return unsupported(&format!("{cap} in config.json"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Query heads that share one key and value head.
+    pub fn n_groups(&self) -> usize {
+        self.n_heads / self.n_kv_heads
+    }
+
+    /// The window of a layer, if it has one.
+    pub fn window(&self, layer_idx: usize) -> Option<usize> {
+        let local = self.local.as_ref()?;
+        let is_local = local.is_local.get(layer_idx).copied().unwrap_or(false);
+        is_local.then_some(local.window)
+    }
+}
+
+/// What transformers takes where a configuration says nothing.
+struct Defaults {
+    rms_norm_eps: f64,
+    rope_theta: f64,
+}
+
+impl Defaults {
+    fn of(kind: &str) -> Self {
+        let (rms_norm_eps, rope_theta) = match kind {
+            "qwen2_vl" | "qwen2_vl_text" | "qwen2_5_vl" | "qwen2_5_vl_text" => (1e-5, 1e6),
+            "qwen3_vl_text" => (1e-6, 5e5),
+            _ => (1e-6, 1e4),
+        };
+        Self {
+            rms_norm_eps,
+            rope_theta,
+        }
+    }
+}
+
+/// Where nothing is said, transformers ties the embeddings of Gemma and Idefics and of no other.
+fn tied(root: &ConfigNode, text: &ConfigNode, kind: &str) -> Result<bool> {
+    let by_default = kind.starts_with("gemma");
+    match (
+        root.get("tie_word_embeddings"),
+        text.get("tie_word_embeddings"),
+    ) {
+        (None, None) => Ok(by_default),
+        _ => Ok(root.flag_or("tie_word_embeddings", false)?
+            || text.flag_or("tie_word_embeddings", false)?),
+    }
+}
+
+impl Rotary {
+    /// Reads what stands at the top level, in `rope_scaling` (hub files) or in `rope_parameters`
+    /// (transformers 5).
+    fn read(text: &ConfigNode, default_theta: f64) -> Result<Self> {
+        let node = text
+            .nested_or_flat("rope_scaling")
+            .nested_or_flat("rope_parameters");
+        let kind = node.text_or("rope_type", node.text_or("type", "default")?)?;
+        let scaling = match kind {
+            "default" | "mrope" => RopeScaling::None,
+            "linear" => RopeScaling::Linear(node.positive_or("factor", 1.0)?),
+            "llama3" => RopeScaling::Llama3 {
+                factor: node.positive_or("factor", 8.0)?,
+                low: node.positive_or("low_freq_factor", 1.0)?,
+                high: node.positive_or("high_freq_factor", 4.0)?,
+                original: node.positive_or("original_max_position_embeddings", 8192.0)?,
+            },
+            _ => {
+                return Err(Error::Unsupported {
+                    what: format!(
+                        "rope_type {kind:?}; \"default\", \"mrope\", \"linear\" and \"llama3\" are implemented"
+                    ),
+                });
+            }
+        };
+        Ok(Self {
+            theta: node.positive_or("rope_theta", default_theta)?,
+            scaling,
+            axes: RopeAxes::One,
+        })
+    }
+}
+
+impl RopeAxes {
+    /// Reads `mrope_section` and whether its axes are interleaved.
+    ///
+    /// # Errors
+    /// [`Error::Format`] if the sections do not sum to half of `head_dim`.
+    pub fn multimodal(
+        text: &ConfigNode,
+        default: [usize; 3],
+        head_dim: usize,
+        interleaved: bool,
+    ) -> Result<Self> {
+        let node = text
+            .nested_or_flat("rope_scaling")
+            .nested_or_flat("rope_parameters");
+        let found = node.sizes_or("mrope_section", &default)?;
+        match <[usize; 3]>::try_from(found.as_slice()) {
+            Ok(sections) if sections.iter().sum::<usize>() * 2 == head_dim => {
+                match node.flag_or("mrope_interleaved", interleaved)? {
+                    true => Ok(Self::Interleaved(sections)),
+                    false => Ok(Self::Sections(sections)),
+                }
+            }
+            _ => Err(node.invalid(
+                "mrope_section",
+                format!(
+                    "expected three numbers that sum to {} (head_dim / 2), found {found:?}",
+                    head_dim / 2
+                ),
+            )),
+        }
+    }
+
+    /// The axis of each of `n` frequencies.
+    pub fn of_frequencies(self, n: usize) -> Vec<usize> {
+        match self {
+            Self::One => vec![0; n],
+            Self::Sections(lengths) => (lengths.iter().enumerate())
+                .flat_map(|(axis, &len)| std::iter::repeat_n(axis, len))
+                .collect(),
+            Self::Interleaved(lengths) => {
+                let axis = |i: usize| match i % 3 {
+                    turn @ (1 | 2) if i < 3 * lengths[turn] => turn,
+                    _ => 0,
+                };
+                (0..n).map(axis).collect()
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+impl DecoderConfig {
+    /// A small Qwen2-like decoder for tests, `heads` being query heads, key heads and channels.
+    pub(crate) fn small(hidden: usize, intermediate: usize, heads: [usize; 3]) -> Self {
+        Self {
+            vocab_size: 8,
+            hidden_size: hidden,
+            intermediate_size: intermediate,
+            n_layers: 1,
+            n_heads: heads[0],
+            n_kv_heads: heads[1],
+            head_dim: heads[2],
+            rms_norm_eps: 1e-6,
+            norm_scale: NormScale::Weight,
+            sandwich_norms: false,
+            qk_norm: false,
+            qkv_bias: true,
+            o_bias: false,
+            activation: Activation::Silu,
+            score_scale: 1.0 / (heads[2] as f64).sqrt(),
+            rotary: Rotary {
+                theta: 1e4,
+                scaling: RopeScaling::None,
+                axes: RopeAxes::One,
+            },
+            local: None,
+            bidirectional_images: false,
+            embedding_scale: 1.0,
+            tie_word_embeddings: true,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn interleaved_axes_are_those_of_qwen3_vl() {
+        let axes = RopeAxes::Interleaved([24, 20, 20]).of_frequencies(64);
+        assert_eq!(axes[..6], [0, 1, 2, 0, 1, 2]);
+        // Beyond 3 · 20 all follow time.
+        assert_eq!(axes[58..], [1, 2, 0, 0, 0, 0]);
+        let count = |axis| axes.iter().filter(|&&a| a == axis).count();
+        assert_eq!([count(0), count(1), count(2)], [24, 20, 20]);
+        let axes = RopeAxes::Sections([1, 2, 1]).of_frequencies(4);
+        assert_eq!(axes, [0, 1, 1, 2]);
+    }
+}
