@@ -5,6 +5,7 @@
 //! how its images are prepared. Everything else is shared. `docs/adding-a-family.md` tells how one is
 //! added.
 
+mod llava;
 mod qwen2_5_vl;
 mod qwen2_vl;
 mod qwen3_vl;
@@ -31,7 +32,14 @@ pub struct Family {
 }
 
 /// All of them.
-pub const FAMILIES: &[Family] = &[qwen2_vl::FAMILY, qwen2_5_vl::FAMILY, qwen3_vl::FAMILY];
+pub const FAMILIES: &[Family] = &[
+    qwen2_vl::FAMILY,
+    qwen2_5_vl::FAMILY,
+    qwen3_vl::FAMILY,
+    llava::LLAVA,
+    llava::NEXT,
+    llava::ONEVISION,
+];
 
 /// The model in an open checkpoint.
 ///

@@ -161,10 +161,15 @@ impl DecoderConfig {
 
     /// What most language models are: pre-norm, SiLU, no biases, text positions.
     fn plain(text: &ConfigNode, defaults: Defaults) -> Result<Self> {
-        let hidden_size = text.size("hidden_size")?;
-        let n_heads = text.size("num_attention_heads")?;
-        let n_kv_heads = text.size_or("num_key_value_heads", n_heads)?;
-        if text.get("head_dim").is_none() && hidden_size % n_heads != 0 {
+        let size = |key, of| size(text, key, &defaults, of);
+        let hidden_size = size("hidden_size", |s| s.hidden)?;
+        let n_heads = size("num_attention_heads", |s| s.heads)?;
+        let n_kv_heads = match (&defaults.sizes, text.get("num_attention_heads")) {
+            (Some(sizes), None) => text.size_or("num_key_value_heads", sizes.kv_heads)?,
+            _ => text.size_or("num_key_value_heads", n_heads)?,
+        };
+        let head_dim = defaults.sizes.as_ref().and_then(|sizes| sizes.head_dim);
+        if text.get("head_dim").is_none() && head_dim.is_none() && hidden_size % n_heads != 0 {
             return Err(text.invalid(
                 "num_attention_heads",
                 format!("{n_heads} does not divide hidden_size {hidden_size}"),
@@ -176,16 +181,16 @@ impl DecoderConfig {
                 format!("{n_kv_heads} does not divide {n_heads} heads"),
             ));
         }
-        let head_dim = text.size_or("head_dim", hidden_size / n_heads)?;
+        let head_dim = text.size_or("head_dim", head_dim.unwrap_or(hidden_size / n_heads))?;
         if head_dim % 2 != 0 || n_heads.checked_mul(head_dim).is_none_or(|n| n >= 1 << 31) {
             let why = format!("{n_heads} heads of {head_dim} channels cannot be");
             return Err(text.invalid("head_dim", why));
         }
         Ok(Self {
-            vocab_size: text.size("vocab_size")?,
+            vocab_size: size("vocab_size", |s| s.vocab)?,
             hidden_size,
-            intermediate_size: text.size("intermediate_size")?,
-            n_layers: text.size("num_hidden_layers")?,
+            intermediate_size: size("intermediate_size", |s| s.intermediate)?,
+            n_layers: size("num_hidden_layers", |s| s.layers)?,
             n_heads,
             n_kv_heads,
             head_dim,
@@ -303,6 +308,18 @@ impl DecoderConfig {
 struct Defaults {
     rms_norm_eps: f64,
     rope_theta: f64,
+    sizes: Option<DefaultSizes>,
+}
+
+/// Sizes that some published configurations leave out.
+struct DefaultSizes {
+    vocab: usize,
+    hidden: usize,
+    intermediate: usize,
+    layers: usize,
+    heads: usize,
+    kv_heads: usize,
+    head_dim: Option<usize>,
 }
 
 impl Defaults {
@@ -315,7 +332,45 @@ impl Defaults {
         Self {
             rms_norm_eps,
             rope_theta,
+            sizes: DefaultSizes::of(kind),
         }
+    }
+}
+
+impl DefaultSizes {
+    fn of(kind: &str) -> Option<Self> {
+        let sizes = |vocab, [hidden, intermediate, layers, heads, kv_heads]: [usize; 5], head_dim| {
+            Some(Self {
+                vocab,
+                hidden,
+                intermediate,
+                layers,
+                heads,
+                kv_heads,
+                head_dim,
+            })
+        };
+        match kind {
+            "llama" => sizes(32_000, [4096, 11_008, 32, 32, 32], None),
+            "mistral" => sizes(32_000, [4096, 14_336, 32, 32, 8], None),
+            "qwen2" => sizes(151_936, [4096, 22_016, 32, 32, 32], None),
+            "qwen3" => sizes(151_936, [4096, 22_016, 32, 32, 32], Some(128)),
+            "gemma3" | "gemma3_text" => sizes(262_208, [2304, 9216, 26, 8, 4], Some(256)),
+            _ => None,
+        }
+    }
+}
+
+/// A size, or the default of this kind of language model where it has one.
+fn size(
+    text: &ConfigNode,
+    key: &str,
+    defaults: &Defaults,
+    of: fn(&DefaultSizes) -> usize,
+) -> Result<usize> {
+    match &defaults.sizes {
+        Some(sizes) => text.size_or(key, of(sizes)),
+        None => text.size(key),
     }
 }
 

@@ -6,11 +6,14 @@
 //! Compared bit by bit with transformers 5.23 and Pillow 13 in `testdata/processor`, whose script
 //! is `tests/oracle/processor_golden.py`.
 
+pub mod anyres;
 pub mod chat;
 pub mod image;
+pub mod llava;
 pub mod qwen2_vl;
 pub mod resize;
 pub mod settings;
+pub mod tiles;
 
 pub use self::chat::{ContentPart, Message, Role};
 pub use self::image::{RgbImage, decode_image};

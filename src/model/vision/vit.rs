@@ -118,6 +118,29 @@ pub const SIGLIP: VitNames = VitNames {
     ..CLIP
 };
 
+/// The names in the files of DINOv2, and of transformers up to 5.
+pub const DINOV2: VitNames = VitNames {
+    class: Some("embeddings.cls_token"),
+    patch: "embeddings.patch_embeddings.projection",
+    patch_bias: true,
+    positions: "embeddings.position_embeddings",
+    pre_norm: None,
+    layers: "encoder.layer",
+    qkv: QkvNames::Separate([
+        "attention.attention.query",
+        "attention.attention.key",
+        "attention.attention.value",
+    ]),
+    qk_norm: None,
+    out: "attention.output.dense",
+    norm1: "norm1",
+    norm2: "norm2",
+    fc1: "mlp.fc1",
+    fc2: "mlp.fc2",
+    scales: Some(["layer_scale1.lambda1", "layer_scale2.lambda1"]),
+    post_norm: Some("layernorm"),
+};
+
 impl Vit {
     /// Patches of a tile.
     pub fn n_patches(&self) -> usize {
