@@ -164,10 +164,10 @@ impl DecoderConfig {
         let size = |key, of| size(text, key, &defaults, of);
         let hidden_size = size("hidden_size", |s| s.hidden)?;
         let n_heads = size("num_attention_heads", |s| s.heads)?;
-        let n_kv_heads = match (&defaults.sizes, text.get("num_attention_heads")) {
-            (Some(sizes), None) => text.size_or("num_key_value_heads", sizes.kv_heads)?,
-            _ => text.size_or("num_key_value_heads", n_heads)?,
-        };
+        // Kinds whose groups are of one head follow the number of heads.
+        let grouped = defaults.sizes.as_ref().filter(|s| s.kv_heads != s.heads);
+        let n_kv_heads = grouped.map_or(n_heads, |sizes| sizes.kv_heads);
+        let n_kv_heads = text.size_or("num_key_value_heads", n_kv_heads)?;
         let head_dim = defaults.sizes.as_ref().and_then(|sizes| sizes.head_dim);
         if text.get("head_dim").is_none() && head_dim.is_none() && hidden_size % n_heads != 0 {
             return Err(text.invalid(

@@ -10,6 +10,10 @@ from pathlib import Path
 
 import torch
 import transformers as hf
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+    LlavaOnevisionImageProcessorPil)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,7 +101,121 @@ class Qwen3VL:
         return hf.Qwen3VLProcessor(images, tokenizer(), hf.Qwen3VLVideoProcessor(), chat_template=CHATML)
 
 
-FAMILIES = {family.model_type: family for family in [Qwen25VL, Qwen3VL]}
+SPECIAL = ["<image>", "<video>"]
+# The templates of the hub write an image as this one token, which the processor multiplies.
+SIMPLE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}"
+          "{% else %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>\n"
+          "{% elif 'text' in c %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+def tower(kind, side, patch=14, **more):
+    """A small vision transformer's configuration."""
+    return dict(model_type=kind, hidden_size=48, num_attention_heads=3, num_hidden_layers=3,
+                image_size=side, patch_size=patch, **more)
+
+
+class Llava:
+    """One view; CLIP's last layer but one, SigLIP's last, DINOv2 with positions resampled."""
+
+    model_type = "llava"
+    variants = ["clip", "siglip", "dinov2"]
+    model = hf.LlavaForConditionalGeneration
+
+    @staticmethod
+    def config(variant, ids, vocab):
+        more = dict(
+            clip=dict(vision_config=tower("clip_vision_model", 56, intermediate_size=80),
+                      text_config=text(64, 4, 2, 96, 2, vocab_size=vocab, model_type="llama",
+                                       rope_parameters=dict(rope_type="llama3", rope_theta=1e4, factor=4.0,
+                                                            low_freq_factor=1.0, high_freq_factor=4.0,
+                                                            original_max_position_embeddings=64)),
+                      vision_feature_layer=-2, vision_feature_select_strategy="default"),
+            siglip=dict(vision_config=tower("siglip_vision_model", 56, intermediate_size=80,
+                                            vision_use_head=False),
+                        text_config=text(96, 6, 1, 128, 2, vocab_size=vocab, model_type="qwen2"),
+                        vision_feature_layer=-1, vision_feature_select_strategy="full",
+                        multimodal_projector_bias=False),
+            dinov2=dict(vision_config=tower("dinov2", 70, mlp_ratio=2),
+                        text_config=text(64, 4, 4, 96, 2, vocab_size=vocab, model_type="mistral",
+                                         head_dim=32, sliding_window=None),
+                        vision_feature_layer=2, vision_feature_select_strategy="full"),
+        )[variant]
+        return hf.LlavaConfig(image_token_index=ids["<image>"], **more)
+
+    @staticmethod
+    def processor(variant):
+        images = dict(
+            clip=lambda: CLIPImageProcessorPil(size=dict(shortest_edge=56),
+                                               crop_size=dict(height=56, width=56)),
+            siglip=lambda: CLIPImageProcessorPil(size=dict(height=56, width=56), do_center_crop=False,
+                                                 image_mean=[0.5] * 3, image_std=[0.5] * 3),
+            dinov2=lambda: CLIPImageProcessorPil(size=dict(shortest_edge=64),
+                                                 crop_size=dict(height=56, width=56)),
+        )[variant]()
+        return hf.LlavaProcessor(
+            images, tokenizer(*SPECIAL), patch_size=14, chat_template=SIMPLE,
+            vision_feature_select_strategy="default" if variant == "clip" else "full",
+            num_additional_image_tokens=0 if variant == "siglip" else 1)
+
+
+class LlavaNext:
+    """Tiles with margins on either axis, and a token at the end of each row."""
+
+    model_type = "llava_next"
+    variants = ["clip", "wide"]
+    model = hf.LlavaNextForConditionalGeneration
+    pinpoints = dict(clip=[[56, 112], [112, 56], [112, 112], [168, 56]], wide=[[42, 84], [84, 84], [126, 42]])
+
+    @classmethod
+    def config(cls, variant, ids, vocab):
+        side = 56 if variant == "clip" else 42
+        return hf.LlavaNextConfig(
+            vision_config=tower("clip_vision_model", side, intermediate_size=80),
+            text_config=text(64, 4, 2, 96, 2, vocab_size=vocab, model_type="mistral", sliding_window=None),
+            image_token_index=ids["<image>"], image_grid_pinpoints=cls.pinpoints[variant])
+
+    @classmethod
+    def processor(cls, variant):
+        side = 56 if variant == "clip" else 42
+        images = LlavaNextImageProcessorPil(size=dict(shortest_edge=side),
+                                            crop_size=dict(height=side, width=side),
+                                            image_grid_pinpoints=cls.pinpoints[variant])
+        return hf.LlavaNextProcessor(images, tokenizer(*SPECIAL), patch_size=14, chat_template=SIMPLE,
+                                     vision_feature_select_strategy="default",
+                                     num_additional_image_tokens=1)
+
+
+class LlavaOnevision:
+    """Tiles whose features are shrunk beyond a limit; several images give one view each."""
+
+    model_type = "llava_onevision"
+    variants = ["max_9", "max_2"]
+    model = hf.LlavaOnevisionForConditionalGeneration
+    pinpoints = [[56 * a, 56 * b] for a in range(1, 4) for b in range(1, 4)]
+
+    @classmethod
+    def config(cls, variant, ids, vocab):
+        tied = variant == "max_2"
+        return hf.LlavaOnevisionConfig(
+            vision_config=tower("siglip_vision_model", 56, intermediate_size=80, vision_use_head=False),
+            text_config=text(64, 4, 2, 96, 2, vocab_size=vocab, model_type="qwen2",
+                             tie_word_embeddings=tied),
+            tie_word_embeddings=tied, image_token_index=ids["<image>"], video_token_index=ids["<video>"],
+            image_grid_pinpoints=cls.pinpoints, vision_aspect_ratio=f"anyres_{variant}")
+
+    @classmethod
+    def processor(cls, variant):
+        images = LlavaOnevisionImageProcessorPil(size=dict(height=56, width=56),
+                                                 image_grid_pinpoints=cls.pinpoints)
+        return hf.LlavaOnevisionProcessor(
+            images, tokenizer(*SPECIAL), hf.LlavaOnevisionVideoProcessor(), num_image_tokens=16,
+            vision_feature_select_strategy="full", vision_aspect_ratio=f"anyres_{variant}",
+            chat_template=SIMPLE)
+
+
+FAMILIES = {family.model_type: family for family in
+            [Qwen25VL, Qwen3VL, Llava, LlavaNext, LlavaOnevision]}
 
 
 def make(folder, family, variant, seed=0, dtype=torch.float32):
