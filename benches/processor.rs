@@ -7,9 +7,9 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::hint::black_box;
 use std::path::Path;
-use vlmq::processor::resize::{Filter, resize};
 use vlmq::families::open_processor;
 use vlmq::processor::RgbImage;
+use vlmq::processor::resize::{Filter, resize};
 
 /// Sides before and after resizing.
 const SIDES: [(usize, usize); 3] = [(336, 168), (1024, 448), (2048, 1008)];

@@ -10,9 +10,9 @@ use std::time::Instant;
 use vlmq::Error;
 use vlmq::dataset::open_samples;
 use vlmq::eval::open_tasks;
+use vlmq::families::open_processor;
 use vlmq::model::LoadedModel;
 use vlmq::pipeline::Observer;
-use vlmq::families::open_processor;
 use vlmq::run::SampleChoice;
 use vlmq::sweep::{Sweep, SweepRow, quantize_in_memory, score_original, score_tasks};
 

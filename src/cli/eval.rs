@@ -9,8 +9,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use vlmq::Error;
 use vlmq::eval::{Accuracy, Divergence, Task, answer_all, open_tasks};
-use vlmq::model::LoadedModel;
 use vlmq::families::open_processor;
+use vlmq::model::LoadedModel;
 use vlmq::sweep::compare_with_reference;
 
 #[derive(clap::Args)]

@@ -3,8 +3,8 @@
 use super::prompt::PromptArgs;
 use super::{ModelArg, SCHEMA, open_model, print_json, say};
 use std::process::ExitCode;
-use vlmq::model::LoadedModel;
 use vlmq::families::open_processor;
+use vlmq::model::LoadedModel;
 
 #[derive(clap::Args)]
 pub struct Args {

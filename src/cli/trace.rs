@@ -7,8 +7,8 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use vlmq::Error;
-use vlmq::model::LoadedModel;
 use vlmq::families::open_processor;
+use vlmq::model::LoadedModel;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -64,7 +64,10 @@ pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
         tensors.insert("image_features".to_owned(), Tensor::cat(&rows, 0)?);
         for level in 0..model.source().vision().n_deepstack() {
             let rows: Vec<&Tensor> = features.iter().map(|f| &f.deepstack[level]).collect();
-            tensors.insert(format!("deepstack_features.{level}"), Tensor::cat(&rows, 0)?);
+            tensors.insert(
+                format!("deepstack_features.{level}"),
+                Tensor::cat(&rows, 0)?,
+            );
         }
         tensors.insert(
             "image_grid_thw".to_owned(),

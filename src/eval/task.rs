@@ -3,8 +3,8 @@
 use crate::dataset::{Question, open_questions};
 use crate::model::LoadedModel;
 use crate::model::loaded::Prefix;
-use crate::processor::chat::{ContentPart, Message, Role};
 use crate::model::vision::ImageFeatures;
+use crate::processor::chat::{ContentPart, Message, Role};
 use crate::processor::{ModelInput, Processor, VisionInput};
 use crate::{Error, Result};
 use rayon::prelude::*;

@@ -141,11 +141,12 @@ impl Member {
     fn tower_settings(&self, settings: &ImageSettings) -> Result<TowerSettings> {
         let node = &settings.model["vision_config"];
         let kind = node["model_type"].as_str().unwrap_or(self.tower);
-        let patch = node["patch_size"].as_u64().filter(|n| (1..=256).contains(n));
+        let patch = node["patch_size"]
+            .as_u64()
+            .filter(|n| (1..=256).contains(n));
         let path = settings.path.with_file_name("config.json");
-        let patch = patch.ok_or_else(|| {
-            Error::format(&path, "vision_config.patch_size", "1 to 256 expected")
-        })?;
+        let patch = patch
+            .ok_or_else(|| Error::format(&path, "vision_config.patch_size", "1 to 256 expected"))?;
         Ok(TowerSettings {
             patch: patch as usize,
             keeps_class: names_of(kind)?.class.is_some() && !self.drops_class(&settings.model),
@@ -161,7 +162,9 @@ impl Member {
     ) -> Result<LlavaVision> {
         let node = root.nested("vision_config")?;
         let vit = self.vit(root, &node, checkpoint, naming.tower)?;
-        let tiles = self.is_tiled.then(|| self.tile_features(root, &vit, naming));
+        let tiles = self
+            .is_tiled
+            .then(|| self.tile_features(root, &vit, naming));
         Ok(LlavaVision {
             drops_class: self.drops_class(checkpoint.config()),
             projector: naming.projector.to_owned(),
@@ -224,7 +227,10 @@ impl Member {
             false => table_side,
         };
         if patch_size > 256 || table_side == 0 || table_side > 1024 || tile == 0 {
-            return Err(node.invalid("patch_size", format!("{patch_size} does not fit image_size")));
+            return Err(node.invalid(
+                "patch_size",
+                format!("{patch_size} does not fit image_size"),
+            ));
         }
         let activation = ["quick_gelu", "gelu", "gelu_pytorch_tanh"];
         let activation = activation[usize::from(!is_clip) + usize::from(!is_clip && !is_dino)];
@@ -301,5 +307,7 @@ fn processed_side(checkpoint: &Checkpoint) -> Result<Option<usize>> {
         let crop = settings["crop_size"]["height"].as_u64();
         crop.or_else(|| settings["size"]["height"].as_u64())
     });
-    Ok(found.map(|side| side as usize).filter(|side| *side <= 1 << 14))
+    Ok(found
+        .map(|side| side as usize)
+        .filter(|side| *side <= 1 << 14))
 }

@@ -127,7 +127,12 @@ mod tests {
             "model_type": "qwen2_audio", "text_config": {"model_type": "qwen2"}});
         let error = family_of(Path::new("config.json"), &config).err().unwrap();
         let message = error.to_string();
-        for part in ["qwen2_audio", "a vision_config", "\"qwen2\"", "\"qwen2_vl\""] {
+        for part in [
+            "qwen2_audio",
+            "a vision_config",
+            "\"qwen2\"",
+            "\"qwen2_vl\"",
+        ] {
             assert!(message.contains(part), "{message}");
         }
     }

@@ -69,11 +69,7 @@ fn vision(root: &ConfigNode, prefix: &str, hidden: usize) -> Result<QwenVision> 
     }
     vision.positions_side = Some(side);
     vision.deepstack_layers = node.sizes_or("deepstack_visual_indexes", &[8, 16, 24])?;
-    if let Some(layer) = vision
-        .deepstack_layers
-        .iter()
-        .find(|&&l| l >= vision.depth)
-    {
+    if let Some(layer) = vision.deepstack_layers.iter().find(|&&l| l >= vision.depth) {
         let why = format!("layer {layer} of a tower with {}", vision.depth);
         return Err(node.invalid("deepstack_visual_indexes", why));
     }

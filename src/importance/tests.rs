@@ -296,10 +296,8 @@ fn attention_in_blocks_of_queries_is_attention() {
     let d_y = ((&pass.y - case.pass(&case.full).y).unwrap() * 2.0).unwrap();
     let n = d_y.dim(0).unwrap();
     let gradients = |trace: &Attention| {
-        let pass = AttentionPass {
-            trace: trace.clone(),
-            ..pass.clone()
-        };
+        let mut pass = pass.clone();
+        pass.trace = trace.clone();
         named(&backward::attention(&pass, &d_y).unwrap(), None)
     };
     let whole = &pass.trace;

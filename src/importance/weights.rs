@@ -89,11 +89,7 @@ impl ImportanceSettings {
     ///
     /// # Errors
     /// A tensor error if shapes disagree.
-    pub fn sample_factors(
-        &self,
-        pass: &AttentionPass,
-        y_full: &Tensor,
-    ) -> Result<SampleFactors> {
+    pub fn sample_factors(&self, pass: &AttentionPass, y_full: &Tensor) -> Result<SampleFactors> {
         let (layer, y) = (pass.layer(), &pass.y);
         let (residual, output, mlp) = match self.loss {
             ImportanceLoss::Attention => ((y - y_full)?, y_full.clone(), None),

@@ -65,11 +65,7 @@ impl Naming {
         let embedding = |naming: &Self| format!("{}.embed_tokens.weight", naming.decoder);
         let found = known.iter().find(|n| checkpoint.contains(&embedding(n)));
         found.copied().ok_or_else(|| Error::Missing {
-            what: known
-                .iter()
-                .map(embedding)
-                .collect::<Vec<_>>()
-                .join(" or "),
+            what: known.iter().map(embedding).collect::<Vec<_>>().join(" or "),
             place: checkpoint.dir().display().to_string(),
         })
     }

@@ -81,7 +81,10 @@ impl Mask {
         let hidden = self.window.map_or(0, |w| (n_before + 1).saturating_sub(w));
         let start = sequence + hidden.saturating_sub(n_past);
         let own = start.min(image[0])..(token + 1).max(image[1]);
-        [hidden.min(n_past)..n_past, n_past + own.start..n_past + own.end]
+        [
+            hidden.min(n_past)..n_past,
+            n_past + own.start..n_past + own.end,
+        ]
     }
 
     /// Keys that the new tokens `rows` may see at most, of `n_past` and the new ones.
@@ -278,11 +281,7 @@ mod tests {
     #[test]
     fn a_window_counts_from_the_token_back_into_the_past() {
         let mask = Mask::new(&[1, 3], &[0; 4], false, Some(3));
-        let expected = [
-            [1, 1, 0, 1, 0, 0],
-            [0, 1, 0, 1, 1, 0],
-            [0, 0, 0, 1, 1, 1],
-        ];
+        let expected = [[1, 1, 0, 1, 0, 0], [0, 1, 0, 1, 1, 0], [0, 0, 0, 1, 1, 1]];
         assert_eq!(seen(&mask, 1..4, 2), expected);
         assert_eq!(seen(&mask, 0..1, 2), [[1, 1, 1]]);
     }

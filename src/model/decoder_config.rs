@@ -339,17 +339,18 @@ impl Defaults {
 
 impl DefaultSizes {
     fn of(kind: &str) -> Option<Self> {
-        let sizes = |vocab, [hidden, intermediate, layers, heads, kv_heads]: [usize; 5], head_dim| {
-            Some(Self {
-                vocab,
-                hidden,
-                intermediate,
-                layers,
-                heads,
-                kv_heads,
-                head_dim,
-            })
-        };
+        let sizes =
+            |vocab, [hidden, intermediate, layers, heads, kv_heads]: [usize; 5], head_dim| {
+                Some(Self {
+                    vocab,
+                    hidden,
+                    intermediate,
+                    layers,
+                    heads,
+                    kv_heads,
+                    head_dim,
+                })
+            };
         match kind {
             "llama" => sizes(32_000, [4096, 11_008, 32, 32, 32], None),
             "mistral" => sizes(32_000, [4096, 14_336, 32, 32, 8], None),

@@ -117,7 +117,8 @@ impl LoadedModel {
         let parts = inputs
             .iter()
             .map(|c| self.after_prefix(prefix, c.input, &c.features));
-        let (x, contexts): (Vec<_>, Vec<_>) = parts.collect::<Result<Vec<_>>>()?.into_iter().unzip();
+        let (x, contexts): (Vec<_>, Vec<_>) =
+            parts.collect::<Result<Vec<_>>>()?.into_iter().unzip();
         let lengths = x.iter().map(|x| Ok(x.dim(0)?));
         let lengths = lengths.collect::<Result<Vec<usize>>>()?;
         let mut caches = prefix.caches.clone();

@@ -16,7 +16,6 @@ use crate::{Error, Result};
 use candle_core::{Device, Tensor};
 
 /// An open checkpoint, from which parts are loaded on demand.
-#[derive(Debug)]
 pub struct ModelSource {
     checkpoint: Checkpoint,
     architecture: Architecture,

@@ -2,6 +2,7 @@
 //! without weights, `conversations.json` what transformers makes of it.
 
 use super::*;
+use crate::families::open_processor;
 use serde::Deserialize;
 
 fn data(name: &str) -> PathBuf {

@@ -54,7 +54,8 @@ pub fn cut(image: &RgbImage, side: usize) -> Vec<RgbImage> {
         height: side,
         width: side,
     };
-    let places = (0..image.height / side).flat_map(|r| (0..image.width / side).map(move |c| (r, c)));
+    let places =
+        (0..image.height / side).flat_map(|r| (0..image.width / side).map(move |c| (r, c)));
     places
         .map(|(row, col)| crop(image, (col * side) as isize, (row * side) as isize, size))
         .collect()

@@ -134,13 +134,9 @@ impl LlavaTower {
 /// `tiles [rows · cols, side², hidden]` → `[rows · side, cols · side, hidden]`.
 fn side_by_side(tiles: &Tensor, tiling: &Tiling, side: usize) -> Result<Tensor> {
     let hidden = tiles.dim(2)?;
-    let map = tiles.contiguous()?.reshape(vec![
-        tiling.rows,
-        tiling.cols,
-        side,
-        side,
-        hidden,
-    ])?;
+    let map = tiles
+        .contiguous()?
+        .reshape(vec![tiling.rows, tiling.cols, side, side, hidden])?;
     let map = map.permute(vec![0, 2, 1, 3, 4])?.contiguous()?;
     Ok(map.reshape((tiling.rows * side, tiling.cols * side, hidden))?)
 }
