@@ -94,8 +94,10 @@ fn what_is_missing(found: &str, config: &Value) -> String {
     if let Some(text) = part("text_config") {
         parts.push(format!("language model {text:?}"));
     }
+    // Of equals the first.
     let nearest = known
         .iter()
+        .rev()
         .max_by_key(|name| common_prefix(name, found))
         .filter(|name| common_prefix(name, found) >= 3);
     let nearest = nearest.map_or(String::new(), |name| {

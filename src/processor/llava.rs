@@ -17,9 +17,9 @@ const MAX_SIDE: usize = 1 << 14;
 /// What is made of an image.
 #[derive(Clone, Debug, PartialEq)]
 enum Views {
-    /// Its shorter side brought to a size, its middle cut out.
+    /// Brought to a size, its middle cut out.
     Centre {
-        shortest: Option<usize>,
+        resized: Option<Resized>,
         crop: Option<Size>,
     },
     /// A whole view and the tiles of the best of these resolutions.
@@ -29,6 +29,15 @@ enum Views {
         /// Of several images, each is padded to a square in this colour and given in one view.
         only_alone: Option<[u8; 3]>,
     },
+}
+
+/// What a single view is resized to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Resized {
+    /// Its shorter side to this, the aspect ratio kept.
+    Shortest(usize),
+    /// To this square, whatever its shape.
+    Square(usize),
 }
 
 /// The image settings of one checkpoint.
@@ -78,12 +87,15 @@ impl LlavaImages {
             true => Some(square(&top, "crop_size", 224)?),
             false => None,
         };
-        let shortest = match top.flag("do_resize")? {
-            true => Some(side(&top, "size", 224)?),
-            false => None,
+        let side = side(&top, "size", 224)?;
+        let is_square = !top.value["size"]["height"].is_null();
+        let resized = match (top.flag("do_resize")?, is_square) {
+            (true, true) => Some(Resized::Square(side)),
+            (true, false) => Some(Resized::Shortest(side)),
+            (false, _) => None,
         };
-        let tile = crop.map_or(shortest.unwrap_or(224), |crop| crop.height);
-        let views = Views::Centre { shortest, crop };
+        let tile = crop.map_or(side, |crop| crop.height);
+        let views = Views::Centre { resized, crop };
         Self::new(settings, tower, views, tile)
     }
 
@@ -152,24 +164,26 @@ impl LlavaImages {
         resize(image, self.tile, self.tile, self.filter)
     }
 
-    /// The middle of the image, its shorter side brought to a size first.
+    /// The middle of the image, which is resized first.
     fn centre(
         &self,
         image: &RgbImage,
-        shortest: Option<usize>,
+        resized: Option<Resized>,
         size: Option<Size>,
     ) -> Result<RgbImage> {
-        let mut image = image.clone();
-        if let Some(short) = shortest {
-            let sides = [image.width, image.height];
-            let (least, most) = (sides[0].min(sides[1]), sides[0].max(sides[1]));
-            let long = (short * most) / least.max(1);
-            let (width, height) = match image.width <= image.height {
-                true => (short, long),
-                false => (long, short),
-            };
-            image = resize(&image, width, height, self.filter)?;
-        }
+        let image = match resized {
+            None => image.clone(),
+            Some(Resized::Square(side)) => resize(image, side, side, self.filter)?,
+            Some(Resized::Shortest(short)) => {
+                let (least, most) = (image.width.min(image.height), image.width.max(image.height));
+                let long = short * most / least.max(1);
+                let (width, height) = match image.width <= image.height {
+                    true => (short, long),
+                    false => (long, short),
+                };
+                resize(image, width, height, self.filter)?
+            }
+        };
         let Some(size) = size else {
             return Ok(image);
         };
@@ -229,8 +243,8 @@ impl ImageProcessor for LlavaImages {
     fn vision_input(&self, image: &RgbImage, n_images: usize) -> Result<VisionInput> {
         image.check()?;
         match &self.views {
-            Views::Centre { shortest, crop } => {
-                let view = self.centre(image, *shortest, *crop)?;
+            Views::Centre { resized, crop } => {
+                let view = self.centre(image, *resized, *crop)?;
                 self.input(&[view], None, 0)
             }
             Views::Tiles {

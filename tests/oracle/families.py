@@ -78,7 +78,7 @@ class Qwen3VL:
     def config(variant, ids, vocab):
         tied = variant == "tied"
         hidden = 64 if tied else 96
-        heads, kv, dim, section = (4, 2, 32, [6, 5, 5]) if tied else (3, 1, 16, [4, 2, 2])
+        heads, kv, dim, section = (4, 2, 32, [6, 5, 5]) if tied else (4, 1, 16, [4, 2, 2])
         return hf.Qwen3VLConfig(
             text_config=text(hidden, heads, kv, 96, 3, vocab_size=vocab, tie_word_embeddings=tied,
                              head_dim=dim, attention_bias=not tied,
