@@ -17,7 +17,34 @@ struct Candidate {
     scheme: Scheme,
     bytes: u64,
     /// Modules that the group size does not divide.
-    misfits: Vec<String>,
+    misfits: Vec<Module>,
+}
+
+impl Candidate {
+    /// The largest usual group size below this one that all misfits can be cut into.
+    fn proposed_group_size(&self) -> Option<usize> {
+        let cols = || self.misfits.iter().map(|module| module.shape[1]);
+        let below = self.scheme.group_size()?;
+        cols().next()?;
+        let usual = [128, 64, 32, 16].into_iter().filter(|size| *size < below);
+        usual.into_iter().find(|size| cols().all(|n| n % size == 0))
+    }
+
+    fn misfits_text(&self) -> String {
+        let Some(first) = self.misfits.first() else {
+            return String::new();
+        };
+        let remedy = match self.proposed_group_size() {
+            Some(size) => format!("groups of {size} fit"),
+            None => "whole rows fit (--group-size=-1)".to_owned(),
+        };
+        format!(
+            "  cannot hold {} modules, first {} with {} columns; {remedy}",
+            self.misfits.len(),
+            first.name,
+            first.shape[1]
+        )
+    }
 }
 
 pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
@@ -47,7 +74,14 @@ fn n_quantized(model: &ModelSource) -> usize {
 fn summary(model: &ModelSource, candidates: &[Candidate]) -> serde_json::Value {
     let modules = model.modules();
     let module = |m: &Module| serde_json::json!({"name": m.name, "shape": m.shape});
-    let row = |c: &Candidate| serde_json::json!({"scheme": c.scheme, "tensor_bytes": c.bytes, "misfits": c.misfits});
+    let row = |c: &Candidate| {
+        serde_json::json!({
+            "scheme": c.scheme,
+            "tensor_bytes": c.bytes,
+            "misfits": c.misfits.iter().map(|m| &m.name).collect::<Vec<_>>(),
+            "proposed_group_size": c.proposed_group_size(),
+        })
+    };
     serde_json::json!({
         "schema": SCHEMA,
         "command": "inspect",
@@ -70,7 +104,8 @@ fn model_text(model: &ModelSource) -> String {
          decoder     {} layers, hidden {}, MLP {}, heads {}/{} of {}\n\
          vision      {} layers, width {}, heads {}\n\
          tensors     {}, {:.1} MB\n\
-         to quantize {} modules, {:.2} M weights\n",
+         to quantize {} modules, {:.2} M weights\n\
+         kept        vision tower, embedding, head\n",
         model.family(),
         d.n_layers,
         d.hidden_size,
@@ -103,11 +138,11 @@ fn candidates_text(candidates: &[Candidate]) -> String {
             false => "asymmetric",
         };
         let name = format!("{} bits {group} {kind}", c.scheme.bits());
-        let misfits = match c.misfits.first() {
-            None => String::new(),
-            Some(first) => format!("  cannot hold {} modules, first {first}", c.misfits.len()),
-        };
-        text += &format!("{name:<24} {:>10.1}{misfits}\n", c.bytes as f64 / 1e6);
+        text += &format!(
+            "{name:<24} {:>10.1}{}\n",
+            c.bytes as f64 / 1e6,
+            c.misfits_text()
+        );
     }
     text
 }
@@ -125,7 +160,7 @@ fn candidates(model: &ModelSource) -> vlmq::Result<Vec<Candidate>> {
             for module in model.modules() {
                 let cols = module.shape[1];
                 if scheme.group_len(&module.name, cols).is_err() {
-                    candidate.misfits.push(module.name);
+                    candidate.misfits.push(module);
                     continue;
                 }
                 let info = model.checkpoint().info(&format!("{}.weight", module.name));

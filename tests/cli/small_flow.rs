@@ -108,6 +108,18 @@ fn assert_usable(home: &Home, folder: &Path) {
     let folder = folder.to_str().unwrap();
     let inspect = run(&["inspect", folder]);
     assert_eq!(inspect["n_quantized_modules"], N_MODULES);
+    let rows = inspect["schemes"].as_array().unwrap();
+    for row in rows {
+        // Of the seven linears of a layer all but down_proj have 64 columns.
+        let misfits = row["misfits"].as_array().unwrap();
+        let is_large = row["scheme"]["group_size"] == 128;
+        assert_eq!(
+            misfits.len(),
+            if is_large { N_MODULES / 7 * 6 } else { 0 },
+            "{row}"
+        );
+        assert_eq!(row["proposed_group_size"].is_null(), !is_large, "{row}");
+    }
     let picture = home.data().join("2.png");
     let picture = picture.to_str().unwrap();
     let ask = [
