@@ -50,7 +50,7 @@ pub(super) fn architecture_of(
     let root = ConfigNode::root(checkpoint.dir(), checkpoint.config());
     let text = root.nested("text_config")?;
     let mut decoder = DecoderConfig::read(&root, &text, "llama")?;
-    // What the text_config says of it means nothing.
+    // transformers looks at the top level only.
     decoder.tie_word_embeddings = root.flag_or("tie_word_embeddings", false)?;
     let naming = Naming::of(checkpoint, &NAMES)?;
     let vision = vision(&root, &naming, decoder.hidden_size)?;
@@ -110,4 +110,48 @@ fn vision(root: &ConfigNode, naming: &Naming, out_dim: usize) -> Result<Idefics3
         scale_factor,
         out_dim,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+    use std::path::Path;
+
+    fn read(config: &Value) -> Result<Idefics3Vision> {
+        vision(&ConfigNode::root(Path::new("model"), config), &NAMES[0], 64)
+    }
+
+    #[test]
+    fn patches_that_a_tile_has_no_room_for_are_left_out() {
+        let config = json!({"scale_factor": 3, "vision_config": {
+            "image_size": 384, "patch_size": 14, "num_hidden_layers": 27}});
+        let found = read(&config).unwrap();
+        assert_eq!(found.vit.tile_side, 27);
+        assert_eq!(found.vit.width, 1152);
+        assert_eq!(found.vit.activation, VisionActivation::GeluTanh);
+        assert_eq!(found.scale_factor, 3);
+    }
+
+    #[test]
+    fn sizes_that_cannot_be_name_their_key() {
+        let wrong = |key: &str, value: usize| {
+            let mut config = json!({"vision_config": {"image_size": 64, "patch_size": 16}});
+            match key {
+                "scale_factor" => config[key] = value.into(),
+                _ => config["vision_config"][key] = value.into(),
+            }
+            read(&config).unwrap_err().to_string()
+        };
+        for (key, value) in [
+            ("scale_factor", 3),
+            ("scale_factor", 8),
+            ("image_size", 15),
+            ("image_size", 1 << 20),
+            ("num_attention_heads", 7),
+        ] {
+            let message = wrong(key, value);
+            assert!(message.contains(key), "{message}");
+        }
+    }
 }

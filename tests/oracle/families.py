@@ -262,7 +262,8 @@ class Idefics3:
                                            max_image_size=dict(longest_edge=image["size"]))
         places = [f"<row_{row}_col_{col}>" for row in (1, 2) for col in (1, 2)]
         return hf.Idefics3Processor(images, tokenizer("<global-img>", *places),
-                                    image_seq_len=image["n_tokens"], chat_template=SMOLVLM_TEMPLATE)
+                                    image_seq_len=image["n_tokens"],
+                                    chat_template=SMOLVLM_TEMPLATE.replace(" | capitalize", ".capitalize()"))
 
 
 class SmolVLM:
