@@ -79,7 +79,7 @@ fn vision(root: &ConfigNode, naming: &Naming, out_dim: usize) -> Result<Idefics3
     let tile_side = image_size / patch_size;
     if !(1..=MAX_TILE_SIDE).contains(&tile_side) {
         let why = format!(
-            "expected 1 to {MAX_TILE_SIDE} patches of {patch_size} pixels, found {image_size} pixels"
+            "{image_size} pixels, room for 1 to {MAX_TILE_SIDE} patches of {patch_size} expected"
         );
         return Err(node.invalid("image_size", why));
     }

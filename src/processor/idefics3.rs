@@ -1,5 +1,5 @@
-//! The image side of Idefics3 and SmolVLM: an image is enlarged to whole tiles, cut into them row by
-//! row, and followed by a view of all of it in the size of one tile; an image of one tile, and any
+//! The image side of Idefics3 and SmolVLM: an image is enlarged to whole tiles, cut into them row
+//! by row, and followed by a view of all of it in the size of one tile; an image of one tile, and any
 //! if splitting is off, is that tile alone. Each tile is a picture of its own in the prompt.
 //!
 //! Every operation runs in the order and the precision of transformers' Pillow backend, so the
