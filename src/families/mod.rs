@@ -5,10 +5,12 @@
 //! how its images are prepared. Everything else is shared. `docs/adding-a-family.md` tells how one is
 //! added.
 
+mod idefics3;
 mod llava;
 mod qwen2_5_vl;
 mod qwen2_vl;
 mod qwen3_vl;
+mod smolvlm;
 
 use crate::checkpoint::Checkpoint;
 use crate::model::architecture::Architecture;
@@ -39,6 +41,8 @@ pub const FAMILIES: &[Family] = &[
     llava::LLAVA,
     llava::NEXT,
     llava::ONEVISION,
+    idefics3::FAMILY,
+    smolvlm::FAMILY,
 ];
 
 /// The model in an open checkpoint.

@@ -11,10 +11,13 @@ from pathlib import Path
 import torch
 import transformers as hf
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
     LlavaOnevisionImageProcessorPil)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.smolvlm import processing_smolvlm
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = ROOT / "testdata/processor/model"
@@ -214,8 +217,90 @@ class LlavaOnevision:
             chat_template=SIMPLE)
 
 
+# A template in the manner of SmolVLM's: roles with a capital, a space before a text, no system message.
+SMOLVLM_TEMPLATE = (
+    "<|im_start|>{% for m in messages %}{{ m['role'] | capitalize }}:"
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %} {{ c['text'] }}{% endif %}"
+    "{% endfor %}<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}")
+
+# Only the words for numbers of video frames need the package; images do without it.
+processing_smolvlm.num2words = processing_smolvlm.num2words or str
+
+
+def idefics3_config(kind, variant, ids, vocab, image):
+    """Configuration of Idefics3 or SmolVLM for images of this kind."""
+    tied = variant == "tied"
+    hidden, heads, kv = (64, 4, 2) if tied else (96, 6, 1)
+    return kind(
+        text_config=text(hidden, heads, kv, 96, 3, vocab_size=vocab, model_type="llama",
+                         rope_parameters=dict(rope_type="default", rope_theta=1e4)),
+        vision_config=dict(hidden_size=48, intermediate_size=80, num_hidden_layers=3,
+                           num_attention_heads=3, patch_size=image["patch"], image_size=image["size"]),
+        image_token_id=ids[image.get("token", "<image>")], scale_factor=image["scale"],
+        tie_word_embeddings=tied)
+
+
+class Idefics3:
+    """Tiles of pixels that patches do not divide, more of them than there are tokens for their
+    places; images of one tile, whose patches look up positions that are not their own."""
+
+    model_type = "idefics3"
+    variants = ["tied", "untied"]
+    images = {"tied": dict(patch=14, size=60, scale=2, n_tokens=4, edge=150),
+              "untied": dict(patch=4, size=100, scale=5, n_tokens=25, edge=100)}
+
+    @classmethod
+    def config(cls, variant, ids, vocab):
+        return idefics3_config(hf.Idefics3Config, variant, ids, vocab, cls.images[variant])
+
+    model = hf.Idefics3ForConditionalGeneration
+
+    @classmethod
+    def processor(cls, variant):
+        image = cls.images[variant]
+        images = Idefics3ImageProcessorPil(size=dict(longest_edge=image["edge"]),
+                                           max_image_size=dict(longest_edge=image["size"]))
+        places = [f"<row_{row}_col_{col}>" for row in (1, 2) for col in (1, 2)]
+        return hf.Idefics3Processor(images, tokenizer("<global-img>", *places),
+                                    image_seq_len=image["n_tokens"],
+                                    chat_template=SMOLVLM_TEMPLATE.replace(" | capitalize", ".capitalize()"))
+
+
+class SmolVLM:
+    """Images as they come, cut into tiles; images squeezed into one tile. The marks have names of
+    the tokenizer's own in the one, and are plain text in the other."""
+
+    model_type = "smolvlm"
+    variants = ["tied", "untied"]
+    images = {"tied": dict(patch=8, size=64, scale=4, n_tokens=4, token="<picture>"),
+              "untied": dict(patch=14, size=84, scale=1, n_tokens=36)}
+
+    @classmethod
+    def config(cls, variant, ids, vocab):
+        return idefics3_config(hf.SmolVLMConfig, variant, ids, vocab, cls.images[variant])
+
+    model = hf.SmolVLMForConditionalGeneration
+
+    @classmethod
+    def processor(cls, variant):
+        image, cut = cls.images[variant], variant == "tied"
+        images = SmolVLMImageProcessorPil(
+            do_resize=not cut, do_image_splitting=cut, size=dict(height=100, width=150),
+            max_image_size=dict(longest_edge=image["size"]), image_mean=[0.4, 0.5, 0.6],
+            image_std=[0.3, 0.25, 0.2])
+        if cut:
+            names = dict(fake_image_token="<mark>", image_token="<picture>", global_image_token="<all>")
+            tokens = tokenizer(*names.values(), "<end_of_utterance>")
+            tokens._set_model_specific_special_tokens(names)
+        else:
+            tokens = tokenizer("<image>")
+        template = SMOLVLM_TEMPLATE.replace("<image>", image.get("token", "<image>"))
+        return hf.SmolVLMProcessor(images, tokens, hf.SmolVLMVideoProcessor(),
+                                   image_seq_len=image["n_tokens"], chat_template=template)
+
+
 FAMILIES = {family.model_type: family for family in
-            [Qwen25VL, Qwen3VL, Llava, LlavaNext, LlavaOnevision]}
+            [Qwen25VL, Qwen3VL, Llava, LlavaNext, LlavaOnevision, Idefics3, SmolVLM]}
 
 
 def make(folder, family, variant, seed=0, dtype=torch.float32):

@@ -56,13 +56,15 @@ def inputs_of(processor, paths, prompt):
 
 
 def patches_of(pixels, patch):
-    """Tiles `[.., 3, H, W]` as rows of patches, channel, row, column; rows of patches stay."""
+    """Tiles `[.., 3, H, W]` as rows of patches, channel, row, column, without what no patch fills; rows of
+    patches stay."""
     if pixels.ndim == 2:
         return pixels
     pixels = pixels.reshape(-1, *pixels.shape[-3:])
     # Tiles that only fill up a batch are zero, and are not made here.
     pixels = pixels[pixels.flatten(1).any(1)]
     n, c, h, w = pixels.shape
+    pixels = pixels[:, :, :h // patch * patch, :w // patch * patch]
     cut = pixels.reshape(n, c, h // patch, patch, w // patch, patch).permute(0, 2, 4, 1, 3, 5)
     return cut.reshape(n * (h // patch) * (w // patch), -1)
 

@@ -352,6 +352,16 @@ struct VitLayer {
 }
 
 impl VitTower {
+    /// The same tower, the i-th token of whose tiles has the learned position `rows[i]`.
+    ///
+    /// # Errors
+    /// A tensor error if there is no such row.
+    pub fn with_positions(mut self, rows: &[u32]) -> Result<Self> {
+        let rows = Tensor::new(rows, self.positions.device())?;
+        self.positions = self.positions.index_select(&rows, 0)?;
+        Ok(self)
+    }
+
     /// What the tower makes of an image's tiles, `[n_tiles, n_tokens, width]`, class tokens first.
     ///
     /// # Errors
