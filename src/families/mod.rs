@@ -5,6 +5,7 @@
 //! how its images are prepared. Everything else is shared. `docs/adding-a-family.md` tells how one is
 //! added.
 
+mod gemma3;
 mod llava;
 mod qwen2_5_vl;
 mod qwen2_vl;
@@ -39,6 +40,7 @@ pub const FAMILIES: &[Family] = &[
     llava::LLAVA,
     llava::NEXT,
     llava::ONEVISION,
+    gemma3::FAMILY,
 ];
 
 /// The model in an open checkpoint.
