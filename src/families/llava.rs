@@ -92,7 +92,7 @@ const SHRUNK: Member = Member {
     is_shrunk: true,
 };
 
-const NAMES: [Naming; 2] = [
+pub(super) const NAMES: [Naming; 2] = [
     Naming {
         decoder: "language_model.model",
         head: "language_model.lm_head.weight",
@@ -235,7 +235,7 @@ impl Member {
         let activation = ["quick_gelu", "gelu", "gelu_pytorch_tanh"];
         let activation = activation[usize::from(!is_clip) + usize::from(!is_clip && !is_dino)];
         Ok(Vit {
-            prefix: prefix(checkpoint, tower, names),
+            prefix: tower_prefix(checkpoint, tower, names),
             names,
             depth: self.depth(root, node)?,
             width,
@@ -290,7 +290,7 @@ fn names_of(kind: &str) -> Result<VitNames> {
 }
 
 /// Some releases of transformers put `vision_model` between.
-fn prefix(checkpoint: &Checkpoint, tower: &str, names: VitNames) -> String {
+pub(super) fn tower_prefix(checkpoint: &Checkpoint, tower: &str, names: VitNames) -> String {
     let nested = format!("{tower}.vision_model");
     match checkpoint.contains(&format!("{nested}.{}.weight", names.patch)) {
         true => nested,

@@ -5,6 +5,7 @@
 //! how its images are prepared. Everything else is shared. `docs/adding-a-family.md` tells how one is
 //! added.
 
+mod gemma3;
 mod idefics3;
 mod llava;
 mod qwen2_5_vl;
@@ -43,6 +44,7 @@ pub const FAMILIES: &[Family] = &[
     llava::ONEVISION,
     idefics3::FAMILY,
     smolvlm::FAMILY,
+    gemma3::FAMILY,
 ];
 
 /// The model in an open checkpoint.

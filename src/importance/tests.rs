@@ -1,241 +1,72 @@
 //! The analytic gradients against automatic ones (testdata/importance, written by
 //! tests/oracle/importance_golden.py) and against finite differences of a naive f64 forward.
 
-use super::backward::{self, AttentionGradients, AttentionPass, MlpGradients};
+mod case;
+mod naive;
+
+use self::case::{Case, rows};
+use self::naive::{Nudge, Rows};
+use super::backward::{self, AttentionGradients, MlpGradients};
 use super::*;
-use crate::checkpoint::Checkpoint;
 use crate::model::attention::{Attention, Mask};
-use crate::model::context::TokenContext;
-use crate::model::decoder::{DecoderLayer, LayerSource, Projection};
-use crate::model::decoder_config::{DecoderConfig, RopeAxes};
-use crate::model::linear::matrix_from_tensor;
-use candle_core::{Device, Tensor};
-use std::path::Path;
+use crate::model::decoder::Projection;
+use crate::model::decoder_config::{
+    Activation, DecoderConfig, LocalAttention, NormScale, RopeAxes, RopeScaling,
+};
+use candle_core::Tensor;
 
 /// Gradients in f32 against references in f64, largest difference over largest value.
 const GRADIENT_TOLERANCE: f64 = 1e-3;
-const HIDDEN: usize = 48;
-const ROPE_THETA: f64 = 100.0;
 
-fn config() -> DecoderConfig {
-    let mut config = DecoderConfig::small(HIDDEN, 40, [6, 2, 8]);
-    config.rotary.theta = ROPE_THETA;
+/// Two images, the first longer than the window of [`gemma3`], the second right after it.
+const IMAGES: [u32; 10] = [0, 1, 1, 1, 1, 1, 2, 2, 0, 0];
+
+fn golden() -> Case {
+    let mut config = DecoderConfig::small(48, 40, [6, 2, 8]);
+    config.rotary.theta = 100.0;
     config.rotary.axes = RopeAxes::Sections([1, 1, 2]);
+    Case::golden(config)
+}
+
+/// A layer as in Qwen3: query and key norms, interleaved axes, no biases; heads wider in all than
+/// the stream.
+fn qwen3() -> DecoderConfig {
+    let mut config = DecoderConfig::small(24, 20, [4, 2, 8]);
+    config.qkv_bias = false;
+    config.qk_norm = true;
+    config.rotary.theta = 100.0;
+    config.rotary.axes = RopeAxes::Interleaved([2, 1, 1]);
     config
 }
 
-/// The golden layer with its two streams.
-struct Case {
-    golden: Checkpoint,
-    layer: DecoderLayer,
-    context: TokenContext,
-    positions: [Vec<u32>; 3],
-    full: Tensor,
-    quantized: Tensor,
-    _folder: tempfile::TempDir,
+/// A layer as in Gemma 3: norms on both sides that multiply by 1 + weight, GELU, images that see
+/// themselves, and a window or stretched positions.
+fn gemma3(is_local: bool) -> DecoderConfig {
+    let mut config = qwen3();
+    config.norm_scale = NormScale::OnePlusWeight;
+    config.sandwich_norms = true;
+    config.activation = Activation::GeluTanh;
+    config.score_scale = 1.0 / 12f64.sqrt();
+    config.bidirectional_images = true;
+    config.rotary.axes = RopeAxes::One;
+    let local = LocalAttention {
+        window: 3,
+        rotary: config.rotary,
+        is_local: vec![is_local],
+    };
+    config.local = Some(local);
+    config.rotary.theta = 1000.0;
+    config.rotary.scaling = RopeScaling::Linear(2.0);
+    config
 }
 
-impl Case {
-    fn open() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata/importance");
-        std::fs::copy(
-            source.join("layer.safetensors"),
-            folder.path().join("model.safetensors"),
-        )
-        .unwrap();
-        std::fs::write(folder.path().join("config.json"), "{}").unwrap();
-        let golden = Checkpoint::open(folder.path()).unwrap();
-        let bytes = golden.bytes("position_ids").unwrap();
-        let ids: Vec<u32> = bytes
-            .chunks_exact(4)
-            .map(|b| u32::from_le_bytes(b.try_into().unwrap()))
-            .collect();
-        let n = ids.len() / 3;
-        let positions = std::array::from_fn(|axis| ids[axis * n..(axis + 1) * n].to_vec());
-        let stream = |name: &str| {
-            let values = golden.load(name, &[n, HIDDEN]).unwrap();
-            Tensor::from_vec(values, (n, HIDDEN), &Device::Cpu).unwrap()
-        };
-        Self {
-            layer: LayerSource {
-                checkpoint: &golden,
-                prefix: "layer".into(),
-                layer_idx: 0,
-                config: &config(),
-                device: &Device::Cpu,
-            }
-            .whole()
-            .unwrap(),
-            context: TokenContext::new(&config(), &positions, vec![0; n], &Device::Cpu).unwrap(),
-            full: stream("full"),
-            quantized: stream("quantized"),
-            positions,
-            golden,
-            _folder: folder,
-        }
-    }
-
-    fn pass(&self, x: &Tensor) -> AttentionPass<'_> {
-        AttentionPass::new(&self.layer, &self.context, x).unwrap()
-    }
-
-    fn layer_output(&self, y: &Tensor) -> Tensor {
-        let h = self.layer.down_input(&self.layer.gate_up_input(y).unwrap());
-        self.layer.after_mlp(y, &h.unwrap()).unwrap()
-    }
-
-    fn attention_gradients(&self) -> AttentionGradients {
-        let (pass, target) = (self.pass(&self.quantized), self.pass(&self.full).y);
-        let d_y = ((&pass.y - target).unwrap() * 2.0).unwrap();
-        backward::attention(&pass, &d_y).unwrap()
-    }
-
-    fn layer_gradients(&self) -> (AttentionGradients, MlpGradients) {
-        let (pass, target) = (self.pass(&self.quantized), self.pass(&self.full).y);
-        let residual = (self.layer_output(&pass.y) - self.layer_output(&target)).unwrap();
-        let mlp = backward::mlp(&self.layer, &pass.y, &(residual * 2.0).unwrap()).unwrap();
-        let attention = backward::attention(&pass, &mlp.y).unwrap();
-        (attention, mlp)
-    }
-
-    /// A fully connected copy in f64 that shares no code with the model.
-    fn naive(&self) -> Naive {
-        let weight = |p: Projection| rows(self.layer.linear(p).unwrap().weight());
-        let bias = |name: &str, n: usize| {
-            let values = self
-                .golden
-                .load(&format!("layer.self_attn.{name}.bias"), &[n]);
-            values.unwrap().into_iter().map(f64::from).collect()
-        };
-        let norm = |name: &str| {
-            let values = self.golden.load(&format!("layer.{name}.weight"), &[HIDDEN]);
-            values.unwrap().into_iter().map(f64::from).collect()
-        };
-        Naive {
-            weights: Projection::ALL.map(weight),
-            biases: [bias("q_proj", 48), bias("k_proj", 16), bias("v_proj", 16)],
-            norms: [norm("input_layernorm"), norm("post_attention_layernorm")],
-            positions: self.positions.clone(),
-        }
-    }
-}
-
-type Rows = Vec<Vec<f64>>;
-
-fn rows(x: &Tensor) -> Rows {
-    let m = matrix_from_tensor(x).unwrap();
-    (0..m.rows())
-        .map(|r| m.row(r).iter().map(|&v| f64::from(v)).collect())
-        .collect()
-}
-
-struct Naive {
-    weights: [Rows; 7],
-    biases: [Vec<f64>; 3],
-    norms: [Vec<f64>; 2],
-    positions: [Vec<u32>; 3],
-}
-
-/// `amount` added to one output value of one linear, or to a whole row of them.
-#[derive(Clone)]
-struct Nudge {
-    projection: Projection,
-    token: usize,
-    amounts: Vec<(usize, f64)>,
-}
-
-impl Naive {
-    fn linear(&self, p: Projection, x: &Rows, nudge: &[Nudge]) -> Rows {
-        let mut out: Rows = x
-            .iter()
-            .map(|x| {
-                let dot = |w: &Vec<f64>| w.iter().zip(x).map(|(w, x)| w * x).sum::<f64>();
-                self.weights[p as usize].iter().map(dot).collect()
-            })
-            .collect();
-        if let Some(bias) = self.biases.get(p as usize) {
-            for row in &mut out {
-                row.iter_mut().zip(bias).for_each(|(y, b)| *y += b);
-            }
-        }
-        for nudge in nudge.iter().filter(|n| n.projection == p) {
-            for &(channel, amount) in &nudge.amounts {
-                out[nudge.token][channel] += amount;
-            }
-        }
-        out
-    }
-
-    fn norm(&self, which: usize, x: &Rows) -> Rows {
-        let one = |x: &Vec<f64>| {
-            let mean = x.iter().map(|v| v * v).sum::<f64>() / x.len() as f64;
-            let r = 1.0 / (mean + 1e-6).sqrt();
-            x.iter()
-                .zip(&self.norms[which])
-                .map(|(v, g)| v * r * g)
-                .collect()
-        };
-        x.iter().map(one).collect()
-    }
-
-    /// Rotates every head of `x`: frequency i of 4 follows axis 0, 1, 2, 2.
-    fn rotate(&self, x: &mut Rows) {
-        for (token, row) in x.iter_mut().enumerate() {
-            for head in row.chunks_exact_mut(8) {
-                for i in 0..4 {
-                    let axis = [0, 1, 2, 2][i];
-                    let angle = f64::from(self.positions[axis][token])
-                        * ROPE_THETA.powf(-2.0 * i as f64 / 8.0);
-                    let (a, b) = (head[i], head[i + 4]);
-                    head[i] = a * angle.cos() - b * angle.sin();
-                    head[i + 4] = b * angle.cos() + a * angle.sin();
-                }
-            }
-        }
-    }
-
-    /// The streams after attention and after the whole layer.
-    fn forward(&self, x: &Rows, nudge: &[Nudge]) -> (Rows, Rows) {
-        let n1 = self.norm(0, x);
-        let [mut q, mut k, v] =
-            [Projection::Q, Projection::K, Projection::V].map(|p| self.linear(p, &n1, nudge));
-        self.rotate(&mut q);
-        self.rotate(&mut k);
-        let mut heads = vec![vec![0.0; 48]; x.len()];
-        for (head, i) in (0..6).flat_map(|h| (0..x.len()).map(move |i| (h, i))) {
-            let at = |row: &Vec<f64>, head: usize| row[head * 8..head * 8 + 8].to_vec();
-            let query = at(&q[i], head);
-            let score = |j: usize| {
-                let key = at(&k[j], head / 3);
-                query.iter().zip(&key).map(|(a, b)| a * b).sum::<f64>() / 8f64.sqrt()
-            };
-            let exps: Vec<f64> = (0..=i).map(|j| score(j).exp()).collect();
-            let total: f64 = exps.iter().sum();
-            for (j, e) in exps.iter().enumerate() {
-                for (c, value) in at(&v[j], head / 3).iter().enumerate() {
-                    heads[i][head * 8 + c] += e / total * value;
-                }
-            }
-        }
-        let add = |a: &Rows, b: &Rows| -> Rows {
-            let pairs = a.iter().zip(b);
-            pairs
-                .map(|(a, b)| a.iter().zip(b).map(|(a, b)| a + b).collect())
-                .collect()
-        };
-        let y = add(x, &self.linear(Projection::O, &heads, nudge));
-        let n2 = self.norm(1, &y);
-        let gate = self.linear(Projection::Gate, &n2, nudge);
-        let up = self.linear(Projection::Up, &n2, nudge);
-        let silu = |g: f64| g / (1.0 + (-g).exp());
-        let h = gate.iter().zip(&up);
-        let h = h
-            .map(|(g, u)| g.iter().zip(u).map(|(g, u)| silu(*g) * u).collect())
-            .collect();
-        let out = add(&y, &self.linear(Projection::Down, &h, nudge));
-        (y, out)
-    }
+fn cases() -> [(&'static str, Case); 4] {
+    [
+        ("golden", golden()),
+        ("qwen3", Case::random(qwen3(), &[0; 10], 1)),
+        ("gemma3, local", Case::random(gemma3(true), &IMAGES, 2)),
+        ("gemma3, global", Case::random(gemma3(false), &IMAGES, 3)),
+    ]
 }
 
 fn loss(out: &Rows, target: &Rows) -> f64 {
@@ -266,7 +97,7 @@ fn named(a: &AttentionGradients, m: Option<&MlpGradients>) -> Vec<(Projection, R
 
 #[test]
 fn gradients_are_those_of_automatic_differentiation() {
-    let case = Case::open();
+    let case = golden();
     let (a, m) = case.layer_gradients();
     let losses = [
         ("attention", named(&case.attention_gradients(), None)),
@@ -276,7 +107,7 @@ fn gradients_are_those_of_automatic_differentiation() {
         for (projection, ours) in gradients {
             let tensor = format!("{name}.{}", projection.name());
             let values = case
-                .golden
+                .checkpoint
                 .load(&tensor, &[ours.len(), ours[0].len()])
                 .unwrap();
             let golden: Rows = values
@@ -291,7 +122,12 @@ fn gradients_are_those_of_automatic_differentiation() {
 
 #[test]
 fn attention_in_blocks_of_queries_is_attention() {
-    let case = Case::open();
+    for (name, case) in cases() {
+        in_blocks_as_whole(name, &case);
+    }
+}
+
+fn in_blocks_as_whole(name: &str, case: &Case) {
     let pass = case.pass(&case.quantized);
     let d_y = ((&pass.y - case.pass(&case.full).y).unwrap() * 2.0).unwrap();
     let n = d_y.dim(0).unwrap();
@@ -301,30 +137,37 @@ fn attention_in_blocks_of_queries_is_attention() {
         named(&backward::attention(&pass, &d_y).unwrap(), None)
     };
     let whole = &pass.trace;
+    let (config, window) = (&case.config, case.config.window(0));
+    let mask = Mask::new(&[n], &case.images, config.bidirectional_images, window);
     for block_len in [1, 3, n - 1] {
         let cut = Attention::new(
             whole.queries.clone(),
             whole.keys.clone(),
             whole.values.clone(),
-            &Mask::causal(&[n]),
+            &mask,
             whole.scale(),
             block_len,
         );
         let cut = cut.unwrap();
         assert_eq!(cut.blocks().count(), n.div_ceil(block_len));
         let error = worst(&rows(&cut.output), &rows(&whole.output));
-        assert!(error <= 1e-6, "output, {block_len}: {error:.2e}");
+        assert!(error <= 1e-6, "{name}, output, {block_len}: {error:.2e}");
         for ((p, cut), (_, whole)) in gradients(&cut).iter().zip(gradients(whole)) {
             let error = worst(cut, &whole);
-            assert!(error <= 1e-5, "{p:?}, {block_len}: {error:.2e}");
+            assert!(error <= 1e-5, "{name}, {p:?}, {block_len}: {error:.2e}");
         }
     }
 }
 
 #[test]
 fn gradients_are_finite_differences_of_the_loss() {
+    for (name, case) in cases() {
+        gradients_as_differences(name, &case);
+    }
+}
+
+fn gradients_as_differences(name: &str, case: &Case) {
     const STEP: f64 = 1e-5;
-    let case = Case::open();
     let naive = case.naive();
     let (full, quantized) = (rows(&case.full), rows(&case.quantized));
     let target = naive.forward(&full, &[]);
@@ -365,7 +208,7 @@ fn gradients_are_finite_differences_of_the_loss() {
             let error = worst(&picked, &differences);
             assert!(
                 error <= GRADIENT_TOLERANCE,
-                "{projection:?}, whole {whole}: {error:.2e}"
+                "{name}, {projection:?}, whole {whole}: {error:.2e}"
             );
         }
     }
@@ -375,7 +218,7 @@ fn gradients_are_finite_differences_of_the_loss() {
 /// and what that leaves out shrinks with the square of the error.
 #[test]
 fn small_token_errors_change_the_loss_to_first_order() {
-    let case = Case::open();
+    let case = golden();
     let naive = case.naive();
     let (full, quantized) = (rows(&case.full), rows(&case.quantized));
     let target = naive.forward(&full, &[]).0;
@@ -427,7 +270,7 @@ fn importance(case: &Case, power: f64, quantized: &Tensor) -> LayerImportance {
 
 #[test]
 fn weights_are_powers_of_factors_with_mean_one() {
-    let case = Case::open();
+    let case = golden();
     let first = importance(&case, 1.0, &case.quantized);
     let second = importance(&case, 2.0, &case.quantized);
     for projection in [Projection::Q, Projection::K, Projection::V, Projection::O] {
@@ -444,7 +287,7 @@ fn weights_are_powers_of_factors_with_mean_one() {
 
 #[test]
 fn a_layer_without_residual_gets_uniform_weights() {
-    let case = Case::open();
+    let case = golden();
     let same = importance(&case, 2.0, &case.full);
     assert_eq!(
         same.token_weights(Projection::Q),
@@ -454,7 +297,7 @@ fn a_layer_without_residual_gets_uniform_weights() {
 
 #[test]
 fn an_overflowing_gradient_gives_uniform_weights() {
-    let case = Case::open();
+    let case = golden();
     let far = (&case.quantized * 2e38).unwrap();
     let wild = importance(&case, 2.0, &far);
     assert_eq!(wild.token_weights(Projection::O), Err(Uniform::NotFinite));

@@ -25,8 +25,8 @@ pub fn blocks(n_queries: usize, block_len: usize) -> impl Iterator<Item = Range<
 }
 
 /// What new tokens may see. They are sequences side by side after what is past, which all of them
-/// share; a token sees its own sequence up to itself, with a window the latest tokens only, and
-/// where images are bidirectional all of its image.
+/// share; a token sees its own sequence up to itself, or to the end of its image where images are
+/// bidirectional, and of all that nothing before its window where the layer has one.
 #[derive(Clone, Debug)]
 pub struct Mask {
     tokens: Vec<Token>,
@@ -38,8 +38,8 @@ pub struct Mask {
 struct Token {
     /// Where its sequence begins.
     sequence: usize,
-    /// Where the image that it sees begins and ends; empty at the token itself if there is none.
-    image: [usize; 2],
+    /// Where what it sees of its sequence ends: after itself, or after its image.
+    end: usize,
 }
 
 impl Mask {
@@ -49,8 +49,10 @@ impl Mask {
         Self::new(lengths, &vec![0; n], false, None)
     }
 
-    /// The mask of a layer with this `window` for tokens of `images` (0 for text), each of which is
-    /// seen as a whole by its own tokens if `bidirectional_images`.
+    /// The mask of a layer with this `window` for tokens of `images` (0 for text), whose tokens see
+    /// those of the same image after them, too, if `bidirectional_images`.
+    ///
+    /// Source: transformers 5.23 `create_masks_for_vision_model`.
     pub fn new(
         lengths: &[usize],
         images: &[u32],
@@ -63,9 +65,9 @@ impl Mask {
             let own = &images[start..start + length];
             tokens.extend((0..length).map(|i| Token {
                 sequence: start,
-                image: match bidirectional_images && own[i] != 0 {
-                    true => run_around(own, i).map(|at| start + at),
-                    false => [start + i; 2],
+                end: match bidirectional_images && own[i] != 0 {
+                    true => start + end_of_run(own, i),
+                    false => start + i + 1,
                 },
             }));
             start += length;
@@ -76,15 +78,11 @@ impl Mask {
     /// The keys that a new token may see, of `n_past` past ones and the new ones after them: two
     /// ranges, of which the first lies in the past.
     fn seen(&self, token: usize, n_past: usize) -> [Range<usize>; 2] {
-        let Token { sequence, image } = self.tokens[token];
+        let Token { sequence, end } = self.tokens[token];
         let n_before = n_past + token - sequence;
         let hidden = self.window.map_or(0, |w| (n_before + 1).saturating_sub(w));
         let start = sequence + hidden.saturating_sub(n_past);
-        let own = start.min(image[0])..(token + 1).max(image[1]);
-        [
-            hidden.min(n_past)..n_past,
-            n_past + own.start..n_past + own.end,
-        ]
+        [hidden.min(n_past)..n_past, n_past + start..n_past + end]
     }
 
     /// Keys that the new tokens `rows` may see at most, of `n_past` and the new ones.
@@ -106,12 +104,10 @@ impl Mask {
     }
 }
 
-/// The run of equal values around `at`.
-fn run_around(values: &[u32], at: usize) -> [usize; 2] {
-    let is_other = |v: &u32| *v != values[at];
-    let start = values[..at].iter().rposition(is_other).map_or(0, |i| i + 1);
-    let end = values[at..].iter().position(is_other);
-    [start, end.map_or(values.len(), |n| at + n)]
+/// The end of the run of equal values that `at` is in.
+fn end_of_run(values: &[u32], at: usize) -> usize {
+    let end = values[at..].iter().position(|v| *v != values[at]);
+    end.map_or(values.len(), |n| at + n)
 }
 
 /// Attention of one layer over some new tokens, with everything that a backward pass needs.
@@ -287,16 +283,25 @@ mod tests {
     }
 
     #[test]
-    fn an_image_sees_all_of_itself_whatever_the_window() {
+    fn an_image_sees_all_of_itself_that_no_window_hides() {
         let mask = Mask::new(&[5], &[0, 1, 1, 1, 0], true, Some(2));
         let expected = [
             [1, 0, 0, 0, 0],
             [1, 1, 1, 1, 0],
             [0, 1, 1, 1, 0],
-            [0, 1, 1, 1, 0],
+            [0, 0, 1, 1, 0],
             [0, 0, 0, 1, 1],
         ];
         assert_eq!(seen(&mask, 0..5, 0), expected);
+        let global = Mask::new(&[5], &[0, 1, 1, 2, 2], true, None);
+        let expected = [
+            [1, 0, 0, 0, 0],
+            [1, 1, 1, 0, 0],
+            [1, 1, 1, 0, 0],
+            [1, 1, 1, 1, 1],
+            [1, 1, 1, 1, 1],
+        ];
+        assert_eq!(seen(&global, 0..5, 0), expected);
         // A block ends where its last image does.
         assert_eq!(seen(&mask, 0..2, 0), [[1, 0, 0, 0], [1, 1, 1, 1]]);
     }

@@ -222,38 +222,23 @@ impl DecoderConfig {
         let scalar = text.positive_or("query_pre_attn_scalar", 256.0)?;
         self.score_scale = 1.0 / scalar.sqrt();
         self.embedding_scale = (self.hidden_size as f32).sqrt();
+        // Hub files say `rope_scaling` and mean the global layers; newer ones have both kinds.
+        let full = text.nested_or_flat("rope_parameters");
+        self.rotary = Rotary::read(&full.nested_or_flat("full_attention"), 1e6)?;
         let parameters = text.inside("rope_parameters");
-        let node = |kind: &str| parameters.as_ref().and_then(|p| p.inside(kind));
-        let (full, sliding) = (node("full_attention"), node("sliding_attention"));
-        self.rotary = match &full {
-            Some(node) => Rotary::read(node, 1e6)?,
-            None => Rotary::read(text, 1e6)?,
-        };
         let theta = text.positive_or("rope_local_base_freq", 1e4)?;
-        let local = match &sliding {
-            Some(node) => Rotary::read(node, theta)?,
+        let rotary = match parameters.and_then(|p| p.inside("sliding_attention")) {
+            Some(node) => Rotary::read(&node, theta)?,
             None => Rotary {
                 theta,
                 scaling: RopeScaling::None,
                 axes: RopeAxes::One,
             },
         };
-        let pattern = text.size_or("sliding_window_pattern", 6)?;
-        let named = text.texts("layer_types")?;
-        let is_local = match named {
-            Some(types) if types.len() == self.n_layers => {
-                types.iter().map(|t| *t == "sliding_attention").collect()
-            }
-            Some(types) => {
-                let why = format!("{} entries for {} layers", types.len(), self.n_layers);
-                return Err(text.invalid("layer_types", why));
-            }
-            None => (1..=self.n_layers).map(|i| i % pattern != 0).collect(),
-        };
         self.local = Some(LocalAttention {
             window: text.size_or("sliding_window", 4096)?,
-            rotary: local,
-            is_local,
+            rotary,
+            is_local: local_layers(text, self.n_layers)?,
         });
         Ok(())
     }
@@ -362,6 +347,30 @@ impl DefaultSizes {
     }
 }
 
+/// For each layer whether it has a window: as `layer_types` says, or all but each
+/// `sliding_window_pattern`-th.
+fn local_layers(text: &ConfigNode, n_layers: usize) -> Result<Vec<bool>> {
+    let Some(types) = text.texts("layer_types")? else {
+        let pattern = text.size_or("sliding_window_pattern", 6)?;
+        return Ok((1..=n_layers).map(|i| i % pattern != 0).collect());
+    };
+    if types.len() != n_layers {
+        let why = format!("{} entries for {n_layers} layers", types.len());
+        return Err(text.invalid("layer_types", why));
+    }
+    let is_local = |kind: &&str| match *kind {
+        "sliding_attention" => Ok(true),
+        "full_attention" => Ok(false),
+        other => Err(Error::Unsupported {
+            what: format!(
+                "layer_types {other:?} in config.json; sliding_attention and full_attention are \
+                 implemented"
+            ),
+        }),
+    };
+    types.iter().map(is_local).collect()
+}
+
 /// A size, or the default of this kind of language model where it has one.
 fn size(
     text: &ConfigNode,
@@ -375,16 +384,13 @@ fn size(
     }
 }
 
-/// Where nothing is said, transformers ties the embeddings of Gemma and Idefics and of no other.
+/// Whether the head is the embedding. Of Gemma the whole model's word counts, which ties where it
+/// is silent; its language model says to tie in every file.
 fn tied(root: &ConfigNode, text: &ConfigNode, kind: &str) -> Result<bool> {
-    let by_default = kind.starts_with("gemma");
-    match (
-        root.get("tie_word_embeddings"),
-        text.get("tie_word_embeddings"),
-    ) {
-        (None, None) => Ok(by_default),
-        _ => Ok(root.flag_or("tie_word_embeddings", false)?
-            || text.flag_or("tie_word_embeddings", false)?),
+    const KEY: &str = "tie_word_embeddings";
+    match kind.starts_with("gemma") {
+        true => root.flag_or(KEY, true),
+        false => Ok(root.flag_or(KEY, false)? || text.flag_or(KEY, false)?),
     }
 }
 
@@ -518,5 +524,43 @@ mod tests {
         assert_eq!([count(0), count(1), count(2)], [24, 20, 20]);
         let axes = RopeAxes::Sections([1, 2, 1]).of_frequencies(4);
         assert_eq!(axes, [0, 1, 1, 2]);
+    }
+
+    fn gemma3(text: serde_json::Value) -> Result<DecoderConfig> {
+        let root = serde_json::json!({"text_config": text});
+        let root = ConfigNode::root(std::path::Path::new("model"), &root);
+        DecoderConfig::read(&root, &root.nested("text_config")?, "gemma3_text")
+    }
+
+    #[test]
+    fn both_spellings_of_gemma3_are_one_decoder() {
+        // The hub's 4B leaves out what its time's defaults were; transformers 5 writes all of it.
+        let hub = gemma3(serde_json::json!({
+            "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 7,
+            "model_type": "gemma3_text", "sliding_window": 1024,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}));
+        let kinds = [
+            vec!["sliding_attention"; 5],
+            vec!["full_attention", "sliding_attention"],
+        ];
+        let new = gemma3(serde_json::json!({
+            "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 7,
+            "model_type": "gemma3_text", "sliding_window": 1024, "vocab_size": 262_208,
+            "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+            "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256,
+            "attn_logit_softcapping": null, "tie_word_embeddings": true,
+            "layer_types": kinds.concat(),
+            "rope_parameters": {
+                "full_attention": {"factor": 8.0, "rope_theta": 1e6, "rope_type": "linear"},
+                "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"}}}));
+        let (hub, new) = (hub.unwrap(), new.unwrap());
+        assert_eq!(hub, new);
+        assert_eq!((hub.window(4), hub.window(5)), (Some(1024), None));
+        assert_eq!(hub.rotary.scaling, RopeScaling::Linear(8.0));
+        assert_eq!(hub.local.map(|l| l.rotary.scaling), Some(RopeScaling::None));
+        assert!(hub.tie_word_embeddings);
+        let chunked =
+            serde_json::json!({"num_hidden_layers": 1, "layer_types": ["chunked_attention"]});
+        assert!(matches!(gemma3(chunked), Err(Error::Unsupported { .. })));
     }
 }

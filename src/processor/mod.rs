@@ -8,6 +8,7 @@
 
 pub mod anyres;
 pub mod chat;
+pub mod gemma3;
 pub mod idefics3;
 pub mod image;
 pub mod llava;

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import torch
 import transformers as hf
+from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
@@ -299,8 +302,94 @@ class SmolVLM:
                                    image_seq_len=image["n_tokens"], chat_template=template)
 
 
+# As the hub's template: a first token, roles of its own, texts trimmed, an image as its opening mark.
+TURNS = ("{{ bos_token }}{% for m in messages %}<start_of_turn>"
+         "{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+         "{% if m['content'] is string %}{{ m['content'] | trim }}{% else %}{% for c in m['content'] %}"
+         "{% if c['type'] == 'image' %}<start_of_image>{% elif 'text' in c %}{{ c['text'] | trim }}{% endif %}"
+         "{% endfor %}{% endif %}<end_of_turn>\n{% endfor %}"
+         "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}")
+
+
+def rename(folder, starts):
+    """Puts other starts in place of those of a folder's tensor names."""
+    path = folder / "model.safetensors"
+
+    def renamed(name):
+        start = next((s for s in starts if name.startswith(s)), "")
+        return starts.get(start, "") + name.removeprefix(start)
+
+    save_file({renamed(name): tensor for name, tensor in load_file(path).items()}, path,
+              metadata=dict(format="pt"))
+
+
+class Gemma3:
+    """Windows shorter than an image and than the prompt; kinds of layers named or by pattern; rope
+    stretched on global layers; a first token that the tokenizer, too, would put; the names and keys of
+    three generations."""
+
+    model_type = "gemma3"
+    variants = ["named", "pattern", "hub"]
+    model = hf.Gemma3ForConditionalGeneration
+    # Pixels on a side, and tokens of an image.
+    sizes = dict(named=(56, 4), pattern=(84, 9), hub=(56, 16))
+
+    @classmethod
+    def config(cls, variant, ids, vocab):
+        side, n_tokens = cls.sizes[variant]
+        kinds = ["sliding_attention", "full_attention"]
+        rope = dict(sliding_attention=dict(rope_type="default", rope_theta=100.0),
+                    full_attention=dict(rope_type="linear", factor=8.0, rope_theta=1e4))
+        more = dict(
+            named=dict(layer_types=kinds[::-1] + kinds, sliding_window=5, head_dim=32, rope_parameters=rope,
+                       query_pre_attn_scalar=24),
+            pattern=dict(sliding_window_pattern=3, sliding_window=3, head_dim=16, attention_bias=True,
+                         rope_scaling=dict(rope_type="linear", factor=2.0), rope_local_base_freq=1e3),
+            hub=dict(sliding_window=20, head_dim=16, query_pre_attn_scalar=16,
+                     rope_scaling=dict(rope_type="linear", factor=8.0)),
+        )[variant]
+        hidden, heads, kv, layers = dict(named=(64, 4, 2, 4), pattern=(96, 6, 1, 4), hub=(64, 4, 4, 7))[variant]
+        return hf.Gemma3Config(
+            text_config=text(hidden, heads, kv, 96, layers, vocab_size=vocab, model_type="gemma3_text", **more),
+            vision_config=tower("siglip_vision_model", side, intermediate_size=80, vision_use_head=False),
+            mm_tokens_per_image=n_tokens, boi_token_index=ids["<start_of_image>"],
+            eoi_token_index=ids["<end_of_image>"], image_token_index=ids["<image_soft_token>"],
+            tie_word_embeddings=variant != "pattern")
+
+    @classmethod
+    def processor(cls, variant):
+        side, n_tokens = cls.sizes[variant]
+        marks = dict(boi_token="<start_of_image>", eoi_token="<end_of_image>", image_token="<image_soft_token>")
+        words = tokenizer("<bos>", "<start_of_turn>", "<end_of_turn>", *marks.values())
+        words.add_special_tokens(dict(bos_token="<bos>"))
+        words._set_model_specific_special_tokens(marks)
+        words.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", words.bos_token_id)])
+        images = Gemma3ImageProcessorPil(size=dict(height=side, width=side))
+        return hf.Gemma3Processor(images, words, chat_template=TURNS, image_seq_length=n_tokens)
+
+    @staticmethod
+    def publish(folder, variant):
+        """Names and keys as they were when the variant's kind of folder was published."""
+        if variant == "pattern":
+            rename(folder, {"language_model.model.": "model.language_model.",
+                            "language_model.lm_head.": "lm_head.",
+                            "vision_tower.": "model.vision_tower.vision_model.",
+                            "multi_modal_projector.": "model.multi_modal_projector."})
+        if variant == "hub":
+            rename(folder, {"vision_tower.": "vision_tower.vision_model."})
+            path = folder / "config.json"
+            config = json.loads(path.read_text())
+            kept = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                    "head_dim", "model_type", "query_pre_attn_scalar", "sliding_window"]
+            config["text_config"] = {key: config["text_config"][key] for key in kept}
+            config["text_config"]["rope_scaling"] = dict(factor=8.0, rope_type="linear")
+            del config["tie_word_embeddings"]
+            path.write_text(json.dumps(config, indent=2))
+
+
 FAMILIES = {family.model_type: family for family in
-            [Qwen25VL, Qwen3VL, Llava, LlavaNext, LlavaOnevision, Idefics3, SmolVLM]}
+            [Qwen25VL, Qwen3VL, Llava, LlavaNext, LlavaOnevision, Idefics3, SmolVLM, Gemma3]}
 
 
 def make(folder, family, variant, seed=0, dtype=torch.float32):
@@ -322,4 +411,6 @@ def make(folder, family, variant, seed=0, dtype=torch.float32):
     model.generation_config.eos_token_id = ids["<|im_end|>"]
     model.to(dtype).save_pretrained(folder)
     processor.save_pretrained(folder)
+    if hasattr(family, "publish"):
+        family.publish(Path(folder), variant)
     return processor

@@ -1,0 +1,118 @@
+//! Gemma 3: SigLIP at one square size, the means of squares of its features, and a decoder with
+//! five windowed layers to each global one, in which the tokens of an image see each other.
+//!
+//! Checkpoints of the hub keep the decoder at `language_model.model.…`, those saved by transformers
+//! 4.52 and later at `model.language_model.…`; both are read.
+
+use super::{Family, llava};
+use crate::checkpoint::Checkpoint;
+use crate::model::architecture::{Architecture, Naming, PositionRule};
+use crate::model::config::ConfigNode;
+use crate::model::decoder_config::DecoderConfig;
+use crate::model::vision::gemma3::Gemma3Vision;
+use crate::model::vision::qwen::VisionActivation;
+use crate::model::vision::vit::{SIGLIP, Vit};
+use crate::processor::gemma3::Gemma3Images;
+use crate::processor::{ImageProcessor, ImageSettings};
+use crate::{Error, Result};
+
+/// Gemma 3.
+pub const FAMILY: Family = Family {
+    model_type: "gemma3",
+    name: "Gemma 3",
+    architecture,
+    images,
+};
+
+/// Largest patches and longest rows of them that a configuration may ask for.
+const MAX_PATCH: usize = 256;
+const MAX_PATCHES_PER_SIDE: usize = 1024;
+
+fn architecture(checkpoint: &Checkpoint) -> Result<Architecture> {
+    let root = ConfigNode::root(checkpoint.dir(), checkpoint.config());
+    let text = root.nested("text_config")?;
+    if text.flag_or("use_bidirectional_attention", false)? {
+        return Err(Error::Unsupported {
+            what: "use_bidirectional_attention: true in config.json".into(),
+        });
+    }
+    let mut decoder = DecoderConfig::read(&root, &text, "gemma3_text")?;
+    decoder.bidirectional_images = true;
+    let naming = Naming::of(checkpoint, &llava::NAMES)?;
+    let token = root.size_or("image_token_index", 262_144)?;
+    Ok(Architecture {
+        family: FAMILY.model_type,
+        names: naming.names(),
+        image_token_id: root.size_or("image_token_id", token)? as u32,
+        positions: PositionRule::Text,
+        vision: Box::new(vision(&root, checkpoint, naming, decoder.hidden_size)?),
+        decoder,
+    })
+}
+
+fn images(settings: &ImageSettings) -> Result<Box<dyn ImageProcessor>> {
+    Ok(Box::new(Gemma3Images::open(settings)?))
+}
+
+fn vision(
+    root: &ConfigNode,
+    checkpoint: &Checkpoint,
+    naming: Naming,
+    hidden: usize,
+) -> Result<Gemma3Vision> {
+    let node = root.nested("vision_config")?;
+    let vit = siglip(&node, llava::tower_prefix(checkpoint, naming.tower, SIGLIP))?;
+    let n_tokens = root.size_or("mm_tokens_per_image", 256)?;
+    let tokens_side = n_tokens.isqrt();
+    if tokens_side * tokens_side != n_tokens || vit.tile_side % tokens_side != 0 {
+        let side = vit.tile_side;
+        let why = format!("{n_tokens} tokens are no even division of {side} x {side} patches");
+        return Err(root.invalid("mm_tokens_per_image", why));
+    }
+    Ok(Gemma3Vision {
+        pool: vit.tile_side / tokens_side,
+        projector: naming.projector.to_owned(),
+        out_dim: hidden,
+        vit,
+    })
+}
+
+fn siglip(node: &ConfigNode, prefix: String) -> Result<Vit> {
+    let kind = node.own_text("model_type").unwrap_or("siglip_vision_model");
+    if kind != "siglip_vision_model" {
+        return Err(Error::Unsupported {
+            what: format!("vision tower {kind:?} of gemma3; siglip_vision_model is implemented"),
+        });
+    }
+    let (width, n_heads) = (
+        node.size_or("hidden_size", 768)?,
+        node.size_or("num_attention_heads", 12)?,
+    );
+    if width % n_heads != 0 {
+        let why = format!("{n_heads} does not divide hidden_size {width}");
+        return Err(node.invalid("num_attention_heads", why));
+    }
+    let patch_size = node.size_or("patch_size", 16)?;
+    let side = node.size_or("image_size", 224)? / patch_size;
+    if patch_size > MAX_PATCH || !(1..=MAX_PATCHES_PER_SIDE).contains(&side) {
+        return Err(node.invalid(
+            "patch_size",
+            format!("{patch_size} does not fit image_size"),
+        ));
+    }
+    Ok(Vit {
+        prefix,
+        names: SIGLIP,
+        depth: node.size_or("num_hidden_layers", 12)?,
+        width,
+        n_heads,
+        mlp_dim: node.size_or("intermediate_size", 3072)?,
+        patch_size,
+        tile_side: side,
+        table_side: side,
+        norm_eps: node.positive_or("layer_norm_eps", 1e-6)? as f32,
+        activation: VisionActivation::read(node, "gelu_pytorch_tanh")?,
+        qkv_bias: true,
+        with_post_norm: true,
+    })
+}
