@@ -5,6 +5,7 @@
 //! how its images are prepared. Everything else is shared. `docs/adding-a-family.md` tells how one is
 //! added.
 
+mod internvl;
 mod llava;
 mod qwen2_5_vl;
 mod qwen2_vl;
@@ -39,6 +40,8 @@ pub const FAMILIES: &[Family] = &[
     llava::LLAVA,
     llava::NEXT,
     llava::ONEVISION,
+    internvl::INTERNVL,
+    internvl::ORIGINAL,
 ];
 
 /// The model in an open checkpoint.

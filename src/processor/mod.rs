@@ -9,6 +9,7 @@
 pub mod anyres;
 pub mod chat;
 pub mod image;
+pub mod internvl;
 pub mod llava;
 pub mod qwen2_vl;
 pub mod resize;

@@ -3,6 +3,7 @@
 //! A tower is known as data first ([`VisionConfig`]), so that a plan can be made and shapes be
 //! looked at before anything is loaded.
 
+pub mod internvl;
 pub mod llava;
 pub mod qwen;
 pub mod vit;
