@@ -7,6 +7,7 @@
 
 mod gemma3;
 mod idefics3;
+mod internvl;
 mod llava;
 mod qwen2_5_vl;
 mod qwen2_vl;
@@ -45,6 +46,8 @@ pub const FAMILIES: &[Family] = &[
     idefics3::FAMILY,
     smolvlm::FAMILY,
     gemma3::FAMILY,
+    internvl::INTERNVL,
+    internvl::ORIGINAL,
 ];
 
 /// The model in an open checkpoint.

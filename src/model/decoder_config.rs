@@ -87,6 +87,14 @@ pub enum RopeScaling {
     None,
     /// All divided by a factor.
     Linear(f64),
+    /// Slowed, the slow ones most, once there are more tokens than in the first context, and the
+    /// more the longer the context is.
+    Dynamic {
+        /// The factor.
+        factor: f64,
+        /// Tokens of the first context.
+        original: f64,
+    },
     /// Slow ones divided by a factor, fast ones kept, those between blended (Llama 3).
     Llama3 {
         /// The factor.
@@ -405,6 +413,10 @@ impl Rotary {
         let scaling = match kind {
             "default" | "mrope" => RopeScaling::None,
             "linear" => RopeScaling::Linear(node.positive_or("factor", 1.0)?),
+            "dynamic" => RopeScaling::Dynamic {
+                factor: node.positive_or("factor", 1.0)?,
+                original: node.size("max_position_embeddings")? as f64,
+            },
             "llama3" => RopeScaling::Llama3 {
                 factor: node.positive_or("factor", 8.0)?,
                 low: node.positive_or("low_freq_factor", 1.0)?,
@@ -414,7 +426,8 @@ impl Rotary {
             _ => {
                 return Err(Error::Unsupported {
                     what: format!(
-                        "rope_type {kind:?}; \"default\", \"mrope\", \"linear\" and \"llama3\" are implemented"
+                        "rope_type {kind:?}; \"default\", \"mrope\", \"linear\", \"dynamic\" and \"llama3\" are \
+                         implemented"
                     ),
                 });
             }

@@ -30,7 +30,9 @@ impl Rope {
         positions: &PositionIds,
         device: &Device,
     ) -> Result<Self> {
-        let mut freqs = inverse_frequencies(head_dim, rotary.theta as f32);
+        let last = positions.iter().flatten().max();
+        let n_tokens = last.map_or(0, |&last| last as usize + 1);
+        let mut freqs = inverse_frequencies(head_dim, base(rotary, head_dim, n_tokens));
         freqs
             .iter_mut()
             .for_each(|f| *f = scaled(*f, rotary.scaling));
@@ -120,6 +122,20 @@ impl Rope {
     }
 }
 
+/// The base of the frequencies in a context of `n_tokens`. A dynamic one grows with it such that
+/// the slowest frequency is divided by factor · n / original − factor + 1.
+fn base(rotary: &Rotary, head_dim: usize, n_tokens: usize) -> f32 {
+    let theta = rotary.theta;
+    match rotary.scaling {
+        RopeScaling::Dynamic { factor, original } if n_tokens as f64 > original => {
+            let stretch = factor * n_tokens as f64 / original - (factor - 1.0);
+            let dim = head_dim as f64;
+            (theta * stretch.powf(dim / (dim - 2.0))) as f32
+        }
+        _ => theta as f32,
+    }
+}
+
 /// theta^(−2i/dim) for i in 0..dim/2.
 fn inverse_frequencies(dim: usize, theta: f32) -> Vec<f32> {
     (0..dim)
@@ -131,7 +147,8 @@ fn inverse_frequencies(dim: usize, theta: f32) -> Vec<f32> {
 /// A frequency in a stretched context, in f32 as published.
 fn scaled(frequency: f32, scaling: RopeScaling) -> f32 {
     match scaling {
-        RopeScaling::None => frequency,
+        // A dynamic one changes the base.
+        RopeScaling::None | RopeScaling::Dynamic { .. } => frequency,
         RopeScaling::Linear(factor) => frequency / factor as f32,
         RopeScaling::Llama3 {
             factor,
@@ -163,6 +180,24 @@ fn rotate_half(x: &Tensor) -> Result<Tensor> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_dynamic_base_is_the_first_one_until_the_context_is_longer() {
+        let rotary = Rotary {
+            theta: 1e4,
+            scaling: RopeScaling::Dynamic {
+                factor: 2.0,
+                original: 8.0,
+            },
+            axes: crate::model::decoder_config::RopeAxes::One,
+        };
+        assert_eq!(base(&rotary, 16, 8), 1e4);
+        let long = inverse_frequencies(16, base(&rotary, 16, 16));
+        let short = inverse_frequencies(16, 1e4);
+        assert_eq!(long[0], short[0]);
+        // Twice the tokens: 2 · 2 − 1.
+        assert!((short[7] / long[7] - 3.0).abs() < 1e-5);
+    }
 
     #[test]
     fn rotating_back_undoes_rotating() {

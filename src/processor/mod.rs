@@ -11,6 +11,7 @@ pub mod chat;
 pub mod gemma3;
 pub mod idefics3;
 pub mod image;
+pub mod internvl;
 pub mod llava;
 pub mod qwen2_vl;
 pub mod resize;

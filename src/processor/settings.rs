@@ -28,7 +28,7 @@ pub struct Size {
 pub struct ImageSettings {
     /// File of `images`, for messages.
     pub path: PathBuf,
-    /// Settings of the image processor.
+    /// Settings of the image processor, null without any.
     pub images: Value,
     /// `processor_config.json`, null without one.
     pub processor: Value,
@@ -40,10 +40,10 @@ pub struct ImageSettings {
 
 impl ImageSettings {
     /// Reads them; image settings are `image_processor` of `processor_config.json`, else
-    /// `preprocessor_config.json`.
+    /// `preprocessor_config.json`. Without either it is for the family to say whether it needs them.
     ///
     /// # Errors
-    /// [`Error::Missing`] if there are none, [`Error::Format`] for a damaged file.
+    /// [`Error::Format`] for a damaged file.
     pub(super) fn open(dir: &Path, tokenizer: &Value) -> Result<Self> {
         let nested = dir.join("processor_config.json");
         let own = dir.join("preprocessor_config.json");
@@ -52,8 +52,7 @@ impl ImageSettings {
         let (path, images) = match inner.filter(Value::is_object) {
             Some(value) => (nested, value),
             None => {
-                let value = read_json(&own)?;
-                let value = value.ok_or_else(|| missing("preprocessor_config.json", dir))?;
+                let value = read_json(&own)?.unwrap_or(Value::Null);
                 (own, value)
             }
         };
@@ -77,8 +76,12 @@ impl ImageSettings {
     /// Makes sure that the settings are those of one of `kinds`.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] naming what was found.
+    /// [`Error::Missing`] if there are none, [`Error::Unsupported`] naming what was found.
     pub fn require_kind(&self, kinds: &[&str]) -> Result<()> {
+        if self.images.is_null() {
+            let dir = self.path.parent().unwrap_or(&self.path);
+            return Err(missing("preprocessor_config.json", dir));
+        }
         let kind = self.images["image_processor_type"].as_str();
         let kind = kind.unwrap_or_default();
         if kinds.contains(&kind) {

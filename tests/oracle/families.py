@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
@@ -27,9 +28,9 @@ TOKENIZER = ROOT / "testdata/processor/model"
 CHATML = json.loads((TOKENIZER / "tokenizer_config.json").read_text())["chat_template"]
 
 
-def tokenizer(*special):
-    """The small tokenizer with more special tokens, by their texts."""
-    found = hf.AutoTokenizer.from_pretrained(TOKENIZER)
+def tokenizer(*special, **named):
+    """The small tokenizer with more special tokens, by their texts, and names for some."""
+    found = hf.AutoTokenizer.from_pretrained(TOKENIZER, **named)
     known = found.get_vocab()
     found.add_tokens([hf.AddedToken(t, special=True, normalized=False) for t in special if t not in known],
                      special_tokens=True)
@@ -388,8 +389,51 @@ class Gemma3:
             path.write_text(json.dumps(config, indent=2))
 
 
+class InternVL:
+    """Several tiles and one, norms of both kinds, features before and after the tower's last norm, and
+    rotary positions that are stretched beyond 32 tokens."""
+
+    model_type = "internvl"
+    variants = ["qwen2", "qwen3", "llama"]
+    model = hf.InternVLForConditionalGeneration
+    sides = dict(qwen2=56, qwen3=84, llama=28)
+    tiles = dict(qwen2=(1, 6), qwen3=(1, 1), llama=(2, 12))
+
+    @classmethod
+    def config(cls, variant, ids, vocab):
+        side, tied = cls.sides[variant], variant == "qwen2"
+        texts = dict(
+            qwen2=dict(max_position_embeddings=32,
+                       rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)),
+            qwen3=dict(head_dim=32, attention_bias=True), llama={})
+        towers = dict(
+            qwen2=dict(use_mean_pooling=False),
+            qwen3=dict(use_qk_norm=True, norm_type="rms_norm", attention_bias=True),
+            llama=dict(use_mean_pooling=False))
+        return hf.InternVLConfig(
+            text_config=text(64, 4, 2, 96, 2, vocab_size=vocab, model_type=variant,
+                             tie_word_embeddings=tied, **texts[variant]),
+            vision_config=dict(hidden_size=48, num_attention_heads=3, num_hidden_layers=3,
+                               intermediate_size=80, image_size=[side, side], **towers[variant]),
+            vision_feature_layer=-2 if tied else -1, tie_word_embeddings=tied,
+            image_token_id=ids["<IMG_CONTEXT>"], image_seq_length=(side // 28) ** 2)
+
+    @classmethod
+    def processor(cls, variant):
+        side, (least, most) = cls.sides[variant], cls.tiles[variant]
+        images = GotOcr2ImageProcessorPil(
+            size=dict(height=side, width=side), min_patches=least, max_patches=most,
+            image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])
+        named = dict(start_image_token="<img>", end_image_token="</img>",
+                     context_image_token="<IMG_CONTEXT>", video_token="<video>")
+        return hf.InternVLProcessor(
+            images, tokenizer(*named.values(), **named), hf.InternVLVideoProcessor(),
+            image_seq_length=(side // 28) ** 2,
+            chat_template=SIMPLE.replace("<image>", "<IMG_CONTEXT>"))
+
+
 FAMILIES = {family.model_type: family for family in
-            [Qwen25VL, Qwen3VL, Llava, LlavaNext, LlavaOnevision, Idefics3, SmolVLM, Gemma3]}
+            [Qwen25VL, Qwen3VL, Llava, LlavaNext, LlavaOnevision, Idefics3, SmolVLM, Gemma3, InternVL]}
 
 
 def make(folder, family, variant, seed=0, dtype=torch.float32):

@@ -453,7 +453,7 @@ enum Mlp {
 }
 
 #[derive(Clone, Debug)]
-enum Norm {
+pub(super) enum Norm {
     Layer(LayerNorm),
     Rms(RmsNorm),
 }
@@ -469,7 +469,7 @@ struct Merger {
 }
 
 impl Norm {
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+    pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         match self {
             Self::Layer(norm) => norm.forward(x),
             Self::Rms(norm) => norm.forward(x),

@@ -6,7 +6,7 @@
 //! `InternVLVisionModel`, `Dinov2Model`.
 
 use super::VisionSize;
-use super::qwen::VisionActivation;
+use super::qwen::{Norm, NormKind, VisionActivation};
 use crate::checkpoint::Checkpoint;
 use crate::model::attention::{block_len, blocks};
 use crate::model::linear::{Linear, load_tensor, tensor_from_matrix};
@@ -72,6 +72,8 @@ pub struct VitNames {
     pub norm1: &'static str,
     /// The norm before the MLP.
     pub norm2: &'static str,
+    /// Of which kind both are.
+    pub layer_norms: NormKind,
     /// First linear of the MLP.
     pub fc1: &'static str,
     /// Second linear of the MLP.
@@ -104,6 +106,7 @@ pub const CLIP: VitNames = VitNames {
     out: "self_attn.out_proj",
     norm1: "layer_norm1",
     norm2: "layer_norm2",
+    layer_norms: NormKind::Layer,
     fc1: "mlp.fc1",
     fc2: "mlp.fc2",
     scales: None,
@@ -135,6 +138,7 @@ pub const DINOV2: VitNames = VitNames {
     out: "attention.output.dense",
     norm1: "norm1",
     norm2: "norm2",
+    layer_norms: NormKind::Layer,
     fc1: "mlp.fc1",
     fc2: "mlp.fc2",
     scales: Some(["layer_scale1.lambda1", "layer_scale2.lambda1"]),
@@ -284,6 +288,25 @@ impl Part<'_> {
         LayerNorm::load(self.checkpoint, name, dim, eps, self.device)
     }
 
+    fn layer_norm(&self, i: usize, part: &str) -> Result<Norm> {
+        let name = self.vit.layer_name(i, part);
+        Ok(match self.vit.names.layer_norms {
+            NormKind::Layer => Norm::Layer(self.norm(&name)?),
+            NormKind::Rms => Norm::Rms(self.rms_norm(i, part)?),
+        })
+    }
+
+    fn rms_norm(&self, i: usize, part: &str) -> Result<RmsNorm> {
+        let scale = self.vector(i, &format!("{part}.weight"))?;
+        Ok(RmsNorm::new(scale, self.vit.norm_eps))
+    }
+
+    /// A value for each channel.
+    fn vector(&self, i: usize, part: &str) -> Result<Tensor> {
+        let name = self.vit.layer_name(i, part);
+        load_tensor(self.checkpoint, &name, &[self.vit.width], self.device)
+    }
+
     fn linear(&self, i: usize, part: &str, shape: [usize; 2], has_bias: bool) -> Result<Linear> {
         let name = self.vit.layer_name(i, part);
         Linear::load(self.checkpoint, &name, shape, has_bias, self.device)
@@ -299,26 +322,20 @@ impl Part<'_> {
                 .map(|name| self.linear(i, name, [dim, dim], vit.qkv_bias))
                 .collect::<Result<_>>()?,
         };
-        let vector = |part: &str| {
-            let name = vit.layer_name(i, part);
-            load_tensor(self.checkpoint, &name, &[dim], self.device)
-        };
-        let qk_norm = names.qk_norm.map(|both| {
-            let norm = |part: &str| {
-                let scale = vector(&format!("{part}.weight"))?;
-                Ok::<_, Error>(RmsNorm::new(scale, vit.norm_eps))
-            };
-            Ok::<_, Error>([norm(both[0])?, norm(both[1])?])
+        let qk_norm = names.qk_norm.map(|[q, k]| {
+            let both = [self.rms_norm(i, q)?, self.rms_norm(i, k)?];
+            Ok::<_, Error>(both)
         });
-        let scales = names
-            .scales
-            .map(|both| Ok::<_, Error>([vector(both[0])?, vector(both[1])?]));
+        let scales = names.scales.map(|[first, second]| {
+            let both = [self.vector(i, first)?, self.vector(i, second)?];
+            Ok::<_, Error>(both)
+        });
         Ok(VitLayer {
-            norm1: self.norm(&vit.layer_name(i, names.norm1))?,
+            norm1: self.layer_norm(i, names.norm1)?,
             qkv,
             qk_norm: qk_norm.transpose()?,
             out: self.linear(i, names.out, [dim, dim], true)?,
-            norm2: self.norm(&vit.layer_name(i, names.norm2))?,
+            norm2: self.layer_norm(i, names.norm2)?,
             fc1: self.linear(i, names.fc1, [mlp, dim], true)?,
             fc2: self.linear(i, names.fc2, [dim, mlp], true)?,
             scales: scales.transpose()?,
@@ -340,12 +357,12 @@ pub struct VitTower {
 
 #[derive(Clone, Debug)]
 struct VitLayer {
-    norm1: LayerNorm,
+    norm1: Norm,
     /// One linear, or three.
     qkv: Vec<Linear>,
     qk_norm: Option<[RmsNorm; 2]>,
     out: Linear,
-    norm2: LayerNorm,
+    norm2: Norm,
     fc1: Linear,
     fc2: Linear,
     scales: Option<[Tensor; 2]>,
@@ -434,10 +451,12 @@ impl VitLayer {
     fn attention(&self, x: &Tensor, vit: &Vit) -> Result<Tensor> {
         let (n, dim) = x.dims2()?;
         let head_dim = dim / vit.n_heads;
+        let projected = self.qkv.iter().map(|linear| linear.forward(x));
+        let projected = projected.collect::<Result<Vec<_>>>()?;
         let part = |i: usize| -> Result<Tensor> {
-            let part = match &self.qkv[..] {
-                [fused] => fused.forward(x)?.narrow(1, i * dim, dim)?,
-                separate => separate[i].forward(x)?,
+            let part = match &projected[..] {
+                [fused] => fused.narrow(1, i * dim, dim)?,
+                separate => separate[i].clone(),
             };
             let part = match (&self.qk_norm, i) {
                 (Some(norms), 0 | 1) => norms[i].forward(&part)?,

@@ -1,0 +1,420 @@
+//! InternVL3: InternViT on tiles of an image, a projector of one norm and two linears, and a Qwen2,
+//! Qwen3 or Llama decoder with text positions.
+//!
+//! There are two forms of its checkpoints: transformers' own (`internvl`, "-hf" on the hub), whose
+//! parts have been called `language_model.model.…` and, since 4.52, `model.language_model.…`; and
+//! OpenGVLab's (`internvl_chat`), which has other configuration keys and other names in the tower.
+
+use super::Family;
+use crate::checkpoint::Checkpoint;
+use crate::model::architecture::{Architecture, Naming, PositionRule};
+use crate::model::config::ConfigNode;
+use crate::model::decoder_config::DecoderConfig;
+use crate::model::vision::internvl::{InternVlVision, OPENGVLAB, ProjectorNames, TRANSFORMERS};
+use crate::model::vision::qwen::{NormKind, VisionActivation, bounded_product};
+use crate::model::vision::vit::{Vit, VitNames};
+use crate::processor::internvl::{CONTEXT_TOKEN, InternVlImages, side_of};
+use crate::processor::{ImageProcessor, read_json};
+use crate::{Error, Result};
+
+/// InternVL3 as transformers keeps it.
+pub const INTERNVL: Family = Family {
+    model_type: "internvl",
+    name: "InternVL3",
+    architecture: |checkpoint| {
+        let root = ConfigNode::root(checkpoint.dir(), checkpoint.config());
+        let token = root.size_or("image_token_id", 151_667)? as u32;
+        architecture(checkpoint, &root, &OF_TRANSFORMERS, token)
+    },
+    images: |settings| {
+        let images = InternVlImages::transformers(settings)?;
+        Ok(Box::new(images) as Box<dyn ImageProcessor>)
+    },
+};
+
+/// InternVL3 as OpenGVLab published it.
+pub const ORIGINAL: Family = Family {
+    model_type: "internvl_chat",
+    name: "InternVL3 (OpenGVLab)",
+    architecture: |checkpoint| {
+        let root = ConfigNode::root(checkpoint.dir(), checkpoint.config());
+        // Without the key it is v1, whose tokens stand column by column.
+        let order = root.text_or("ps_version", "v1")?;
+        if order != "v2" {
+            return Err(Error::Unsupported {
+                what: format!("ps_version {order:?} in config.json; v2 is implemented"),
+            });
+        }
+        architecture(
+            checkpoint,
+            &root,
+            &OF_OPENGVLAB,
+            context_token_id(checkpoint)?,
+        )
+    },
+    images: |settings| {
+        let images = InternVlImages::opengvlab(settings)?;
+        Ok(Box::new(images) as Box<dyn ImageProcessor>)
+    },
+};
+
+/// What the two forms call the same things, and what an absent key means in each.
+struct Form {
+    model_type: &'static str,
+    names: &'static [Naming],
+    tower: VitNames,
+    projector: ProjectorNames,
+    text: &'static str,
+    qkv_bias: &'static str,
+    qk_norm: &'static str,
+    feature_layer: &'static str,
+    /// Whether embeddings are tied where nothing is said.
+    is_tied: bool,
+    defaults: Defaults,
+}
+
+struct Defaults {
+    width: usize,
+    n_layers: usize,
+    n_heads: usize,
+    mlp_dim: usize,
+    image_size: usize,
+    qk_norm: bool,
+    norm_type: &'static str,
+}
+
+const OF_TRANSFORMERS: Form = Form {
+    model_type: "internvl",
+    names: &[
+        Naming {
+            decoder: "language_model.model",
+            head: "language_model.lm_head.weight",
+            tower: "vision_tower",
+            projector: "multi_modal_projector",
+        },
+        Naming {
+            decoder: "model.language_model",
+            head: "lm_head.weight",
+            tower: "model.vision_tower",
+            projector: "model.multi_modal_projector",
+        },
+    ],
+    tower: TRANSFORMERS,
+    projector: ProjectorNames {
+        norm: "layer_norm",
+        fc1: "linear_1",
+        fc2: "linear_2",
+    },
+    text: "text_config",
+    qkv_bias: "attention_bias",
+    qk_norm: "use_qk_norm",
+    feature_layer: "vision_feature_layer",
+    is_tied: true,
+    defaults: Defaults {
+        width: 1024,
+        n_layers: 24,
+        n_heads: 16,
+        mlp_dim: 4096,
+        image_size: 448,
+        qk_norm: false,
+        norm_type: "layer_norm",
+    },
+};
+
+const OF_OPENGVLAB: Form = Form {
+    model_type: "internvl_chat",
+    names: &[Naming {
+        decoder: "language_model.model",
+        head: "language_model.lm_head.weight",
+        tower: "vision_model",
+        projector: "mlp1",
+    }],
+    tower: OPENGVLAB,
+    projector: ProjectorNames {
+        norm: "0",
+        fc1: "1",
+        fc2: "3",
+    },
+    text: "llm_config",
+    qkv_bias: "qkv_bias",
+    qk_norm: "qk_normalization",
+    feature_layer: "select_layer",
+    is_tied: false,
+    defaults: Defaults {
+        width: 3200,
+        n_layers: 48,
+        n_heads: 25,
+        mlp_dim: 12_800,
+        image_size: 224,
+        qk_norm: true,
+        norm_type: "rms_norm",
+    },
+};
+
+fn architecture(
+    checkpoint: &Checkpoint,
+    root: &ConfigNode,
+    form: &Form,
+    image_token_id: u32,
+) -> Result<Architecture> {
+    let text = root.nested(form.text)?;
+    if text.own_text("model_type") == Some("internlm2") {
+        return Err(Error::Unsupported {
+            what: format!(
+                "language model \"internlm2\" in config.json: queries, keys and values are one \
+                 matrix, wqkv, there; as {} of this family qwen2, qwen3 and llama are implemented",
+                form.text
+            ),
+        });
+    }
+    for (key, expected) in [
+        ("projector_hidden_act", "gelu"),
+        ("vision_feature_select_strategy", "default"),
+    ] {
+        let found = root.text_or(key, expected)?;
+        if found != expected {
+            return Err(Error::Unsupported {
+                what: format!("{key} {found:?} in config.json; {expected} is implemented"),
+            });
+        }
+    }
+    let mut decoder = DecoderConfig::read(root, &text, "qwen2")?;
+    let naming = Naming::of(checkpoint, form.names)?;
+    let is_silent = root.get("tie_word_embeddings").is_none();
+    // A head of its own is used, whatever the configuration says.
+    decoder.tie_word_embeddings = !checkpoint.contains(naming.head)
+        && (decoder.tie_word_embeddings || (is_silent && form.is_tied));
+    Ok(Architecture {
+        family: form.model_type,
+        names: naming.names(),
+        vision: Box::new(form.vision(root, naming, decoder.hidden_size)?),
+        decoder,
+        image_token_id,
+        positions: PositionRule::Text,
+    })
+}
+
+impl Form {
+    fn vision(&self, root: &ConfigNode, naming: Naming, hidden: usize) -> Result<InternVlVision> {
+        let node = root.nested("vision_config")?;
+        let vit = self.vit(root, &node, naming.tower)?;
+        let ratio = root.positive_or("downsample_ratio", 0.5)?;
+        let merge_size = [1usize, 2, 4]
+            .into_iter()
+            .find(|n| ratio * *n as f64 == 1.0);
+        let merge_size = merge_size.filter(|n| vit.tile_side.is_multiple_of(*n));
+        let merge_size = merge_size.ok_or_else(|| {
+            let why = format!(
+                "expected 1, 0.5 or 0.25 that divides the {} patches on a tile's side, found {ratio}",
+                vit.tile_side
+            );
+            root.invalid("downsample_ratio", why)
+        })?;
+        bounded_product(&node, "hidden_size", &[vit.width, merge_size, merge_size])?;
+        Ok(InternVlVision {
+            vit,
+            merge_size,
+            projector: naming.projector.to_owned(),
+            names: self.projector,
+            out_dim: hidden,
+        })
+    }
+
+    fn vit(&self, root: &ConfigNode, node: &ConfigNode, prefix: &str) -> Result<Vit> {
+        let defaults = &self.defaults;
+        let width = node.size_or("hidden_size", defaults.width)?;
+        let n_heads = node.size_or("num_attention_heads", defaults.n_heads)?;
+        if width % n_heads != 0 {
+            let why = format!("{n_heads} does not divide hidden_size {width}");
+            return Err(node.invalid("num_attention_heads", why));
+        }
+        let patch_size = side(node, "patch_size", 14)?;
+        let image = side(node, "image_size", defaults.image_size)?;
+        let tile = side(root, "force_image_size", image)?;
+        let (table_side, tile_side) = (image / patch_size, tile / patch_size);
+        if patch_size > 256 || table_side == 0 || !(1..=128).contains(&tile_side) {
+            let why =
+                format!("{patch_size} does not fit images of {image} and {tile} pixels a side");
+            return Err(node.invalid("patch_size", why));
+        }
+        let feature = self.feature(root, node)?;
+        let pools = node.flag_or("use_mean_pooling", true)?;
+        Ok(Vit {
+            prefix: prefix.to_owned(),
+            names: self.tower_names(node)?,
+            depth: feature.depth,
+            width,
+            n_heads,
+            mlp_dim: node.size_or("intermediate_size", defaults.mlp_dim)?,
+            patch_size,
+            tile_side,
+            table_side,
+            norm_eps: node.positive_or("layer_norm_eps", 1e-6)? as f32,
+            activation: VisionActivation::read(node, "gelu")?,
+            qkv_bias: node.flag_or(self.qkv_bias, false)?,
+            with_post_norm: feature.is_output && !pools,
+        })
+    }
+
+    /// The names of the tower, less what this one has not.
+    fn tower_names(&self, node: &ConfigNode) -> Result<VitNames> {
+        let unsupported = |what: String| Err(Error::Unsupported { what });
+        if node.size_or("num_channels", 3)? != 3 {
+            return unsupported("num_channels of vision_config in config.json other than 3".into());
+        }
+        if !node.flag_or("use_absolute_position_embeddings", true)? {
+            return unsupported("use_absolute_position_embeddings: false in config.json".into());
+        }
+        let has_qk_norm = node.flag_or(self.qk_norm, self.defaults.qk_norm)?;
+        // The norms of queries and keys have an epsilon of their own in transformers.
+        if has_qk_norm && node.positive_or("layer_norm_eps", 1e-6)? != 1e-6 {
+            let key = self.qk_norm;
+            return unsupported(format!("{key} with a layer_norm_eps other than 1e-6"));
+        }
+        let layer_norms = match node.text_or("norm_type", self.defaults.norm_type)? {
+            "layer_norm" => NormKind::Layer,
+            "rms_norm" => NormKind::Rms,
+            other => {
+                return unsupported(format!("norm_type {other:?}; layer_norm or rms_norm"));
+            }
+        };
+        Ok(VitNames {
+            qk_norm: self.tower.qk_norm.filter(|_| has_qk_norm),
+            layer_norms,
+            ..self.tower
+        })
+    }
+
+    /// Which of the tower's layers is looked at: 0 is the input of the first, −1 the tower's output.
+    fn feature(&self, root: &ConfigNode, node: &ConfigNode) -> Result<Feature> {
+        let n_layers = node.size_or("num_hidden_layers", self.defaults.n_layers)?;
+        let key = self.feature_layer;
+        let layer = match root.get(key) {
+            None => -1,
+            Some(value) => value.as_i64().ok_or_else(|| Error::Unsupported {
+                what: format!("{key} {value} in config.json; one layer is handled"),
+            })?,
+        };
+        let depth = match layer < 0 {
+            true => (n_layers as i64 + 1).checked_add(layer),
+            false => Some(layer),
+        };
+        let depth = depth.and_then(|depth| usize::try_from(depth).ok());
+        match depth.filter(|depth| *depth <= n_layers) {
+            Some(depth) => Ok(Feature {
+                depth,
+                is_output: layer == -1,
+            }),
+            None => {
+                let why = format!("{layer} of a tower with {n_layers} layers");
+                Err(root.invalid(key, why))
+            }
+        }
+    }
+}
+
+/// Where in the tower features are taken.
+struct Feature {
+    /// Layers before that.
+    depth: usize,
+    /// Whether the norm after the last layer, if there is one, comes before it too.
+    is_output: bool,
+}
+
+/// A side in pixels under `key`.
+fn side(node: &ConfigNode, key: &str, default: usize) -> Result<usize> {
+    match node.get(key) {
+        None => Ok(default),
+        Some(value) => side_of(value).ok_or_else(|| {
+            let why = format!("expected a side in pixels, or two that are equal, found {value}");
+            node.invalid(key, why)
+        }),
+    }
+}
+
+/// The id of the image token, which OpenGVLab's configurations leave to the tokenizer.
+fn context_token_id(checkpoint: &Checkpoint) -> Result<u32> {
+    let path = checkpoint.dir().join("tokenizer.json");
+    let missing = |what: String| Error::Missing {
+        what,
+        place: path.display().to_string(),
+    };
+    let tokenizer = read_json(&path)?.ok_or_else(|| missing("the tokenizer".into()))?;
+    let tokens = tokenizer["added_tokens"].as_array().into_iter().flatten();
+    let mut tokens = tokens.filter(|token| token["content"] == CONTEXT_TOKEN);
+    let id = tokens.find_map(|token| u32::try_from(token["id"].as_u64()?).ok());
+    id.ok_or_else(|| missing(format!("the token {CONTEXT_TOKEN}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+    use std::path::Path;
+
+    fn vision(form: &Form, config: &Value) -> Result<InternVlVision> {
+        let root = ConfigNode::root(Path::new("."), config);
+        form.vision(&root, form.names[0], 8)
+    }
+
+    #[test]
+    fn positions_are_resampled_where_the_image_is_forced_to_another_size() {
+        let found = vision(
+            &OF_OPENGVLAB,
+            &json!({"force_image_size": 448, "select_layer": -4, "vision_config": {}}),
+        );
+        let found = found.unwrap();
+        assert_eq!((found.vit.table_side, found.vit.tile_side), (16, 32));
+        assert_eq!((found.vit.depth, found.merge_size), (45, 2));
+        assert_eq!(found.vit.names.layer_norms, NormKind::Rms);
+        assert!(found.vit.names.qk_norm.is_some() && !found.vit.qkv_bias);
+    }
+
+    #[test]
+    fn the_last_norm_is_that_of_the_output_only() {
+        let with = |layer: i64, pools: bool| {
+            let config = json!({"vision_feature_layer": layer,
+                "vision_config": {"use_mean_pooling": pools, "image_size": [448, 448]}});
+            let found = vision(&OF_TRANSFORMERS, &config).unwrap();
+            (found.vit.depth, found.vit.with_post_norm)
+        };
+        assert_eq!(with(-1, false), (24, true));
+        assert_eq!(with(-1, true), (24, false));
+        assert_eq!(with(24, false), (24, false));
+        assert_eq!(with(-2, false), (23, false));
+    }
+
+    #[test]
+    fn what_is_not_handled_names_its_key() {
+        for (key, config) in [
+            (
+                "downsample_ratio",
+                json!({"downsample_ratio": 0.3, "vision_config": {}}),
+            ),
+            (
+                "vision_feature_layer",
+                json!({"vision_feature_layer": [1], "vision_config": {}}),
+            ),
+            (
+                "vision_feature_layer",
+                json!({"vision_feature_layer": 25, "vision_config": {}}),
+            ),
+            (
+                "norm_type",
+                json!({"vision_config": {"norm_type": "batch"}}),
+            ),
+            (
+                "image_size",
+                json!({"vision_config": {"image_size": [448, 224]}}),
+            ),
+            ("patch_size", json!({"vision_config": {"patch_size": 500}})),
+            (
+                "use_qk_norm",
+                json!({"vision_config": {"use_qk_norm": true, "layer_norm_eps": 1e-5}}),
+            ),
+        ] {
+            let message = vision(&OF_TRANSFORMERS, &config).unwrap_err().to_string();
+            assert!(message.contains(key), "{message}");
+        }
+    }
+}
