@@ -10,8 +10,7 @@ use crate::model::architecture::{Architecture, Naming, PositionRule};
 use crate::model::config::ConfigNode;
 use crate::model::decoder_config::DecoderConfig;
 use crate::model::vision::gemma3::Gemma3Vision;
-use crate::model::vision::qwen::VisionActivation;
-use crate::model::vision::vit::{SIGLIP, Vit};
+use crate::model::vision::vit::{SIGLIP, SIGLIP_DEFAULTS, Vit};
 use crate::processor::gemma3::Gemma3Images;
 use crate::processor::{ImageProcessor, ImageSettings};
 use crate::{Error, Result};
@@ -23,10 +22,6 @@ pub const FAMILY: Family = Family {
     architecture,
     images,
 };
-
-/// Largest patches and longest rows of them that a configuration may ask for.
-const MAX_PATCH: usize = 256;
-const MAX_PATCHES_PER_SIDE: usize = 1024;
 
 fn architecture(checkpoint: &Checkpoint) -> Result<Architecture> {
     let root = ConfigNode::root(checkpoint.dir(), checkpoint.config());
@@ -84,35 +79,7 @@ fn siglip(node: &ConfigNode, prefix: String) -> Result<Vit> {
             what: format!("vision tower {kind:?} of gemma3; siglip_vision_model is implemented"),
         });
     }
-    let (width, n_heads) = (
-        node.size_or("hidden_size", 768)?,
-        node.size_or("num_attention_heads", 12)?,
-    );
-    if width % n_heads != 0 {
-        let why = format!("{n_heads} does not divide hidden_size {width}");
-        return Err(node.invalid("num_attention_heads", why));
-    }
-    let patch_size = node.size_or("patch_size", 16)?;
-    let side = node.size_or("image_size", 224)? / patch_size;
-    if patch_size > MAX_PATCH || !(1..=MAX_PATCHES_PER_SIDE).contains(&side) {
-        return Err(node.invalid(
-            "patch_size",
-            format!("{patch_size} does not fit image_size"),
-        ));
-    }
-    Ok(Vit {
-        prefix,
-        names: SIGLIP,
-        depth: node.size_or("num_hidden_layers", 12)?,
-        width,
-        n_heads,
-        mlp_dim: node.size_or("intermediate_size", 3072)?,
-        patch_size,
-        tile_side: side,
-        table_side: side,
-        norm_eps: node.positive_or("layer_norm_eps", 1e-6)? as f32,
-        activation: VisionActivation::read(node, "gelu_pytorch_tanh")?,
-        qkv_bias: true,
-        with_post_norm: true,
-    })
+    let mut vit = Vit::read(node, &prefix, SIGLIP, SIGLIP_DEFAULTS)?;
+    vit.with_post_norm = true;
+    Ok(vit)
 }

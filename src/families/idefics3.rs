@@ -8,8 +8,7 @@ use crate::model::architecture::{Architecture, Naming, PositionRule};
 use crate::model::config::ConfigNode;
 use crate::model::decoder_config::DecoderConfig;
 use crate::model::vision::idefics3::Idefics3Vision;
-use crate::model::vision::qwen::VisionActivation;
-use crate::model::vision::vit::{SIGLIP, Vit};
+use crate::model::vision::vit::{SIGLIP, SIGLIP_DEFAULTS, Vit, VitDefaults};
 use crate::processor::idefics3::{Preprocessor, PromptTokens};
 use crate::processor::{ImageProcessor, ImageSettings};
 
@@ -21,6 +20,14 @@ pub const FAMILY: Family = Family {
     images,
 };
 
+/// The defaults of transformers' Idefics3 tower.
+const DEFAULTS: VitDefaults = VitDefaults {
+    width: 1152,
+    n_heads: 16,
+    patch_size: 32,
+    ..SIGLIP_DEFAULTS
+};
+
 const NAMES: [Naming; 1] = [Naming {
     decoder: "model.text_model",
     head: "lm_head.weight",
@@ -28,8 +35,6 @@ const NAMES: [Naming; 1] = [Naming {
     projector: "model.connector.modality_projection.proj",
 }];
 
-/// Patches on a side of a tile, above every published model; the table of positions is its square.
-const MAX_TILE_SIDE: usize = 1 << 10;
 /// Bound of the connector's width, so that no product of sizes overflows.
 const MAX_WIDTH: usize = 1 << 31;
 
@@ -66,23 +71,9 @@ pub(super) fn architecture_of(
 
 fn vision(root: &ConfigNode, naming: &Naming, out_dim: usize) -> Result<Idefics3Vision> {
     let node = root.nested("vision_config")?;
-    let (width, n_heads) = (
-        node.size_or("hidden_size", 1152)?,
-        node.size_or("num_attention_heads", 16)?,
-    );
-    if width % n_heads != 0 {
-        let why = format!("{n_heads} does not divide hidden_size {width}");
-        return Err(node.invalid("num_attention_heads", why));
-    }
-    let patch_size = node.size_or("patch_size", 32)?;
-    let image_size = node.size_or("image_size", 224)?;
-    let tile_side = image_size / patch_size;
-    if !(1..=MAX_TILE_SIDE).contains(&tile_side) {
-        let why = format!(
-            "{image_size} pixels, room for 1 to {MAX_TILE_SIDE} patches of {patch_size} expected"
-        );
-        return Err(node.invalid("image_size", why));
-    }
+    let mut vit = Vit::read(&node, naming.tower, SIGLIP, DEFAULTS)?;
+    vit.with_post_norm = true;
+    let (width, tile_side) = (vit.width, vit.tile_side);
     let scale_factor = root.size_or("scale_factor", 2)?;
     if tile_side % scale_factor != 0 || scale_factor * scale_factor * width >= MAX_WIDTH {
         let why = format!(
@@ -91,21 +82,7 @@ fn vision(root: &ConfigNode, naming: &Naming, out_dim: usize) -> Result<Idefics3
         return Err(root.invalid("scale_factor", why));
     }
     Ok(Idefics3Vision {
-        vit: Vit {
-            prefix: naming.tower.to_owned(),
-            names: SIGLIP,
-            depth: node.size_or("num_hidden_layers", 12)?,
-            width,
-            n_heads,
-            mlp_dim: node.size_or("intermediate_size", 3072)?,
-            patch_size,
-            tile_side,
-            table_side: tile_side,
-            norm_eps: node.positive_or("layer_norm_eps", 1e-6)? as f32,
-            activation: VisionActivation::read(&node, "gelu_pytorch_tanh")?,
-            qkv_bias: true,
-            with_post_norm: true,
-        },
+        vit,
         projection: naming.projector.to_owned(),
         scale_factor,
         out_dim,
@@ -115,6 +92,7 @@ fn vision(root: &ConfigNode, naming: &Naming, out_dim: usize) -> Result<Idefics3
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::vision::qwen::VisionActivation;
     use serde_json::{Value, json};
     use std::path::Path;
 

@@ -11,9 +11,9 @@ use crate::model::architecture::{Architecture, Naming, PositionRule};
 use crate::model::config::ConfigNode;
 use crate::model::decoder_config::DecoderConfig;
 use crate::model::vision::internvl::{InternVlVision, OPENGVLAB, ProjectorNames, TRANSFORMERS};
-use crate::model::vision::qwen::{NormKind, VisionActivation, bounded_product};
-use crate::model::vision::vit::{Vit, VitNames};
-use crate::processor::internvl::{CONTEXT_TOKEN, InternVlImages, side_of};
+use crate::model::vision::qwen::{NormKind, bounded_product};
+use crate::model::vision::vit::{Vit, VitDefaults, VitNames, patches_on};
+use crate::processor::internvl::{CONTEXT_TOKEN, InternVlImages};
 use crate::processor::{ImageProcessor, read_json};
 use crate::{Error, Result};
 
@@ -74,11 +74,7 @@ struct Form {
 }
 
 struct Defaults {
-    width: usize,
-    n_layers: usize,
-    n_heads: usize,
-    mlp_dim: usize,
-    image_size: usize,
+    tower: VitDefaults,
     qk_norm: bool,
     norm_type: &'static str,
 }
@@ -111,11 +107,16 @@ const OF_TRANSFORMERS: Form = Form {
     feature_layer: "vision_feature_layer",
     is_tied: true,
     defaults: Defaults {
-        width: 1024,
-        n_layers: 24,
-        n_heads: 16,
-        mlp_dim: 4096,
-        image_size: 448,
+        tower: VitDefaults {
+            width: 1024,
+            n_layers: 24,
+            n_heads: 16,
+            mlp_dim: 4096,
+            image_size: 448,
+            patch_size: 14,
+            norm_eps: 1e-6,
+            activation: "gelu",
+        },
         qk_norm: false,
         norm_type: "layer_norm",
     },
@@ -141,11 +142,16 @@ const OF_OPENGVLAB: Form = Form {
     feature_layer: "select_layer",
     is_tied: false,
     defaults: Defaults {
-        width: 3200,
-        n_layers: 48,
-        n_heads: 25,
-        mlp_dim: 12_800,
-        image_size: 224,
+        tower: VitDefaults {
+            width: 3200,
+            n_layers: 48,
+            n_heads: 25,
+            mlp_dim: 12_800,
+            image_size: 224,
+            patch_size: 14,
+            norm_eps: 1e-6,
+            activation: "gelu",
+        },
         qk_norm: true,
         norm_type: "rms_norm",
     },
@@ -221,39 +227,15 @@ impl Form {
     }
 
     fn vit(&self, root: &ConfigNode, node: &ConfigNode, prefix: &str) -> Result<Vit> {
-        let defaults = &self.defaults;
-        let width = node.size_or("hidden_size", defaults.width)?;
-        let n_heads = node.size_or("num_attention_heads", defaults.n_heads)?;
-        if width % n_heads != 0 {
-            let why = format!("{n_heads} does not divide hidden_size {width}");
-            return Err(node.invalid("num_attention_heads", why));
-        }
-        let patch_size = side(node, "patch_size", 14)?;
-        let image = side(node, "image_size", defaults.image_size)?;
-        let tile = side(root, "force_image_size", image)?;
-        let (table_side, tile_side) = (image / patch_size, tile / patch_size);
-        if patch_size > 256 || table_side == 0 || !(1..=128).contains(&tile_side) {
-            let why =
-                format!("{patch_size} does not fit images of {image} and {tile} pixels a side");
-            return Err(node.invalid("patch_size", why));
-        }
+        let mut vit = Vit::read(node, prefix, self.tower_names(node)?, self.defaults.tower)?;
+        let table = vit.table_side * vit.patch_size;
+        vit.tile_side = patches_on(root, "force_image_size", table, vit.patch_size)?;
         let feature = self.feature(root, node)?;
         let pools = node.flag_or("use_mean_pooling", true)?;
-        Ok(Vit {
-            prefix: prefix.to_owned(),
-            names: self.tower_names(node)?,
-            depth: feature.depth,
-            width,
-            n_heads,
-            mlp_dim: node.size_or("intermediate_size", defaults.mlp_dim)?,
-            patch_size,
-            tile_side,
-            table_side,
-            norm_eps: node.positive_or("layer_norm_eps", 1e-6)? as f32,
-            activation: VisionActivation::read(node, "gelu")?,
-            qkv_bias: node.flag_or(self.qkv_bias, false)?,
-            with_post_norm: feature.is_output && !pools,
-        })
+        vit.depth = feature.depth;
+        vit.qkv_bias = node.flag_or(self.qkv_bias, false)?;
+        vit.with_post_norm = feature.is_output && !pools;
+        Ok(vit)
     }
 
     /// The names of the tower, less what this one has not.
@@ -287,7 +269,7 @@ impl Form {
 
     /// Which of the tower's layers is looked at: 0 is the input of the first, −1 the tower's output.
     fn feature(&self, root: &ConfigNode, node: &ConfigNode) -> Result<Feature> {
-        let n_layers = node.size_or("num_hidden_layers", self.defaults.n_layers)?;
+        let n_layers = node.size_or("num_hidden_layers", self.defaults.tower.n_layers)?;
         let key = self.feature_layer;
         let layer = match root.get(key) {
             None => -1,
@@ -319,17 +301,6 @@ struct Feature {
     depth: usize,
     /// Whether the norm after the last layer, if there is one, comes before it too.
     is_output: bool,
-}
-
-/// A side in pixels under `key`.
-fn side(node: &ConfigNode, key: &str, default: usize) -> Result<usize> {
-    match node.get(key) {
-        None => Ok(default),
-        Some(value) => side_of(value).ok_or_else(|| {
-            let why = format!("expected a side in pixels, or two that are equal, found {value}");
-            node.invalid(key, why)
-        }),
-    }
 }
 
 /// The id of the image token, which OpenGVLab's configurations leave to the tokenizer.

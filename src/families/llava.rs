@@ -10,8 +10,9 @@ use crate::model::architecture::{Architecture, Naming, PositionRule};
 use crate::model::config::ConfigNode;
 use crate::model::decoder_config::DecoderConfig;
 use crate::model::vision::llava::{LlavaVision, TileFeatures};
-use crate::model::vision::qwen::VisionActivation;
-use crate::model::vision::vit::{CLIP, DINOV2, SIGLIP, Vit, VitNames};
+use crate::model::vision::vit::{
+    CLIP, CLIP_DEFAULTS, DINOV2, SIGLIP, SIGLIP_DEFAULTS, Vit, VitDefaults, VitNames,
+};
 use crate::processor::anyres::Packing;
 use crate::processor::llava::{LlavaImages, TowerSettings, max_tiles_of};
 use crate::processor::{ImageProcessor, ImageSettings, read_json};
@@ -91,6 +92,16 @@ const SHRUNK: Member = Member {
     is_tiled: true,
     is_shrunk: true,
 };
+
+/// The defaults of transformers' DINOv2.
+const DINOV2_DEFAULTS: VitDefaults = VitDefaults {
+    patch_size: 14,
+    activation: "gelu",
+    ..SIGLIP_DEFAULTS
+};
+
+/// Patches on a side of an image that a tower resamples its positions to.
+const MAX_TILE_SIDE: usize = 128;
 
 pub(super) const NAMES: [Naming; 2] = [
     Naming {
@@ -202,53 +213,27 @@ impl Member {
     ) -> Result<Vit> {
         let kind = node.own_text("model_type").unwrap_or(self.tower);
         let names = names_of(kind)?;
-        let (width, n_heads) = (
-            node.size_or("hidden_size", 768)?,
-            node.size_or("num_attention_heads", 12)?,
-        );
-        if width % n_heads != 0 {
-            let why = format!("{n_heads} does not divide hidden_size {width}");
-            return Err(node.invalid("num_attention_heads", why));
-        }
         let (is_dino, is_clip) = (kind == "dinov2", kind == "clip_vision_model");
         if is_dino && node.flag_or("use_swiglu_ffn", false)? {
             return Err(Error::Unsupported {
                 what: "use_swiglu_ffn of a dinov2 tower in config.json".into(),
             });
         }
-        let mlp_dim = match is_dino {
-            true => width.saturating_mul(node.size_or("mlp_ratio", 4)?),
-            false => node.size_or("intermediate_size", 3072)?,
+        let defaults = match (is_clip, is_dino) {
+            (true, _) => CLIP_DEFAULTS,
+            (_, true) => DINOV2_DEFAULTS,
+            _ => SIGLIP_DEFAULTS,
         };
-        let patch_size = node.size_or("patch_size", if is_clip { 32 } else { 14 })?;
-        let table_side = node.size_or("image_size", 224)? / patch_size;
-        let tile = match is_dino {
-            true => processed_side(checkpoint)?.map_or(table_side, |side| side / patch_size),
-            false => table_side,
-        };
-        if patch_size > 256 || table_side == 0 || table_side > 1024 || tile == 0 {
-            return Err(node.invalid(
-                "patch_size",
-                format!("{patch_size} does not fit image_size"),
-            ));
+        let prefix = tower_prefix(checkpoint, tower, names);
+        let mut vit = Vit::read(node, &prefix, names, defaults)?;
+        vit.depth = self.depth(root, node)?;
+        vit.qkv_bias = node.flag_or("qkv_bias", true)?;
+        if is_dino {
+            vit.mlp_dim = vit.width.saturating_mul(node.size_or("mlp_ratio", 4)?);
+            let processed = processed_side(checkpoint)?.map(|side| side / vit.patch_size);
+            vit.tile_side = processed.unwrap_or(vit.table_side).clamp(1, MAX_TILE_SIDE);
         }
-        let activation = ["quick_gelu", "gelu", "gelu_pytorch_tanh"];
-        let activation = activation[usize::from(!is_clip) + usize::from(!is_clip && !is_dino)];
-        Ok(Vit {
-            prefix: tower_prefix(checkpoint, tower, names),
-            names,
-            depth: self.depth(root, node)?,
-            width,
-            n_heads,
-            mlp_dim,
-            patch_size,
-            tile_side: tile,
-            table_side,
-            norm_eps: node.positive_or("layer_norm_eps", if is_clip { 1e-5 } else { 1e-6 })? as f32,
-            activation: VisionActivation::read(node, activation)?,
-            qkv_bias: node.flag_or("qkv_bias", true)?,
-            with_post_norm: false,
-        })
+        Ok(vit)
     }
 
     /// Layers until the one whose output is taken.

@@ -4,7 +4,7 @@
 use super::{Family, qwen2_vl};
 use crate::Result;
 use crate::checkpoint::Checkpoint;
-use crate::model::architecture::{Architecture, Naming, PositionRule};
+use crate::model::architecture::{Architecture, Naming};
 use crate::model::config::ConfigNode;
 use crate::model::vision::qwen::{MlpKind, NormKind, QwenVision, Widths, Windows, decoder_width};
 
@@ -21,16 +21,7 @@ fn architecture(checkpoint: &Checkpoint) -> Result<Architecture> {
     let decoder = qwen2_vl::decoder(&root)?;
     let naming = Naming::of(checkpoint, &qwen2_vl::NAMES)?;
     let vision = vision(&root, naming.tower, decoder.hidden_size)?;
-    Ok(Architecture {
-        family: FAMILY.model_type,
-        names: naming.names(),
-        image_token_id: root.size_or("image_token_id", 151_655)? as u32,
-        positions: PositionRule::Multimodal {
-            merge_size: vision.merge_size,
-        },
-        decoder,
-        vision: Box::new(vision),
-    })
+    qwen2_vl::assembled(&FAMILY, &root, naming, decoder, vision)
 }
 
 fn vision(root: &ConfigNode, prefix: &str, hidden: usize) -> Result<QwenVision> {

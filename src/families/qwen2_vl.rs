@@ -42,8 +42,19 @@ fn architecture(checkpoint: &Checkpoint) -> Result<Architecture> {
     let decoder = decoder(&root)?;
     let naming = Naming::of(checkpoint, &NAMES)?;
     let vision = vision(&root, naming.tower, decoder.hidden_size)?;
+    assembled(&FAMILY, &root, naming, decoder, vision)
+}
+
+/// What all Qwen-VL families have in common.
+pub(super) fn assembled(
+    family: &Family,
+    root: &ConfigNode,
+    naming: Naming,
+    decoder: DecoderConfig,
+    vision: QwenVision,
+) -> Result<Architecture> {
     Ok(Architecture {
-        family: FAMILY.model_type,
+        family: family.model_type,
         names: naming.names(),
         image_token_id: root.size_or("image_token_id", 151_655)? as u32,
         positions: PositionRule::Multimodal {

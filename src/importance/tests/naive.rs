@@ -204,7 +204,9 @@ fn stretch(scaling: RopeScaling) -> f64 {
     match scaling {
         RopeScaling::None => 1.0,
         RopeScaling::Linear(factor) => factor,
-        RopeScaling::Llama3 { .. } => panic!("no test stretches by wavelength"),
+        RopeScaling::Dynamic { .. } | RopeScaling::Llama3 { .. } => {
+            panic!("no test stretches by length or wavelength")
+        }
     }
 }
 

@@ -9,12 +9,14 @@ use super::VisionSize;
 use super::qwen::{Norm, NormKind, VisionActivation};
 use crate::checkpoint::Checkpoint;
 use crate::model::attention::{block_len, blocks};
+use crate::model::config::ConfigNode;
 use crate::model::linear::{Linear, load_tensor, tensor_from_matrix};
 use crate::model::norm::{LayerNorm, RmsNorm};
 use crate::processor::VisionInput;
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
 use candle_nn::ops::softmax_last_dim;
+use serde_json::Value;
 
 /// A vision transformer as data.
 #[derive(Clone, Debug, PartialEq)]
@@ -145,7 +147,93 @@ pub const DINOV2: VitNames = VitNames {
     post_norm: Some("layernorm"),
 };
 
+/// What transformers takes where a tower's configuration says nothing.
+#[derive(Clone, Copy, Debug)]
+pub struct VitDefaults {
+    /// Width of the tower.
+    pub width: usize,
+    /// Transformer layers.
+    pub n_layers: usize,
+    /// Attention heads.
+    pub n_heads: usize,
+    /// Width inside the MLP.
+    pub mlp_dim: usize,
+    /// Pixels on a side of a tile.
+    pub image_size: usize,
+    /// Pixels on a side of a patch.
+    pub patch_size: usize,
+    /// Epsilon of the norms.
+    pub norm_eps: f64,
+    /// Of the MLP.
+    pub activation: &'static str,
+}
+
+/// The defaults of transformers' SigLIP.
+pub const SIGLIP_DEFAULTS: VitDefaults = VitDefaults {
+    width: 768,
+    n_layers: 12,
+    n_heads: 12,
+    mlp_dim: 3072,
+    image_size: 224,
+    patch_size: 16,
+    norm_eps: 1e-6,
+    activation: "gelu_pytorch_tanh",
+};
+
+/// The defaults of transformers' CLIP.
+pub const CLIP_DEFAULTS: VitDefaults = VitDefaults {
+    patch_size: 32,
+    norm_eps: 1e-5,
+    activation: "quick_gelu",
+    ..SIGLIP_DEFAULTS
+};
+
+/// Bounds of what a configuration may ask for, far above every published tower.
+const MAX_PATCH: usize = 256;
+const MAX_SIDE: usize = 256;
+
 impl Vit {
+    /// Reads the keys that all towers of this kind share: all layers of it, biases for q, k and v, and
+    /// no norm after the last layer.
+    ///
+    /// # Errors
+    /// [`Error::Format`] for an ill-typed or contradictory key, [`Error::Unsupported`] for an unknown
+    /// activation.
+    pub fn read(
+        node: &ConfigNode,
+        prefix: &str,
+        names: VitNames,
+        defaults: VitDefaults,
+    ) -> Result<Self> {
+        let width = node.size_or("hidden_size", defaults.width)?;
+        let n_heads = node.size_or("num_attention_heads", defaults.n_heads)?;
+        if width % n_heads != 0 {
+            let why = format!("{n_heads} does not divide hidden_size {width}");
+            return Err(node.invalid("num_attention_heads", why));
+        }
+        let patch_size = side(node, "patch_size", defaults.patch_size)?;
+        if patch_size > MAX_PATCH {
+            let why = format!("{patch_size} pixels, at most {MAX_PATCH} expected");
+            return Err(node.invalid("patch_size", why));
+        }
+        let tile_side = patches_on(node, "image_size", defaults.image_size, patch_size)?;
+        Ok(Self {
+            prefix: prefix.to_owned(),
+            names,
+            depth: node.size_or("num_hidden_layers", defaults.n_layers)?,
+            width,
+            n_heads,
+            mlp_dim: node.size_or("intermediate_size", defaults.mlp_dim)?,
+            patch_size,
+            tile_side,
+            table_side: tile_side,
+            norm_eps: node.positive_or("layer_norm_eps", defaults.norm_eps)? as f32,
+            activation: VisionActivation::read(node, defaults.activation)?,
+            qkv_bias: true,
+            with_post_norm: false,
+        })
+    }
+
     /// Patches of a tile.
     pub fn n_patches(&self) -> usize {
         self.tile_side * self.tile_side
@@ -221,6 +309,42 @@ impl Vit {
             post_norm: norm(names.post_norm.filter(|_| self.with_post_norm))?,
             vit: self.clone(),
         })
+    }
+}
+
+/// Patches on the side of a tile whose pixels stand under `key`.
+///
+/// # Errors
+/// [`Error::Format`] if there is room for none, or for more than any tower has.
+pub fn patches_on(
+    node: &ConfigNode,
+    key: &str,
+    default_pixels: usize,
+    patch_size: usize,
+) -> Result<usize> {
+    let pixels = side(node, key, default_pixels)?;
+    let n = pixels / patch_size;
+    if (1..=MAX_SIDE).contains(&n) {
+        return Ok(n);
+    }
+    let why = format!("{pixels} pixels, room for 1 to {MAX_SIDE} patches of {patch_size} expected");
+    Err(node.invalid(key, why))
+}
+
+/// A side in pixels under `key`: a number, or two that are equal.
+fn side(node: &ConfigNode, key: &str, default: usize) -> Result<usize> {
+    match node.get(key).and_then(Value::as_array).map(Vec::as_slice) {
+        Some([height, width]) if height == width => {
+            let side = height.as_u64().filter(|side| (1..1 << 31).contains(side));
+            side.map(|side| side as usize).ok_or_else(|| {
+                node.invalid(key, format!("sides in pixels expected, found {height}"))
+            })
+        }
+        Some(other) => {
+            let why = format!("two equal sides expected, found {other:?}");
+            Err(node.invalid(key, why))
+        }
+        None => node.size_or(key, default),
     }
 }
 
