@@ -67,11 +67,12 @@ def language_model(cache):
 
 
 def joined(vision, text, projector):
-    text_config = text.config.to_dict()
+    own = lambda config: {k: v for k, v in config.to_dict().items() if not k.endswith("name_or_path")}
+    text_config = own(text.config)
     text_config.pop("quantization_config", None)
     text_config.update(bos_token_id=START, eos_token_id=END, pad_token_id=PAD, dtype="bfloat16")
     config = LlavaConfig(
-        vision_config=vision.config.to_dict(), text_config=text_config, image_token_index=IMAGE_TOKEN,
+        vision_config=own(vision.config), text_config=text_config, image_token_index=IMAGE_TOKEN,
         vision_feature_layer=FEATURE_LAYER, vision_feature_select_strategy="default",
         projector_hidden_act="gelu", image_seq_length=N_TOKENS, tie_word_embeddings=True)
     torch.manual_seed(0)

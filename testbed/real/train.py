@@ -3,8 +3,9 @@
 First by itself: every image token should lie near the words, in the language model's embedding, for
 what its place shows. Then by the answers, through the language model.
 
-Usage: train.py features CACHE; train.py words CACHE; train.py answers CACHE --minutes M [--resume];
-train.py test CACHE [--blind]. Each stage writes CACHE/projector.safetensors or prints accuracies.
+Usage: train.py features CACHE; train.py words CACHE --steps 800; train.py answers CACHE --minutes M;
+train.py test CACHE [--blind | --wrong | --prior]. `words` starts anew and `answers` goes on from
+CACHE/projector.safetensors (its optimizer starts anew); both save there. `features` keeps what is there.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import json
 import math
 import random
 import time
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -199,33 +201,58 @@ def hidden_states(model, sequences, images, ids, positions, seen):
                                       position_ids=positions, use_cache=False).last_hidden_state
 
 
-@torch.no_grad()
-def accuracies(model, sequences, projector, features, rows, blind=False, wrong=False, n_each=None):
-    """Percent of exact answers by task. Every token of an answer must be the likeliest after those
-    before it, which is what greedy decoding needs to give the answer."""
-    right, kinds = {}, {}
+def held_questions(rows, n_each):
+    """Batches of (task, indices of the rows, up to four questions on each), the same every time."""
     r = random.Random(1)
-    taken = {t: [i for i, row in enumerate(rows) if row["task"] == t][:n_each] for t in TASKS}
-    for task, indices in taken.items():
+    for task in TASKS:
+        indices = [i for i, row in enumerate(rows) if row["task"] == task][:n_each]
         for at in range(0, len(indices), 8):
             part = indices[at:at + 8]
-            asked = [r.sample(q, min(4, len(q))) for q in (rows[i]["questions"] for i in part)]
-            ids, labels, positions, seen = sequences.batch([[q[1:] for q in a] for a in asked])
-            from_rows = [taken[task][(taken[task].index(i) + 7) % len(taken[task])] if wrong else i
-                         for i in part]
-            images = None if blind else projector(torch.from_numpy(features[from_rows]).float())
-            states = hidden_states(model, sequences, images, ids, positions, seen)
-            at_answer = labels[:, 1:] >= 0
-            said = model.lm_head(states[:, :-1][at_answer]).argmax(-1) == labels[:, 1:][at_answer]
-            flags = iter(said.tolist())
-            for questions in asked:
-                for kind, _, answer in questions:
-                    n = len(sequences.encode(f"{answer}<|im_end|>"))
-                    ok = all([next(flags) for _ in range(n)])
-                    right.setdefault(task, []).append(ok)
-                    kinds.setdefault(f"{task}/{kind}", []).append(ok)
-    mean = lambda d: {k: round(100 * sum(v) / len(v), 1) for k, v in d.items()}
-    return mean(right), mean(kinds)
+            yield task, part, [r.sample(q, min(4, len(q))) for q in (rows[i]["questions"] for i in part)]
+
+
+def percents(flags):
+    """`flags` are (task, kind, is right)."""
+    share = lambda known: round(100 * sum(known) / len(known), 1)
+    tasks = {t: share([ok for task, _, ok in flags if task == t]) for t in TASKS}
+    kinds = {k: share([ok for t, kind, ok in flags if f"{t}/{kind}" == k])
+             for k in sorted({f"{t}/{kind}" for t, kind, _ in flags})}
+    return tasks | {"mean": round(sum(tasks.values()) / len(tasks), 1), "questions": len(flags)}, kinds
+
+
+@torch.no_grad()
+def accuracies(model, sequences, projector, features, rows, blind=False, wrong=False, n_each=None):
+    """Percent of exact answers. Every token of an answer must be the likeliest after those before it,
+    which is what greedy decoding needs to give the answer."""
+    flags = []
+    for task, part, asked in held_questions(rows, n_each):
+        ids, labels, positions, seen = sequences.batch([[q[1:] for q in a] for a in asked])
+        shown = [i + 7 if i + 7 < len(rows) and rows[i + 7]["task"] == task else i - 7 for i in part]
+        images = torch.from_numpy(features[shown if wrong else part]).float()
+        images = None if blind else projector(images)
+        states = hidden_states(model, sequences, images, ids, positions, seen)
+        at_answer = labels[:, 1:] >= 0
+        said = model.lm_head(states[:, :-1][at_answer]).argmax(-1) == labels[:, 1:][at_answer]
+        said = iter(said.tolist())
+        for kind, _, answer in [q for questions in asked for q in questions]:
+            n = len(sequences.encode(f"{answer}<|im_end|>"))
+            flags.append((task, kind, all([next(said) for _ in range(n)])))
+    return percents(flags)
+
+
+def prior_accuracies(train, rows, n_each):
+    """Percent of questions whose most frequent training answer is right; no picture is looked at."""
+    by_question, by_kind = defaultdict(Counter), defaultdict(Counter)
+    for row in train:
+        for kind, question, answer in row["questions"]:
+            by_question[row["task"], question][answer] += 1
+            by_kind[row["task"], kind][answer] += 1
+    flags = []
+    for task, _, asked in held_questions(rows, n_each):
+        for kind, question, answer in [q for questions in asked for q in questions]:
+            known = by_question.get((task, question)) or by_kind[task, kind]
+            flags.append((task, kind, known.most_common(1)[0][0] == answer))
+    return percents(flags)
 
 
 def prepared(args):
@@ -270,12 +297,13 @@ def train_answers(args):
 
 
 def test(args):
-    model, sequences, projector, _, _ = prepared(args)
     features, rows = load_features(args.cache, "held")
-    by_task, by_kind = accuracies(model, sequences, projector, features, rows, args.blind, args.wrong,
-                                  args.pictures)
-    print(by_task)
-    print(by_kind)
+    if args.prior:
+        found = prior_accuracies(json.loads((args.cache / "train.json").read_text()), rows, args.pictures)
+    else:
+        model, sequences, projector, _, _ = prepared(args)
+        found = accuracies(model, sequences, projector, features, rows, args.blind, args.wrong, args.pictures)
+    print(*found, sep="\n", flush=True)
 
 
 def main():
@@ -289,6 +317,7 @@ def main():
     p.add_argument("--every", type=int, default=100, help="steps between accuracies")
     p.add_argument("--pictures", type=int, default=N_HELD, help="held-out pictures of each task to test")
     p.add_argument("--blind", action="store_true", help="test without the picture")
+    p.add_argument("--prior", action="store_true", help="test the most frequent training answers")
     p.add_argument("--wrong", action="store_true", help="test with another picture of the task")
     p.add_argument("--dtype", default="bfloat16", help="in which the language model computes")
     p.add_argument("--threads", type=int, default=2)
