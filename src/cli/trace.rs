@@ -9,6 +9,8 @@ use std::process::ExitCode;
 use vlmq::Error;
 use vlmq::families::open_processor;
 use vlmq::model::LoadedModel;
+use vlmq::model::vision::ImageFeatures;
+use vlmq::processor::ModelInput;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -49,30 +51,7 @@ pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
         ("logits".to_owned(), model.logits(&input, &features)?),
     ]);
     if !features.is_empty() {
-        let patches = input.images.iter().map(|image| {
-            let shape = (image.patches.rows(), image.patches.cols());
-            Tensor::from_slice(image.patches.data(), shape, cpu)
-        });
-        let patches = patches.collect::<candle_core::Result<Vec<_>>>()?;
-        let grids = input
-            .images
-            .iter()
-            .flat_map(|image| image.grid_thw.map(|side| side as i64));
-        let grids: Vec<i64> = grids.collect();
-        tensors.insert("pixel_values".to_owned(), Tensor::cat(&patches, 0)?);
-        let rows: Vec<&Tensor> = features.iter().map(|f| &f.embeddings).collect();
-        tensors.insert("image_features".to_owned(), Tensor::cat(&rows, 0)?);
-        for level in 0..model.source().vision().n_deepstack() {
-            let rows: Vec<&Tensor> = features.iter().map(|f| &f.deepstack[level]).collect();
-            tensors.insert(
-                format!("deepstack_features.{level}"),
-                Tensor::cat(&rows, 0)?,
-            );
-        }
-        tensors.insert(
-            "image_grid_thw".to_owned(),
-            Tensor::from_vec(grids, (features.len(), 3), cpu)?,
-        );
+        tensors.extend(image_tensors(&model, &input, &features)?);
     }
     candle_core::safetensors::save(&tensors, &args.output)?;
     if json {
@@ -84,4 +63,39 @@ pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
         }))?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Patches, grids and features of all images, one after the other.
+fn image_tensors(
+    model: &LoadedModel,
+    input: &ModelInput,
+    features: &[ImageFeatures],
+) -> candle_core::Result<Vec<(String, Tensor)>> {
+    let patches = input.images.iter().map(|image| {
+        let shape = (image.patches.rows(), image.patches.cols());
+        Tensor::from_slice(image.patches.data(), shape, &Device::Cpu)
+    });
+    let patches = patches.collect::<candle_core::Result<Vec<_>>>()?;
+    let grids = input.images.iter().flat_map(|image| image.grid_thw);
+    let grids: Vec<i64> = grids.map(|side| side as i64).collect();
+    let joined = |rows: fn(&ImageFeatures, usize) -> &Tensor, level: usize| {
+        let rows: Vec<&Tensor> = features.iter().map(|f| rows(f, level)).collect();
+        Tensor::cat(&rows, 0)
+    };
+    let mut tensors = vec![
+        ("pixel_values".to_owned(), Tensor::cat(&patches, 0)?),
+        (
+            "image_features".to_owned(),
+            joined(|f, _| &f.embeddings, 0)?,
+        ),
+        (
+            "image_grid_thw".to_owned(),
+            Tensor::from_vec(grids, (features.len(), 3), &Device::Cpu)?,
+        ),
+    ];
+    for level in 0..model.source().vision().n_deepstack() {
+        let name = format!("deepstack_features.{level}");
+        tensors.push((name, joined(|f, level| &f.deepstack[level], level)?));
+    }
+    Ok(tensors)
 }

@@ -92,7 +92,7 @@ fn vision(root: &ConfigNode, naming: &Naming, out_dim: usize) -> Result<Idefics3
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::vision::qwen::VisionActivation;
+    use crate::model::vision::activation::VisionActivation;
     use serde_json::{Value, json};
     use std::path::Path;
 

@@ -6,7 +6,8 @@ use crate::Result;
 use crate::checkpoint::Checkpoint;
 use crate::model::architecture::{Architecture, Naming};
 use crate::model::config::ConfigNode;
-use crate::model::vision::qwen::{MlpKind, NormKind, QwenVision, Widths, Windows, decoder_width};
+use crate::model::norm::NormKind;
+use crate::model::vision::qwen::{MlpKind, QwenVision, Widths, Windows, decoder_width};
 
 /// Qwen2.5-VL.
 pub const FAMILY: Family = Family {

@@ -10,7 +10,8 @@ use crate::checkpoint::Checkpoint;
 use crate::model::architecture::{Architecture, Naming, PositionRule};
 use crate::model::config::ConfigNode;
 use crate::model::decoder_config::{DecoderConfig, RopeAxes};
-use crate::model::vision::qwen::{MlpKind, QwenVision, VisionActivation, Widths, decoder_width};
+use crate::model::vision::activation::VisionActivation;
+use crate::model::vision::qwen::{MlpKind, QwenVision, Widths, decoder_width};
 use crate::processor::{ImageProcessor, ImageSettings, qwen2_vl};
 
 /// Qwen2-VL.

@@ -7,9 +7,8 @@ use crate::checkpoint::Checkpoint;
 use crate::model::architecture::{Architecture, Naming};
 use crate::model::config::ConfigNode;
 use crate::model::decoder_config::{DecoderConfig, RopeAxes};
-use crate::model::vision::qwen::{
-    MergerNames, MlpKind, QwenVision, VisionActivation, Widths, decoder_width,
-};
+use crate::model::vision::activation::VisionActivation;
+use crate::model::vision::qwen::{MergerNames, MlpKind, QwenVision, Widths, decoder_width};
 
 /// Qwen3-VL.
 pub const FAMILY: Family = Family {

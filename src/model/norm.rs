@@ -103,3 +103,34 @@ impl LayerNorm {
         )?)
     }
 }
+
+/// The two kinds of norm.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NormKind {
+    /// With mean and bias.
+    Layer,
+    /// Without.
+    Rms,
+}
+
+/// A norm of either kind.
+#[derive(Clone, Debug)]
+pub enum Norm {
+    /// With mean and bias.
+    Layer(LayerNorm),
+    /// Without.
+    Rms(RmsNorm),
+}
+
+impl Norm {
+    /// The norm of `x [.., dim]`.
+    ///
+    /// # Errors
+    /// A tensor error if shapes disagree.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Layer(norm) => norm.forward(x),
+            Self::Rms(norm) => norm.forward(x),
+        }
+    }
+}

@@ -4,12 +4,12 @@
 //! Source: arXiv:2404.16821 §3.1, arXiv:2504.10479; transformers `InternVLModel`; OpenGVLab's
 //! `InternVLChatModel` in the form that its configurations call v2.
 
-use super::qwen::NormKind;
 use super::vit::{QkvNames, Vit, VitNames, VitTower};
 use super::{ImageFeatures, VisionConfig, VisionSize, VisionTower};
 use crate::checkpoint::Checkpoint;
 use crate::model::linear::Linear;
 use crate::model::norm::LayerNorm;
+use crate::model::norm::NormKind;
 use crate::processor::VisionInput;
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};

@@ -3,6 +3,7 @@
 //! A tower is known as data first ([`VisionConfig`]), so that a plan can be made and shapes be
 //! looked at before anything is loaded.
 
+pub mod activation;
 pub mod gemma3;
 pub mod idefics3;
 pub mod internvl;
