@@ -196,7 +196,7 @@ impl Vit {
     /// no norm after the last layer.
     ///
     /// # Errors
-    /// [`Error::Format`] for an ill-typed or contradictory key, [`Error::Unsupported`] for an unknown
+    /// [`crate::Error::Format`] for an ill-typed or contradictory key, [`crate::Error::Unsupported`] for an unknown
     /// activation.
     pub fn read(
         node: &ConfigNode,
@@ -275,7 +275,7 @@ impl Vit {
     /// Looks at the shapes that tell the tower's sizes.
     ///
     /// # Errors
-    /// [`Error::Missing`] or [`Error::Shape`].
+    /// [`crate::Error::Missing`] or [`crate::Error::Shape`].
     pub fn check_shapes(&self, checkpoint: &Checkpoint) -> Result<()> {
         let patch = self.name(&format!("{}.weight", self.names.patch));
         checkpoint.require_shape(&patch, &self.patch_shape())?;
@@ -298,7 +298,7 @@ impl Vit {
 /// Patches on the side of a tile whose pixels stand under `key`.
 ///
 /// # Errors
-/// [`Error::Format`] if there is room for none, or for more than any tower has.
+/// [`crate::Error::Format`] if there is room for none, or for more than any tower has.
 pub fn patches_on(
     node: &ConfigNode,
     key: &str,
