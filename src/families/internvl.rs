@@ -5,7 +5,7 @@
 //! parts have been called `language_model.model.…` and, since 4.52, `model.language_model.…`; and
 //! OpenGVLab's (`internvl_chat`), which has other configuration keys and other names in the tower.
 
-use super::Family;
+use super::{Family, llava};
 use crate::checkpoint::Checkpoint;
 use crate::model::architecture::{Architecture, Naming, PositionRule};
 use crate::model::config::ConfigNode;
@@ -13,7 +13,7 @@ use crate::model::decoder_config::DecoderConfig;
 use crate::model::norm::NormKind;
 use crate::model::vision::internvl::{InternVlVision, OPENGVLAB, ProjectorNames, TRANSFORMERS};
 use crate::model::vision::qwen::bounded_product;
-use crate::model::vision::vit::{Vit, VitDefaults, VitNames, patches_on};
+use crate::model::vision::vit::{FeatureLayer, Vit, VitDefaults, VitNames, patches_on};
 use crate::processor::internvl::{CONTEXT_TOKEN, InternVlImages};
 use crate::processor::{ImageProcessor, read_json};
 use crate::{Error, Result};
@@ -82,20 +82,7 @@ struct Defaults {
 
 const OF_TRANSFORMERS: Form = Form {
     model_type: "internvl",
-    names: &[
-        Naming {
-            decoder: "language_model.model",
-            head: "language_model.lm_head.weight",
-            tower: "vision_tower",
-            projector: "multi_modal_projector",
-        },
-        Naming {
-            decoder: "model.language_model",
-            head: "lm_head.weight",
-            tower: "model.vision_tower",
-            projector: "model.multi_modal_projector",
-        },
-    ],
+    names: &llava::NAMES,
     tower: TRANSFORMERS,
     projector: ProjectorNames {
         norm: "layer_norm",
@@ -231,7 +218,7 @@ impl Form {
         let mut vit = Vit::read(node, prefix, self.tower_names(node)?, self.defaults.tower)?;
         let table = vit.table_side * vit.patch_size;
         vit.tile_side = patches_on(root, "force_image_size", table, vit.patch_size)?;
-        let feature = self.feature(root, node)?;
+        let feature = FeatureLayer::read(root, self.feature_layer, -1, vit.depth)?;
         let pools = node.flag_or("use_mean_pooling", true)?;
         vit.depth = feature.depth;
         vit.qkv_bias = node.flag_or(self.qkv_bias, false)?;
@@ -267,41 +254,6 @@ impl Form {
             ..self.tower
         })
     }
-
-    /// Which of the tower's layers is looked at: 0 is the input of the first, −1 the tower's output.
-    fn feature(&self, root: &ConfigNode, node: &ConfigNode) -> Result<Feature> {
-        let n_layers = node.size_or("num_hidden_layers", self.defaults.tower.n_layers)?;
-        let key = self.feature_layer;
-        let layer = match root.get(key) {
-            None => -1,
-            Some(value) => value.as_i64().ok_or_else(|| Error::Unsupported {
-                what: format!("{key} {value} in config.json; one layer is handled"),
-            })?,
-        };
-        let depth = match layer < 0 {
-            true => (n_layers as i64 + 1).checked_add(layer),
-            false => Some(layer),
-        };
-        let depth = depth.and_then(|depth| usize::try_from(depth).ok());
-        match depth.filter(|depth| *depth <= n_layers) {
-            Some(depth) => Ok(Feature {
-                depth,
-                is_output: layer == -1,
-            }),
-            None => {
-                let why = format!("{layer} of a tower with {n_layers} layers");
-                Err(root.invalid(key, why))
-            }
-        }
-    }
-}
-
-/// Where in the tower features are taken.
-struct Feature {
-    /// Layers before that.
-    depth: usize,
-    /// Whether the norm after the last layer, if there is one, comes before it too.
-    is_output: bool,
 }
 
 /// The id of the image token, which OpenGVLab's configurations leave to the tokenizer.

@@ -11,7 +11,7 @@ use crate::model::config::ConfigNode;
 use crate::model::decoder_config::DecoderConfig;
 use crate::model::vision::llava::{LlavaVision, TileFeatures};
 use crate::model::vision::vit::{
-    CLIP, CLIP_DEFAULTS, DINOV2, SIGLIP, SIGLIP_DEFAULTS, Vit, VitDefaults, VitNames,
+    CLIP, CLIP_DEFAULTS, DINOV2, FeatureLayer, SIGLIP, SIGLIP_DEFAULTS, Vit, VitDefaults, VitNames,
 };
 use crate::processor::anyres::Packing;
 use crate::processor::llava::{LlavaImages, TowerSettings, max_tiles_of};
@@ -226,7 +226,8 @@ impl Member {
         };
         let prefix = tower_prefix(checkpoint, tower, names);
         let mut vit = Vit::read(node, &prefix, names, defaults)?;
-        vit.depth = self.depth(root, node)?;
+        let key = "vision_feature_layer";
+        vit.depth = FeatureLayer::read(root, key, self.feature_layer, vit.depth)?.depth;
         vit.qkv_bias = node.flag_or("qkv_bias", true)?;
         if is_dino {
             vit.mlp_dim = vit.width.saturating_mul(node.size_or("mlp_ratio", 4)?);
@@ -234,29 +235,6 @@ impl Member {
             vit.tile_side = processed.unwrap_or(vit.table_side).clamp(1, MAX_TILE_SIDE);
         }
         Ok(vit)
-    }
-
-    /// Layers until the one whose output is taken.
-    fn depth(&self, root: &ConfigNode, node: &ConfigNode) -> Result<usize> {
-        let n_layers = node.size_or("num_hidden_layers", 12)?;
-        let layer = match root.get("vision_feature_layer") {
-            None => self.feature_layer,
-            Some(value) => value.as_i64().ok_or_else(|| Error::Unsupported {
-                what: format!("vision_feature_layer {value} in config.json; one layer is handled"),
-            })?,
-        };
-        // Layer 0 is the input of the first; −1 the output of the last.
-        let depth = match layer < 0 {
-            true => n_layers as i64 + 1 + layer,
-            false => layer,
-        };
-        match usize::try_from(depth) {
-            Ok(depth) if depth <= n_layers => Ok(depth),
-            _ => Err(root.invalid(
-                "vision_feature_layer",
-                format!("{layer} of a tower with {n_layers} layers"),
-            )),
-        }
     }
 }
 

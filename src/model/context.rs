@@ -52,11 +52,6 @@ impl TokenContext {
         self.deepstack.get(layer_idx)
     }
 
-    /// Number of tokens.
-    pub fn n_tokens(&self) -> usize {
-        self.images.len()
-    }
-
     /// For each token the number of its image, 0 for none.
     pub fn images(&self) -> &[u32] {
         &self.images

@@ -9,10 +9,10 @@ mod tower;
 
 use super::VisionSize;
 use super::activation::VisionActivation;
-use crate::Result;
 use crate::checkpoint::Checkpoint;
 use crate::model::config::ConfigNode;
 use crate::model::norm::NormKind;
+use crate::{Error, Result};
 use candle_core::Device;
 use serde_json::Value;
 pub use tower::VitTower;
@@ -196,7 +196,7 @@ impl Vit {
     /// no norm after the last layer.
     ///
     /// # Errors
-    /// [`crate::Error::Format`] for an ill-typed or contradictory key, [`crate::Error::Unsupported`] for an unknown
+    /// [`Error::Format`] for an ill-typed or contradictory key, [`Error::Unsupported`] for an unknown
     /// activation.
     pub fn read(
         node: &ConfigNode,
@@ -275,7 +275,7 @@ impl Vit {
     /// Looks at the shapes that tell the tower's sizes.
     ///
     /// # Errors
-    /// [`crate::Error::Missing`] or [`crate::Error::Shape`].
+    /// [`Error::Missing`] or [`Error::Shape`].
     pub fn check_shapes(&self, checkpoint: &Checkpoint) -> Result<()> {
         let patch = self.name(&format!("{}.weight", self.names.patch));
         checkpoint.require_shape(&patch, &self.patch_shape())?;
@@ -295,10 +295,51 @@ impl Vit {
     }
 }
 
+/// Where in a tower features are taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FeatureLayer {
+    /// Layers before that.
+    pub depth: usize,
+    /// Whether it is the tower's output, so that the norm after the last layer, if there is one, comes
+    /// before it too.
+    pub is_output: bool,
+}
+
+impl FeatureLayer {
+    /// Reads `key`: 0 is the input of the first of `n_layers` layers, −1 the tower's output.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for several layers, [`Error::Format`] for one that is not
+    /// there.
+    pub fn read(root: &ConfigNode, key: &str, default: i64, n_layers: usize) -> Result<Self> {
+        let layer = match root.get(key) {
+            None => default,
+            Some(value) => value.as_i64().ok_or_else(|| Error::Unsupported {
+                what: format!("{key} {value} in config.json; one layer is handled"),
+            })?,
+        };
+        let depth = match layer < 0 {
+            true => (n_layers as i64 + 1).checked_add(layer),
+            false => Some(layer),
+        };
+        let depth = depth.and_then(|depth| usize::try_from(depth).ok());
+        match depth.filter(|depth| *depth <= n_layers) {
+            Some(depth) => Ok(Self {
+                depth,
+                is_output: layer == -1,
+            }),
+            None => {
+                let why = format!("{layer} of a tower with {n_layers} layers");
+                Err(root.invalid(key, why))
+            }
+        }
+    }
+}
+
 /// Patches on the side of a tile whose pixels stand under `key`.
 ///
 /// # Errors
-/// [`crate::Error::Format`] if there is room for none, or for more than any tower has.
+/// [`Error::Format`] if there is room for none, or for more than any tower has.
 pub fn patches_on(
     node: &ConfigNode,
     key: &str,
