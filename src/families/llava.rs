@@ -4,7 +4,7 @@
 //! Checkpoints of the first years keep the decoder at `language_model.model.…`, those saved by
 //! transformers 4.52 and later at `model.language_model.…`; both are read.
 
-use super::Family;
+use super::{Family, pixtral};
 use crate::checkpoint::Checkpoint;
 use crate::model::architecture::{Architecture, Naming, PositionRule};
 use crate::model::config::ConfigNode;
@@ -19,12 +19,18 @@ use crate::processor::{ImageProcessor, ImageSettings, read_json};
 use crate::{Error, Result};
 use serde_json::Value;
 
-/// LLaVA-1.5.
+/// LLaVA-1.5, and Pixtral, whose configuration is that of a LLaVA.
 pub const LLAVA: Family = Family {
     model_type: "llava",
     name: "LLaVA-1.5",
-    architecture: |checkpoint| architecture(checkpoint, &SINGLE),
+    architecture: |checkpoint| match pixtral::is_pixtral(checkpoint.config()) {
+        true => pixtral::of_llava(checkpoint),
+        false => architecture(checkpoint, &SINGLE),
+    },
     images: |settings| {
+        if pixtral::is_pixtral(&settings.model) {
+            return pixtral::images_of_llava(settings);
+        }
         let images = LlavaImages::single(settings, SINGLE.tower_settings(settings)?)?;
         Ok(Box::new(images) as Box<dyn ImageProcessor>)
     },

@@ -9,6 +9,7 @@ mod gemma3;
 mod idefics3;
 mod internvl;
 mod llava;
+mod pixtral;
 mod qwen2_5_vl;
 mod qwen2_vl;
 mod qwen3_vl;
@@ -43,6 +44,7 @@ pub const FAMILIES: &[Family] = &[
     llava::LLAVA,
     llava::NEXT,
     llava::ONEVISION,
+    pixtral::MISTRAL3,
     idefics3::FAMILY,
     smolvlm::FAMILY,
     gemma3::FAMILY,

@@ -73,6 +73,12 @@ impl<'a> ConfigNode<'a> {
             .filter(|v| !v.is_null())
     }
 
+    /// Whether `key` is there and null, which says something where its absence means a default.
+    pub fn is_null(&self, key: &str) -> bool {
+        let found = self.layers.iter().find_map(|layer| layer.get(key));
+        found.is_some_and(Value::is_null)
+    }
+
     /// A positive integer below 2³¹.
     ///
     /// # Errors

@@ -6,6 +6,9 @@
 use crate::model::config::ConfigNode;
 use crate::{Error, Result};
 
+/// Bound of the layers that a configuration may ask for, far above every published model.
+const MAX_LAYERS: usize = 1 << 16;
+
 /// What the shared decoder needs to know of an architecture.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DecoderConfig {
@@ -152,6 +155,9 @@ impl DecoderConfig {
             "llama" | "mistral" => {
                 config.qkv_bias = text.flag_or("attention_bias", false)?;
                 config.o_bias = config.qkv_bias;
+                if kind == "mistral" {
+                    config.make_mistral(text)?;
+                }
             }
             "gemma3_text" | "gemma3" => config.make_gemma3(text)?,
             _ => {
@@ -194,11 +200,16 @@ impl DecoderConfig {
             let why = format!("{n_heads} heads of {head_dim} channels cannot be");
             return Err(text.invalid("head_dim", why));
         }
+        let n_layers = size("num_hidden_layers", |s| s.layers)?;
+        if n_layers > MAX_LAYERS {
+            let why = format!("{n_layers} layers, at most {MAX_LAYERS} expected");
+            return Err(text.invalid("num_hidden_layers", why));
+        }
         Ok(Self {
             vocab_size: size("vocab_size", |s| s.vocab)?,
             hidden_size,
             intermediate_size: size("intermediate_size", |s| s.intermediate)?,
-            n_layers: size("num_hidden_layers", |s| s.layers)?,
+            n_layers,
             n_heads,
             n_kv_heads,
             head_dim,
@@ -216,6 +227,19 @@ impl DecoderConfig {
             embedding_scale: 1.0,
             tie_word_embeddings: false,
         })
+    }
+
+    /// Mistral: all layers have a window, that of its first release where nothing is said; the files
+    /// of later ones say null, and mean none.
+    fn make_mistral(&mut self, text: &ConfigNode) -> Result<()> {
+        if !text.is_null("sliding_window") {
+            self.local = Some(LocalAttention {
+                window: text.size_or("sliding_window", 4096)?,
+                rotary: self.rotary,
+                is_local: vec![true; self.n_layers],
+            });
+        }
+        Ok(())
     }
 
     /// Gemma 3: sandwich norms that multiply by 1 + weight, query and key norms, scaled embeddings,
@@ -257,10 +281,6 @@ impl DecoderConfig {
             return unsupported(
                 "use_sliding_window: true in config.json; only full attention is implemented for this family",
             );
-        }
-        // Mistral's window of its first release; later ones have none.
-        if kind == "mistral" && text.get("sliding_window").is_some() {
-            return unsupported("sliding_window of a mistral language model in config.json");
         }
         if text.flag_or("mlp_bias", false)? {
             return unsupported("mlp_bias: true in config.json");

@@ -61,6 +61,28 @@ impl Rope {
         Self::from_angles(&angles, rows_cols.len(), device)
     }
 
+    /// Axial 2-D rotation in which rows and columns take the frequencies of the whole head in turns:
+    /// the slower of two neighbours follows the column. All that follow rows come first.
+    ///
+    /// # Errors
+    /// A tensor error if the device refuses the memory.
+    ///
+    /// Source: arXiv:2410.07073 §2.2; transformers `PixtralVisionRotaryEmbedding`.
+    pub fn axial_in_turns(
+        head_dim: usize,
+        theta: f64,
+        rows_cols: &[(u32, u32)],
+        device: &Device,
+    ) -> Result<Self> {
+        let freqs = inverse_frequencies(head_dim, theta as f32);
+        let mut angles = Vec::with_capacity(rows_cols.len() * freqs.len());
+        for &(row, col) in rows_cols {
+            angles.extend(freqs.iter().step_by(2).map(|f| row as f32 * f));
+            angles.extend(freqs.iter().skip(1).step_by(2).map(|f| col as f32 * f));
+        }
+        Self::from_angles(&angles, rows_cols.len(), device)
+    }
+
     /// Cosines and sines, `[n, head_dim]` each.
     pub fn tables(&self) -> [&Tensor; 2] {
         [&self.cos, &self.sin]
@@ -197,6 +219,17 @@ mod tests {
         assert_eq!(long[0], short[0]);
         // Twice the tokens: 2 · 2 − 1.
         assert!((short[7] / long[7] - 3.0).abs() < 1e-5);
+    }
+
+    #[test]
+    fn rows_and_columns_take_frequencies_in_turns() {
+        let rope = Rope::axial_in_turns(8, 1e4, &[(2, 3)], &Device::Cpu).unwrap();
+        let sines: Vec<Vec<f32>> = rope.sin.to_vec2().unwrap();
+        // Frequencies 1, 0.1, 0.01 and 0.001.
+        let half = [2.0, 0.02, 0.3, 0.003f32].map(f32::sin);
+        for (found, expected) in sines[0].iter().zip([half, half].concat()) {
+            assert!((found - expected).abs() < 1e-6, "{sines:?}");
+        }
     }
 
     #[test]

@@ -3,13 +3,15 @@
 //!
 //! Templates are rendered by minijinja with the settings of transformers (`trim_blocks`,
 //! `lstrip_blocks`, loop controls, Python's string methods, `raise_exception`, `tojson` without
-//! HTML escapes). `strftime_now` is left undefined, so that a prompt does not depend on the day:
-//! templates that test for it take their fixed date.
+//! HTML escapes). A prompt does not depend on the day: `strftime_now` is left undefined for templates
+//! that test for it, which then take their fixed date, and gives a fixed day to the others.
 //!
 //! Whose text is where is found by rendering a second time with private-use marks around every
 //! text, which is how transformers itself tells user text from template text. If the text without
 //! marks differs from the plain rendering, the template rewrites its input, and that is an error
 //! rather than a guess.
+
+mod day;
 
 use crate::{Error, Result};
 use minijinja::syntax::SyntaxConfig;
@@ -161,6 +163,9 @@ impl ChatTemplate {
         environment
             .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_function("raise_exception", raise_exception);
+        if !template.contains("strftime_now is") {
+            environment.add_function("strftime_now", day::strftime_now);
+        }
         environment.add_filter("tojson", to_json_filter);
         let template = without_generation_tags(template);
         on_large_stack(source, || {
@@ -471,6 +476,14 @@ mod tests {
         let upper = template("{% for m in messages %}{{ m.content[0].text[1:] }}{% endfor %}");
         let error = upper.render_spans(&[Message::text(Role::User, "abc")], false);
         assert!(matches!(error, Err(Error::Unsupported { .. })));
+    }
+
+    #[test]
+    fn the_day_is_a_fixed_one_and_unknown_to_those_who_test_for_it() {
+        let asks = "{{ strftime_now('%d %B') }}";
+        assert_eq!(template(asks).render(&[], false).unwrap(), "26 July");
+        let tests = format!("{{% if strftime_now is defined %}}{asks}{{% else %}}no{{% endif %}}");
+        assert_eq!(template(&tests).render(&[], false).unwrap(), "no");
     }
 
     #[test]

@@ -13,6 +13,7 @@ pub mod idefics3;
 pub mod image;
 pub mod internvl;
 pub mod llava;
+pub mod pixtral;
 pub mod qwen2_vl;
 pub mod resize;
 pub mod settings;

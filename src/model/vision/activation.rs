@@ -5,7 +5,7 @@ use crate::{Error, Result};
 use candle_core::Tensor;
 use candle_nn::ops::sigmoid;
 
-/// The activation of an MLP of two linears.
+/// The activation of an MLP of two linears, or of the gate of one of three.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum VisionActivation {
     /// z·σ(1.702 z).
@@ -14,6 +14,8 @@ pub enum VisionActivation {
     Gelu,
     /// GELU in its tanh form.
     GeluTanh,
+    /// z·σ(z).
+    Silu,
 }
 
 impl VisionActivation {
@@ -26,9 +28,11 @@ impl VisionActivation {
             "quick_gelu" => Self::QuickGelu,
             "gelu" => Self::Gelu,
             "gelu_pytorch_tanh" | "gelu_new" => Self::GeluTanh,
+            "silu" | "swish" => Self::Silu,
             other => {
                 let what = format!(
-                    "hidden_act {other:?} of the vision tower; quick_gelu, gelu or gelu_pytorch_tanh"
+                    "hidden_act {other:?} of the vision tower; quick_gelu, gelu, gelu_pytorch_tanh or \
+                     silu"
                 );
                 return Err(Error::Unsupported { what });
             }
@@ -44,6 +48,7 @@ impl VisionActivation {
             Self::QuickGelu => (x * sigmoid(&(x * 1.702)?)?)?,
             Self::Gelu => x.gelu_erf()?,
             Self::GeluTanh => x.gelu()?,
+            Self::Silu => x.silu()?,
         })
     }
 }
