@@ -181,7 +181,7 @@ fn merger(root: &ConfigNode, width: usize, decoder: &DecoderConfig) -> Result<Pa
 /// Heads of the tower, which cut its width into pairs of channels.
 fn heads(node: &ConfigNode, width: usize) -> Result<usize> {
     let n_heads = node.size_or("num_attention_heads", 16)?;
-    if width % n_heads != 0 || (width / n_heads) % 2 != 0 {
+    if !width.is_multiple_of(n_heads) || !(width / n_heads).is_multiple_of(2) {
         let why = format!("{n_heads} heads do not cut the width {width} into pairs");
         return Err(node.invalid("num_attention_heads", why));
     }

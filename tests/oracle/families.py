@@ -19,6 +19,7 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3I
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
     LlavaOnevisionImageProcessorPil)
+from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.smolvlm import processing_smolvlm
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
@@ -432,8 +433,135 @@ class InternVL:
             chat_template=SIMPLE.replace("<image>", "<IMG_CONTEXT>"))
 
 
-FAMILIES = {family.model_type: family for family in
-            [Qwen25VL, Qwen3VL, Llava, LlavaNext, LlavaOnevision, Idefics3, SmolVLM, Gemma3, InternVL]}
+# As the hub's templates: a first token, marks around what a user says, nothing before an answer.
+INSTRUCTIONS = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST]"
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}[IMG]{% elif 'text' in c %}{{ c['text'] }}{% endif %}"
+    "{% endfor %}[/INST]{% elif m['role'] == 'system' %}[SYSTEM_PROMPT]{{ m['content'][0]['text'] }}[/SYSTEM_PROMPT]"
+    "{% else %}{{ m['content'][0]['text'] }}<|im_end|>{% endif %}{% endfor %}")
+
+
+def pixtral_processor(images, patch, **more):
+    """The processor around images of any size; its tokenizer puts a first token that the template also
+    writes."""
+    marks = dict(image_token="[IMG]", image_break_token="[IMG_BREAK]", image_end_token="[IMG_END]")
+    words = tokenizer("<s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", *marks.values(), "[ROW]")
+    words.add_special_tokens(dict(bos_token="<s>"))
+    words.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", words.bos_token_id)])
+    return hf.PixtralProcessor(PixtralImageProcessorPil(**images), words, patch_size=patch,
+                               chat_template=INSTRUCTIONS, **{**marks, **more})
+
+
+def rewrite(path, change):
+    """Changes the JSON object in a file."""
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value, indent=2))
+
+
+class Mistral3:
+    """Squares of one, four and nine patches, some of which the sides leave over; windows and none; heads
+    whose pairs of channels do not come out even between rows and columns; names and keys of three
+    generations."""
+
+    model_type = "mistral3"
+    any_size = True
+    variants = ["tied", "untied", "hub"]
+    model = hf.Mistral3ForConditionalGeneration
+    # Pixels on a side of a patch, and patches on a side of a token.
+    sizes = dict(tied=(14, 2), untied=(8, 3), hub=(16, 1))
+
+    @classmethod
+    def config(cls, variant, ids, vocab):
+        patch, merge = cls.sizes[variant]
+        texts = dict(tied=dict(head_dim=32, sliding_window=None),
+                     untied=dict(head_dim=24, sliding_window=9),
+                     hub=dict(head_dim=32, sliding_window=None, rope_parameters=dict(
+                         rope_type="default", rope_theta=1e9)))
+        towers = dict(tied=dict(num_attention_heads=3, hidden_act="silu"),
+                      untied=dict(num_attention_heads=8, hidden_act="gelu",
+                                  rope_parameters=dict(rope_type="axial", rope_theta=100.0)),
+                      hub=dict(num_attention_heads=2, hidden_act="gelu"))
+        more = dict(tied=dict(vision_feature_layer=-1),
+                    untied=dict(vision_feature_layer=-2, multimodal_projector_bias=True), hub={})
+        return hf.Mistral3Config(
+            text_config=text(64, 4, 2, 96, 3, vocab_size=vocab, model_type="mistral", **texts[variant]),
+            vision_config=dict(model_type="pixtral", hidden_size=48, num_hidden_layers=3, intermediate_size=80,
+                               image_size=112, patch_size=patch, **towers[variant]),
+            image_token_index=ids["[IMG]"], spatial_merge_size=merge, tie_word_embeddings=variant == "tied",
+            **more[variant])
+
+    @classmethod
+    def processor(cls, variant):
+        patch, merge = cls.sizes[variant]
+        images = dict(tied=dict(do_resize=False), untied=dict(size=dict(height=90, width=150)),
+                      hub=dict(size=dict(longest_edge=100)))[variant]
+        more = dict(image_break_token="[ROW]") if variant == "untied" else {}
+        return pixtral_processor(images, patch, spatial_merge_size=merge, **more)
+
+    @classmethod
+    def publish(cls, folder, variant):
+        """Names and keys as they were when the variant's kind of folder was published."""
+        if variant == "untied":
+            rename(folder, {"language_model.model.": "model.language_model.",
+                            "language_model.lm_head.": "lm_head.", "vision_tower.": "model.vision_tower.",
+                            "multi_modal_projector.": "model.multi_modal_projector."})
+        if variant == "hub":
+            rewrite(folder / "config.json", cls.as_on_the_hub)
+            whole = json.loads((folder / "processor_config.json").read_text())
+            images = whole.pop("image_processor")
+            images["image_processor_type"] = "PixtralImageProcessorFast"
+            (folder / "preprocessor_config.json").write_text(json.dumps(images))
+            (folder / "processor_config.json").write_text(json.dumps(whole))
+
+    @staticmethod
+    def as_on_the_hub(config):
+        """The keys of the first release, which is silent on tied embeddings and means none."""
+        del config["tie_word_embeddings"]
+        del config["text_config"]["tie_word_embeddings"]
+        for part, theta in dict(text_config=1e9, vision_config=1e4).items():
+            del config[part]["rope_parameters"]
+            config[part]["rope_theta"] = theta
+        config["vision_config"]["head_dim"] = 24
+
+
+class Pixtral:
+    """A LLaVA by its configuration: the tower's last layer and an inner one, language models of two
+    kinds, linears with and without a bias."""
+
+    model_type = "llava"
+    name = "pixtral"
+    any_size = True
+    variants = ["untied", "tied"]
+    model = hf.LlavaForConditionalGeneration
+
+    @staticmethod
+    def config(variant, ids, vocab):
+        tied = variant == "tied"
+        texts = (dict(model_type="llama") if tied else
+                 dict(model_type="mistral", head_dim=32, sliding_window=None,
+                      rope_parameters=dict(rope_type="default", rope_theta=1e9)))
+        return hf.LlavaConfig(
+            text_config=text(64, 4, 2, 96, 2, vocab_size=vocab, tie_word_embeddings=tied, **texts),
+            vision_config=dict(model_type="pixtral", hidden_size=48, num_hidden_layers=3, intermediate_size=80,
+                               image_size=112, patch_size=14 if tied else 16,
+                               num_attention_heads=6 if tied else 3,
+                               hidden_act="gelu" if tied else "silu"),
+            vision_feature_layer=2 if tied else -1, vision_feature_select_strategy="full",
+            image_token_index=ids["[IMG]"], tie_word_embeddings=tied, multimodal_projector_bias=not tied)
+
+    @staticmethod
+    def processor(variant):
+        if variant == "tied":
+            return pixtral_processor(dict(size=dict(longest_edge=150), image_mean=[0.4, 0.5, 0.6],
+                                          image_std=[0.3, 0.25, 0.2]), 14)
+        return pixtral_processor(dict(size=dict(longest_edge=100)), 16)
+
+
+FAMILIES = {getattr(family, "name", family.model_type): family for family in
+            [Qwen25VL, Qwen3VL, Llava, LlavaNext, LlavaOnevision, Idefics3, SmolVLM, Gemma3, InternVL, Mistral3,
+             Pixtral]}
 
 
 def make(folder, family, variant, seed=0, dtype=torch.float32):

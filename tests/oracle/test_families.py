@@ -69,6 +69,16 @@ def patches_of(pixels, patch):
     return cut.reshape(n * (h // patch) * (w // patch), -1)
 
 
+def pixels_of(family, inputs, patch):
+    """The patches of all images. Where images come in any size, smaller ones are filled up to a batch, and
+    what fills them up is not made here."""
+    pixels = inputs["pixel_values"]
+    if not getattr(FAMILIES[family], "any_size", False):
+        return patches_of(pixels, patch)
+    images = zip(pixels, inputs["image_sizes"].tolist())
+    return torch.cat([patches_of(image[None, :, :height, :width], patch) for image, (height, width) in images])
+
+
 def feature_inputs(model, inputs):
     """What get_image_features of this model takes, of what the processor gave."""
     import inspect
@@ -119,7 +129,7 @@ def test_forward(folders, tmp_path, family, variant, images):
     assert torch.equal(ours["position_ids"], positions_of(model, inputs))
     if paths:
         side = int((ours["pixel_values"].shape[1] // 3) ** 0.5)
-        expected = patches_of(inputs["pixel_values"], side)
+        expected = pixels_of(family, inputs, side)
         assert torch.equal(ours["pixel_values"], expected)
         rows, deepstack = features_of(model, inputs)
         assert relative(ours["image_features"], rows) <= TOLERANCE
