@@ -121,7 +121,7 @@ pub fn prepare(
         let deepstack = embedded.deepstack.iter().map(place);
         let sample = CalibrationSample {
             origin: sample.origin.clone(),
-            context: model.context(&input.input_ids, &model.positions(&input)?)?,
+            context: model.context(&input, &model.positions(&input)?)?,
             embeddings: place(&embedded.rows)?,
             deepstack: deepstack.collect::<Result<_>>()?,
             classes: input.classes,

@@ -179,6 +179,7 @@ impl Step<'_> {
         };
         // Scores, masked scores and probabilities; on the way back also their gradients.
         let maps = if self.with_importance { 4 } else { 3 };
+        let maps = maps + u64::from(self.config.score_cap.is_some());
         let n_queries = block_len(self.config.n_heads, self.longest as usize) as u64;
         let n_scores = self.config.n_heads as u64 * self.longest * self.longest.min(n_queries);
         let map = n_scores * F32;

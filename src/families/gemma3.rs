@@ -56,7 +56,8 @@ fn vision(
     hidden: usize,
 ) -> Result<Gemma3Vision> {
     let node = root.nested("vision_config")?;
-    let vit = siglip(&node, llava::tower_prefix(checkpoint, naming.tower, SIGLIP))?;
+    let prefix = llava::tower_prefix(checkpoint, naming.tower, SIGLIP);
+    let vit = siglip(&node, prefix, FAMILY.model_type)?;
     let n_tokens = root.size_or("mm_tokens_per_image", 256)?;
     let tokens_side = n_tokens.isqrt();
     if tokens_side * tokens_side != n_tokens || vit.tile_side % tokens_side != 0 {
@@ -72,11 +73,12 @@ fn vision(
     })
 }
 
-fn siglip(node: &ConfigNode, prefix: String) -> Result<Vit> {
+/// SigLIP with the norm after its last layer, as the tower of `family`.
+pub(super) fn siglip(node: &ConfigNode, prefix: String, family: &str) -> Result<Vit> {
     let kind = node.own_text("model_type").unwrap_or("siglip_vision_model");
     if kind != "siglip_vision_model" {
         return Err(Error::Unsupported {
-            what: format!("vision tower {kind:?} of gemma3; siglip_vision_model is implemented"),
+            what: format!("vision tower {kind:?} of {family}; siglip_vision_model is implemented"),
         });
     }
     let mut vit = Vit::read(node, &prefix, SIGLIP, SIGLIP_DEFAULTS)?;

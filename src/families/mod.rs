@@ -9,6 +9,7 @@ mod gemma3;
 mod idefics3;
 mod internvl;
 mod llava;
+mod paligemma;
 mod pixtral;
 mod qwen2_5_vl;
 mod qwen2_vl;
@@ -48,6 +49,7 @@ pub const FAMILIES: &[Family] = &[
     idefics3::FAMILY,
     smolvlm::FAMILY,
     gemma3::FAMILY,
+    paligemma::FAMILY,
     internvl::INTERNVL,
     internvl::ORIGINAL,
 ];

@@ -103,7 +103,8 @@ pub fn attention(pass: &AttentionPass, d_y: &Tensor) -> Result<AttentionGradient
         let d_a = d_heads.matmul(&seen.values.t()?)?;
         // Softmax: dS = A ∘ (dA − rowsum(A ∘ dA)).
         let row_sums = (&a * &d_a)?.sum_keepdim(D::Minus1)?;
-        let d_s = ((a * d_a.broadcast_sub(&row_sums)?)? * trace.scale())?;
+        let d_s = (a * d_a.broadcast_sub(&row_sums)?)?;
+        let d_s = trace.scores_backward(&rows, d_s)?;
         let (heads, _, head_dim) = trace.queries.dims3()?;
         d_q.push(
             d_s.matmul(&seen.keys)?

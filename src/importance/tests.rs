@@ -60,8 +60,17 @@ fn gemma3(is_local: bool) -> DecoderConfig {
     config
 }
 
-fn cases() -> [(&'static str, Case); 4] {
+/// A layer as in Gemma 2: caps that scores come near, and norms on both sides.
+fn gemma2() -> DecoderConfig {
+    let mut config = gemma3(true);
+    config.qk_norm = false;
+    config.score_cap = Some(0.7);
+    config
+}
+
+fn cases() -> [(&'static str, Case); 5] {
     [
+        ("gemma2", Case::random(gemma2(), &IMAGES, 4)),
         ("golden", golden()),
         ("qwen3", Case::random(qwen3(), &[0; 10], 1)),
         ("gemma3, local", Case::random(gemma3(true), &IMAGES, 2)),
@@ -145,7 +154,7 @@ fn in_blocks_as_whole(name: &str, case: &Case) {
             whole.keys.clone(),
             whole.values.clone(),
             &mask,
-            whole.scale(),
+            whole.scoring(),
             block_len,
         );
         let cut = cut.unwrap();

@@ -34,8 +34,10 @@ pub struct Names {
 /// How tokens get their positions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PositionRule {
-    /// One after the other, image tokens too.
+    /// One after the other from 0, image tokens too.
     Text,
+    /// The same from 1.
+    TextFromOne,
     /// Image tokens by time, row and column of their image, `merge_size`² patches a token.
     Multimodal {
         /// Patches per side that are one token.

@@ -110,6 +110,25 @@ fn end_of_run(values: &[u32], at: usize) -> usize {
     end.map_or(values.len(), |n| at + n)
 }
 
+/// From products of queries and keys to scores: times a factor, then bent towards a cap.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Scoring {
+    /// The factor.
+    pub scale: f64,
+    /// The cap c of c·tanh(score / c), if there is one.
+    pub cap: Option<f64>,
+}
+
+impl Scoring {
+    /// Scores of `products`, of whatever shape.
+    fn forward(self, products: &Tensor) -> Result<Tensor> {
+        Ok(match self.cap {
+            None => (products * self.scale)?,
+            Some(cap) => ((products * (self.scale / cap))?.tanh()? * cap)?,
+        })
+    }
+}
+
 /// Attention of one layer over some new tokens, with everything that a backward pass needs.
 #[derive(Clone, Debug)]
 pub struct Attention {
@@ -122,7 +141,7 @@ pub struct Attention {
     /// Heads put together, the input of `o_proj`, `[n, heads · head_dim]`.
     pub output: Tensor,
     mask: Mask,
-    scale: f64,
+    scoring: Scoring,
     block_len: usize,
     /// Those of the only block. Of several they are made again when they are asked for: that costs
     /// one product of the seven of forward and backward.
@@ -138,8 +157,7 @@ pub struct Visible {
 }
 
 impl Attention {
-    /// Attends in blocks of `block_len` queries ([`block_len`]), scores multiplied by `scale`; shapes
-    /// as in [`Attention`].
+    /// Attends in blocks of `block_len` queries ([`block_len`]); shapes as in [`Attention`].
     ///
     /// # Errors
     /// A tensor error if shapes disagree.
@@ -148,7 +166,7 @@ impl Attention {
         keys: Tensor,
         values: Tensor,
         mask: &Mask,
-        scale: f64,
+        scoring: Scoring,
         block_len: usize,
     ) -> Result<Self> {
         let mut attention = Self {
@@ -157,7 +175,7 @@ impl Attention {
             keys,
             values,
             mask: mask.clone(),
-            scale,
+            scoring,
             block_len,
             probabilities: None,
         };
@@ -194,13 +212,33 @@ impl Attention {
         }
         let n_past = self.keys.dim(1)? - self.mask.tokens.len();
         let keys = self.visible(&rows)?.keys;
-        // Grouped queries lie side by side, so one product per key head serves the whole group.
-        let scores = (self.rows(&self.queries, &rows)?.matmul(&keys.t()?)? * self.scale)?;
+        let scores = self.scoring.forward(&self.products(&rows, &keys)?)?;
         let mask = self.mask.block(&rows, n_past, scores.device())?;
         let scores = scores
             .reshape(((), rows.len(), keys.dim(1)?))?
             .broadcast_add(&mask)?;
         self.grouped(&softmax_last_dim(&scores)?)
+    }
+
+    /// Products of a block's queries with `keys`. Grouped queries lie side by side, so one matrix
+    /// product per key head serves the whole group.
+    fn products(&self, rows: &Range<usize>, keys: &Tensor) -> Result<Tensor> {
+        Ok(self.rows(&self.queries, rows)?.matmul(&keys.t()?)?)
+    }
+
+    /// Carries `d [kv_heads, groups · rows, n_visible]`, the gradient with respect to a block's scores,
+    /// back to the products of queries and keys.
+    ///
+    /// # Errors
+    /// A tensor error if shapes disagree.
+    pub fn scores_backward(&self, rows: &Range<usize>, d: Tensor) -> Result<Tensor> {
+        let d = (d * self.scoring.scale)?;
+        let Some(cap) = self.scoring.cap else {
+            return Ok(d);
+        };
+        let products = self.products(rows, &self.visible(rows)?.keys)?;
+        let bent = (products * (self.scoring.scale / cap))?.tanh()?;
+        Ok((d * (1.0 - bent.sqr()?)?)?)
     }
 
     /// The keys and values that a block may see.
@@ -230,9 +268,9 @@ impl Attention {
         Ok(x.contiguous()?.reshape(shape)?)
     }
 
-    /// The factor on scores.
-    pub fn scale(&self) -> f64 {
-        self.scale
+    /// How scores are made.
+    pub fn scoring(&self) -> Scoring {
+        self.scoring
     }
 }
 

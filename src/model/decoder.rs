@@ -12,7 +12,7 @@
 //! All activations are `[n_tokens, width]`, one sample at a time; no padding exists.
 
 use crate::checkpoint::Checkpoint;
-use crate::model::attention::{Attention, Mask, block_len};
+use crate::model::attention::{Attention, Mask, Scoring, block_len};
 use crate::model::context::TokenContext;
 use crate::model::decoder_config::{Activation, DecoderConfig};
 use crate::model::linear::{Linear, load_tensor, tensor_from_matrix};
@@ -136,9 +136,12 @@ impl LayerSource<'_> {
             keys: when(config.qk_norm, "self_attn.k_norm", head_dim).transpose()?,
             n_heads: config.n_heads,
             head_dim,
-            score_scale: config.score_scale,
+            scoring: Scoring {
+                scale: config.score_scale,
+                cap: config.score_cap,
+            },
             activation: config.activation,
-            bidirectional_images: config.bidirectional_images,
+            sees_ahead: config.bidirectional_images || config.bidirectional_prompt,
             window: config.window(self.layer_idx),
         })
     }
@@ -211,9 +214,10 @@ pub struct DecoderLayer {
     keys: Option<RmsNorm>,
     n_heads: usize,
     head_dim: usize,
-    score_scale: f64,
+    scoring: Scoring,
     activation: Activation,
-    bidirectional_images: bool,
+    /// Whether the tokens of an image, or of the whole prompt, see each other.
+    sees_ahead: bool,
     window: Option<usize>,
 }
 
@@ -297,14 +301,9 @@ impl DecoderLayer {
         let queries = rope.rotate(&normed(&self.queries, queries)?)?;
         let keys = rope.rotate(&normed(&self.keys, keys)?)?;
         let (keys, values) = cache.extend(keys, values)?;
-        let mask = Mask::new(
-            lengths,
-            context.images(),
-            self.bidirectional_images,
-            self.window,
-        );
+        let mask = Mask::new(lengths, context.images(), self.sees_ahead, self.window);
         let block_len = block_len(self.n_heads, keys.dim(1)?);
-        Attention::new(queries, keys, values, &mask, self.score_scale, block_len)
+        Attention::new(queries, keys, values, &mask, self.scoring, block_len)
     }
 
     /// The angles that the layer turns by.

@@ -3,6 +3,8 @@
 //! A language model is told by the `model_type` of its part of the configuration; each has a
 //! function here that reads it. The forward in [`crate::model::decoder`] is one for all.
 
+mod gemma;
+
 use crate::model::config::ConfigNode;
 use crate::{Error, Result};
 
@@ -48,6 +50,12 @@ pub struct DecoderConfig {
     pub local: Option<LocalAttention>,
     /// Whether the tokens of an image see each other, later ones included.
     pub bidirectional_images: bool,
+    /// Whether all tokens before the answer see each other.
+    pub bidirectional_prompt: bool,
+    /// What scores are bent towards before the softmax, as c·tanh(score / c).
+    pub score_cap: Option<f64>,
+    /// The same of logits.
+    pub logit_cap: Option<f64>,
     /// Factor on the embeddings of text tokens.
     pub embedding_scale: f32,
     /// Whether the head is the transposed embedding.
@@ -159,12 +167,14 @@ impl DecoderConfig {
                     config.make_mistral(text)?;
                 }
             }
+            "gemma" => config.make_gemma(text)?,
+            "gemma2" => config.make_gemma2(text)?,
             "gemma3_text" | "gemma3" => config.make_gemma3(text)?,
             _ => {
                 return Err(Error::Unsupported {
                     what: format!(
-                        "language model {kind:?} in config.json; qwen2, qwen3, llama, mistral and \
-                         gemma3_text are implemented"
+                        "language model {kind:?} in config.json; qwen2, qwen3, llama, mistral, \
+                         gemma, gemma2 and gemma3_text are implemented"
                     ),
                 });
             }
@@ -224,6 +234,9 @@ impl DecoderConfig {
             rotary: Rotary::read(text, defaults.rope_theta)?,
             local: None,
             bidirectional_images: false,
+            bidirectional_prompt: false,
+            score_cap: None,
+            logit_cap: None,
             embedding_scale: 1.0,
             tie_word_embeddings: false,
         })
@@ -242,39 +255,6 @@ impl DecoderConfig {
         Ok(())
     }
 
-    /// Gemma 3: sandwich norms that multiply by 1 + weight, query and key norms, scaled embeddings,
-    /// and five local layers to a global one.
-    fn make_gemma3(&mut self, text: &ConfigNode) -> Result<()> {
-        self.norm_scale = NormScale::OnePlusWeight;
-        self.sandwich_norms = true;
-        self.qk_norm = true;
-        self.qkv_bias = text.flag_or("attention_bias", false)?;
-        self.o_bias = self.qkv_bias;
-        self.activation = Activation::GeluTanh;
-        let scalar = text.positive_or("query_pre_attn_scalar", 256.0)?;
-        self.score_scale = 1.0 / scalar.sqrt();
-        self.embedding_scale = (self.hidden_size as f32).sqrt();
-        // Hub files say `rope_scaling` and mean the global layers; newer ones have both kinds.
-        let full = text.nested_or_flat("rope_parameters");
-        self.rotary = Rotary::read(&full.nested_or_flat("full_attention"), 1e6)?;
-        let parameters = text.inside("rope_parameters");
-        let theta = text.positive_or("rope_local_base_freq", 1e4)?;
-        let rotary = match parameters.and_then(|p| p.inside("sliding_attention")) {
-            Some(node) => Rotary::read(&node, theta)?,
-            None => Rotary {
-                theta,
-                scaling: RopeScaling::None,
-                axes: RopeAxes::One,
-            },
-        };
-        self.local = Some(LocalAttention {
-            window: text.size_or("sliding_window", 4096)?,
-            rotary,
-            is_local: local_layers(text, self.n_layers)?,
-        });
-        Ok(())
-    }
-
     fn refuse_what_is_not_handled(&self, text: &ConfigNode, kind: &str) -> Result<()> {
         let unsupported = |what: &str| Err(Error::Unsupported { what: what.into() });
         if text.flag_or("use_sliding_window", false)? {
@@ -288,6 +268,8 @@ impl DecoderConfig {
         let act = text.text_or("hidden_act", text.text_or("hidden_activation", "default")?)?;
         let expected: &[&str] = match self.activation {
             Activation::Silu => &["default", "silu", "swish"],
+            // Gemma's first files say gelu and mean its tanh form.
+            Activation::GeluTanh if kind == "gemma" => &["default", "gelu_pytorch_tanh", "gelu"],
             Activation::GeluTanh => &["default", "gelu_pytorch_tanh"],
         };
         if !expected.contains(&act) {
@@ -297,7 +279,7 @@ impl DecoderConfig {
             ));
         }
         for cap in ["attn_logit_softcapping", "final_logit_softcapping"] {
-            if text.get(cap).is_some() {
+            if kind != "gemma2" && text.get(cap).is_some() {
                 return unsupported(&format!("{cap} in config.json"));
             }
         }
@@ -369,34 +351,12 @@ impl DefaultSizes {
             "mistral" => sizes(32_000, [4096, 14_336, 32, 32, 8], None),
             "qwen2" => sizes(151_936, [4096, 22_016, 32, 32, 32], None),
             "qwen3" => sizes(151_936, [4096, 22_016, 32, 32, 32], Some(128)),
+            "gemma" => sizes(256_000, [3072, 24_576, 28, 16, 16], Some(256)),
+            "gemma2" => sizes(256_000, [2304, 9216, 26, 8, 4], Some(256)),
             "gemma3" | "gemma3_text" => sizes(262_208, [2304, 9216, 26, 8, 4], Some(256)),
             _ => None,
         }
     }
-}
-
-/// For each layer whether it has a window: as `layer_types` says, or all but each
-/// `sliding_window_pattern`-th.
-fn local_layers(text: &ConfigNode, n_layers: usize) -> Result<Vec<bool>> {
-    let Some(types) = text.texts("layer_types")? else {
-        let pattern = text.size_or("sliding_window_pattern", 6)?;
-        return Ok((1..=n_layers).map(|i| i % pattern != 0).collect());
-    };
-    if types.len() != n_layers {
-        let why = format!("{} entries for {n_layers} layers", types.len());
-        return Err(text.invalid("layer_types", why));
-    }
-    let is_local = |kind: &&str| match *kind {
-        "sliding_attention" => Ok(true),
-        "full_attention" => Ok(false),
-        other => Err(Error::Unsupported {
-            what: format!(
-                "layer_types {other:?} in config.json; sliding_attention and full_attention are \
-                 implemented"
-            ),
-        }),
-    };
-    types.iter().map(is_local).collect()
 }
 
 /// A size, or the default of this kind of language model where it has one.
@@ -537,6 +497,9 @@ impl DecoderConfig {
             },
             local: None,
             bidirectional_images: false,
+            bidirectional_prompt: false,
+            score_cap: None,
+            logit_cap: None,
             embedding_scale: 1.0,
             tie_word_embeddings: true,
         }
@@ -557,43 +520,5 @@ mod tests {
         assert_eq!([count(0), count(1), count(2)], [24, 20, 20]);
         let axes = RopeAxes::Sections([1, 2, 1]).of_frequencies(4);
         assert_eq!(axes, [0, 1, 1, 2]);
-    }
-
-    fn gemma3(text: serde_json::Value) -> Result<DecoderConfig> {
-        let root = serde_json::json!({"text_config": text});
-        let root = ConfigNode::root(std::path::Path::new("model"), &root);
-        DecoderConfig::read(&root, &root.nested("text_config")?, "gemma3_text")
-    }
-
-    #[test]
-    fn both_spellings_of_gemma3_are_one_decoder() {
-        // The hub's 4B leaves out what its time's defaults were; transformers 5 writes all of it.
-        let hub = gemma3(serde_json::json!({
-            "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 7,
-            "model_type": "gemma3_text", "sliding_window": 1024,
-            "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}));
-        let kinds = [
-            vec!["sliding_attention"; 5],
-            vec!["full_attention", "sliding_attention"],
-        ];
-        let new = gemma3(serde_json::json!({
-            "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 7,
-            "model_type": "gemma3_text", "sliding_window": 1024, "vocab_size": 262_208,
-            "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
-            "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256,
-            "attn_logit_softcapping": null, "tie_word_embeddings": true,
-            "layer_types": kinds.concat(),
-            "rope_parameters": {
-                "full_attention": {"factor": 8.0, "rope_theta": 1e6, "rope_type": "linear"},
-                "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"}}}));
-        let (hub, new) = (hub.unwrap(), new.unwrap());
-        assert_eq!(hub, new);
-        assert_eq!((hub.window(4), hub.window(5)), (Some(1024), None));
-        assert_eq!(hub.rotary.scaling, RopeScaling::Linear(8.0));
-        assert_eq!(hub.local.map(|l| l.rotary.scaling), Some(RopeScaling::None));
-        assert!(hub.tie_word_embeddings);
-        let chunked =
-            serde_json::json!({"num_hidden_layers": 1, "layer_types": ["chunked_attention"]});
-        assert!(matches!(gemma3(chunked), Err(Error::Unsupported { .. })));
     }
 }

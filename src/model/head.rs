@@ -12,6 +12,8 @@ use candle_core::{Device, Tensor};
 pub struct Head {
     norm: RmsNorm,
     projection: Linear,
+    /// The cap c of c·tanh(logit / c), if there is one.
+    cap: Option<f64>,
 }
 
 impl Head {
@@ -31,6 +33,7 @@ impl Head {
         Ok(Self {
             norm: RmsNorm::load(checkpoint, norm, config.hidden_size, config, device)?,
             projection: Linear::new(load_tensor(checkpoint, weight, &shape, device)?, None),
+            cap: config.logit_cap,
         })
     }
 
@@ -39,6 +42,10 @@ impl Head {
     /// # Errors
     /// A tensor error if shapes disagree.
     pub fn logits(&self, x: &Tensor) -> Result<Tensor> {
-        self.projection.forward(&self.norm.forward(x)?)
+        let logits = self.projection.forward(&self.norm.forward(x)?)?;
+        Ok(match self.cap {
+            None => logits,
+            Some(cap) => ((logits / cap)?.tanh()? * cap)?,
+        })
     }
 }

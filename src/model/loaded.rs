@@ -178,7 +178,8 @@ impl LoadedModel {
         }
     }
 
-    /// Reads the first `n_tokens` of an input, for several inputs that begin alike.
+    /// Reads the first `n_tokens` of an input, for several inputs that begin alike; none of them if
+    /// they see what follows.
     ///
     /// # Errors
     /// As [`ModelSource::embed`]; [`Error::Invalid`] if nothing is left to read after it.
@@ -188,6 +189,9 @@ impl LoadedModel {
         features: &[ImageFeatures],
         n_tokens: usize,
     ) -> Result<Prefix> {
+        if self.source.decoder().bidirectional_prompt {
+            return Ok(self.nothing());
+        }
         let mut caches = self.nothing().caches;
         let (x, context) = self.embedded(input, features)?;
         let (x, context) = (x.narrow(0, 0, n_tokens)?, context.narrow(0, n_tokens)?);
@@ -216,7 +220,7 @@ impl LoadedModel {
     ) -> Result<(Tensor, TokenContext)> {
         let embedded = self.source.embed(&input.input_ids, features)?;
         let positions = self.source.positions(input)?;
-        let context = self.source.context(&input.input_ids, &positions)?;
+        let context = self.source.context(input, &positions)?;
         Ok((embedded.rows, context.with_deepstack(embedded.deepstack)))
     }
 

@@ -12,11 +12,11 @@ pub struct Positions {
     pub next: u32,
 }
 
-/// Positions of `n_tokens` tokens that simply follow each other, images or not.
-pub fn text_positions(n_tokens: usize) -> Positions {
-    let next = n_tokens as u32;
+/// Positions of `n_tokens` tokens that simply follow each other from `first` on, images or not.
+pub fn text_positions(n_tokens: usize, first: u32) -> Positions {
+    let next = first + n_tokens as u32;
     Positions {
-        ids: std::array::from_fn(|_| (0..next).collect()),
+        ids: std::array::from_fn(|_| (first..next).collect()),
         next,
     }
 }

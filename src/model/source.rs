@@ -11,7 +11,7 @@ use crate::model::decoder_config::DecoderConfig;
 use crate::model::head::Head;
 use crate::model::positions::{Positions, multimodal_positions, text_positions};
 use crate::model::vision::{ImageFeatures, VisionConfig, VisionTower};
-use crate::processor::ModelInput;
+use crate::processor::{ModelInput, TokenClass};
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
 
@@ -284,20 +284,26 @@ impl ModelSource {
     /// # Errors
     /// As [`multimodal_positions`].
     pub fn positions(&self, input: &ModelInput) -> Result<Positions> {
-        let PositionRule::Multimodal { merge_size } = self.architecture.positions else {
-            return Ok(text_positions(input.input_ids.len()));
+        let n_tokens = input.input_ids.len();
+        let merge_size = match self.architecture.positions {
+            PositionRule::Text => return Ok(text_positions(n_tokens, 0)),
+            PositionRule::TextFromOne => return Ok(text_positions(n_tokens, 1)),
+            PositionRule::Multimodal { merge_size } => merge_size,
         };
         let grids: Vec<[usize; 3]> = input.images.iter().map(|image| image.grid_thw).collect();
         let image_token_id = self.image_token_id();
         multimodal_positions(&input.input_ids, image_token_id, &grids, merge_size)
     }
 
-    /// The context of tokens at these positions.
+    /// The context of an input's tokens at these positions.
     ///
     /// # Errors
     /// A tensor error if the device refuses the memory.
-    pub fn context(&self, input_ids: &[u32], positions: &Positions) -> Result<TokenContext> {
-        let images = image_numbers(input_ids, self.image_token_id());
+    pub fn context(&self, input: &ModelInput, positions: &Positions) -> Result<TokenContext> {
+        let images = match self.decoder().bidirectional_prompt {
+            true => before_answer(&input.classes),
+            false => image_numbers(&input.input_ids, self.image_token_id()),
+        };
         TokenContext::new(self.decoder(), &positions.ids, images, &self.device)
     }
 
@@ -327,9 +333,26 @@ fn image_numbers(input_ids: &[u32], image_token_id: u32) -> Vec<u32> {
     input_ids.iter().map(number).collect()
 }
 
+/// 1 for each token before the first of an answer, which see each other as those of an image do, and
+/// 0 from there on.
+fn before_answer(classes: &[TokenClass]) -> Vec<u32> {
+    let is_answer = |class: &TokenClass| *class == TokenClass::Answer;
+    let n = classes.iter().position(is_answer).unwrap_or(classes.len());
+    (0..classes.len()).map(|i| u32::from(i < n)).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_prompt_ends_where_the_answer_begins() {
+        use TokenClass::{Answer, Prompt, Special, Vision};
+        let prompt = [Vision, Special, Prompt, Special];
+        assert_eq!(before_answer(&prompt), [1; 4]);
+        let whole = [&prompt[..], &[Answer, Answer, Special]].concat();
+        assert_eq!(before_answer(&whole), [1, 1, 1, 1, 0, 0, 0]);
+    }
 
     #[test]
     fn runs_of_image_tokens_are_numbered() {

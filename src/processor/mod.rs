@@ -13,6 +13,7 @@ pub mod idefics3;
 pub mod image;
 pub mod internvl;
 pub mod llava;
+pub mod paligemma;
 pub mod pixtral;
 pub mod qwen2_vl;
 pub mod resize;
@@ -94,6 +95,12 @@ pub trait ImageProcessor: std::fmt::Debug + Send + Sync {
     /// The token that stands for one row of the tower's output.
     fn image_token(&self) -> &str;
 
+    /// The chat template of a family whose folders have none. It writes all of the input: nothing that
+    /// the tokenizer puts around a text is added to it.
+    fn template(&self) -> Option<&str> {
+        None
+    }
+
     /// What the placeholder of an image becomes.
     fn prompt_text(&self, image: &VisionInput) -> String {
         self.image_token().repeat(image.n_tokens)
@@ -129,7 +136,7 @@ impl Processor {
     /// settings.
     ///
     /// The template is `chat_template.jinja`, else `chat_template.json`, else the one in
-    /// `tokenizer_config.json`. Image settings are `image_processor` of `processor_config.json`,
+    /// `tokenizer_config.json`, else the family's. Image settings are `image_processor` of `processor_config.json`,
     /// else `preprocessor_config.json`. End tokens are those of `generation_config.json`, else the
     /// tokenizer's.
     ///
@@ -142,8 +149,8 @@ impl Processor {
     ) -> Result<Self> {
         let config = read_json(&model_dir.join("tokenizer_config.json"))?.unwrap_or(Value::Null);
         let tokenizer = open_tokenizer(&model_dir.join("tokenizer.json"))?;
-        let template = open_template(model_dir, &config)?;
         let images = images(&ImageSettings::open(model_dir, &config)?)?;
+        let template = open_template(model_dir, &config, images.template())?;
         let image_token_id = token_id(&tokenizer, images.image_token(), model_dir)?;
         let eos_ids = open_eos_ids(model_dir, &config, &tokenizer)?;
         Ok(Self {
@@ -273,7 +280,8 @@ impl Processor {
         // A template that begins with the first token itself would else give two of them.
         let begins = |bos: &String| expanded.text.starts_with(bos.as_str());
         let has_bos = self.bos_token.as_ref().is_some_and(begins);
-        let encoding = self.tokenized(&expanded.text, !has_bos)?;
+        let is_whole = has_bos || self.images.template().is_some();
+        let encoding = self.tokenized(&expanded.text, !is_whole)?;
         let input_ids = encoding.get_ids().to_vec();
         let classes = self.classes(&input_ids, encoding.get_offsets(), &expanded.spans);
         let n_vision: usize = images.iter().map(|image| image.n_tokens).sum();
@@ -438,7 +446,11 @@ fn token_id(tokenizer: &Tokenizer, token: &str, dir: &Path) -> Result<u32> {
     id.ok_or_else(|| missing(&format!("token {token}"), &dir.join("tokenizer.json")))
 }
 
-fn open_template(dir: &Path, tokenizer_config: &Value) -> Result<ChatTemplate> {
+fn open_template(
+    dir: &Path,
+    tokenizer_config: &Value,
+    of_family: Option<&str>,
+) -> Result<ChatTemplate> {
     let mut special_tokens = Map::new();
     for name in [
         "bos_token",
@@ -465,7 +477,7 @@ fn open_template(dir: &Path, tokenizer_config: &Value) -> Result<ChatTemplate> {
             tokenizer_config["chat_template"].clone(),
         ),
     };
-    let text = default_template(&value).ok_or_else(|| {
+    let text = default_template(&value).or(of_family).ok_or_else(|| {
         missing(
             "chat template (chat_template.jinja or the key chat_template)",
             dir,

@@ -21,6 +21,7 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
     LlavaOnevisionImageProcessorPil)
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.smolvlm import processing_smolvlm
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
@@ -559,9 +560,57 @@ class Pixtral:
         return pixtral_processor(dict(size=dict(longest_edge=100)), 16)
 
 
+class PaliGemma:
+    """Prompts that see all of themselves; one key head for all queries; caps that scores and logits come
+    near, and none; windows shorter than an image and than the prompt; names of two generations. There is
+    no template."""
+
+    model_type = "paligemma"
+    variants = ["gemma", "gemma2", "capless"]
+    model = hf.PaliGemmaForConditionalGeneration
+
+    @classmethod
+    def config(cls, variant, ids, vocab):
+        hidden, heads, kv = (64, 4, 1) if variant == "gemma" else (96, 6, 2)
+        texts = dict(
+            gemma=dict(model_type="gemma", head_dim=32),
+            gemma2=dict(model_type="gemma2", head_dim=16, sliding_window=5, query_pre_attn_scalar=24,
+                        attn_logit_softcapping=1.5, final_logit_softcapping=2.0),
+            capless=dict(model_type="gemma2", head_dim=16, sliding_window=30, attn_logit_softcapping=None,
+                         final_logit_softcapping=None))
+        return hf.PaliGemmaConfig(
+            text_config=text(hidden, heads, kv, 96, 3, vocab_size=vocab, **texts[variant]),
+            vision_config=tower("siglip_vision_model", 84 if variant == "gemma" else 56, intermediate_size=80,
+                                vision_use_head=False),
+            projection_dim=hidden, hidden_size=hidden, vocab_size=vocab, image_token_index=ids["<image>"],
+            tie_word_embeddings=variant != "capless")
+
+    @staticmethod
+    def processor(variant):
+        side = 84 if variant == "gemma" else 56
+        images = SiglipImageProcessorPil(size=dict(height=side, width=side))
+        images.image_seq_length = (side // 14) ** 2
+        words = tokenizer("<bos>", "<image>")
+        words.chat_template = None
+        words.add_special_tokens(dict(bos_token="<bos>"))
+        words.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", words.bos_token_id)])
+        return hf.PaliGemmaProcessor(images, words)
+
+    @staticmethod
+    def publish(folder, variant):
+        """Names as in releases 4.52 to 4.57, and the key of Gemma's first files."""
+        if variant == "gemma":
+            rewrite(folder / "config.json", lambda config: config["text_config"].update(hidden_act="gelu"))
+        else:
+            rename(folder, {"language_model.model.": "model.language_model.",
+                            "language_model.lm_head.": "lm_head.", "vision_tower.": "model.vision_tower.",
+                            "multi_modal_projector.": "model.multi_modal_projector."})
+
+
 FAMILIES = {getattr(family, "name", family.model_type): family for family in
             [Qwen25VL, Qwen3VL, Llava, LlavaNext, LlavaOnevision, Idefics3, SmolVLM, Gemma3, InternVL, Mistral3,
-             Pixtral]}
+             Pixtral, PaliGemma]}
 
 
 def make(folder, family, variant, seed=0, dtype=torch.float32):

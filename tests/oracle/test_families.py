@@ -16,7 +16,7 @@ from packing_fix import packed_zero_points_on_meta  # noqa: F401
 from PIL import Image
 from safetensors.torch import load_file
 from test_parity import IMAGES, picture, relative
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, PaliGemmaProcessor
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = os.environ.get("VLMQ_BIN", str(ROOT / "target/release/vlmq"))
@@ -46,7 +46,20 @@ def folders(tmp_path_factory):
     return found
 
 
+def question(processor, paths, prompt):
+    """The inputs of a family without a template, whose processor takes no text without an image."""
+    if paths:
+        inputs = processor(text=["<image>" * len(paths) + prompt], images=[[Image.open(path) for path in paths]],
+                           return_tensors="pt")
+        del inputs["labels"]
+        return inputs
+    return processor.tokenizer(processor.tokenizer.bos_token + prompt + "\n", add_special_tokens=False,
+                               return_token_type_ids=True, return_tensors="pt")
+
+
 def inputs_of(processor, paths, prompt):
+    if isinstance(processor, PaliGemmaProcessor):
+        return question(processor, paths, prompt)
     content = [{"type": "image"} for _ in paths] + [{"type": "text", "text": prompt}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     bos = processor.tokenizer.bos_token
@@ -99,7 +112,8 @@ def positions_of(model, inputs):
     """Positions on three axes; families without a rule of their own count."""
     ids = inputs["input_ids"]
     if not hasattr(model.model, "get_rope_index"):
-        return torch.arange(ids.shape[1]).expand(3, -1)
+        first = int(model.config.model_type == "paligemma")
+        return torch.arange(first, first + ids.shape[1]).expand(3, -1)
     grids = inputs.get("image_grid_thw")
     positions, _ = model.model.get_rope_index(ids, inputs.get("mm_token_type_ids"), image_grid_thw=grids)
     return positions[:, 0]

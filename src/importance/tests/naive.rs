@@ -160,8 +160,13 @@ impl Naive {
             let weight = |j: usize| {
                 let key = shared(&k[j]);
                 let score: f64 = query.iter().zip(&key).map(|(a, b)| a * b).sum();
+                let score = score * self.config.score_scale;
+                let score = match self.config.score_cap {
+                    Some(cap) => cap * (score / cap).tanh(),
+                    None => score,
+                };
                 match self.sees(i, j) {
-                    true => (score * self.config.score_scale).exp(),
+                    true => score.exp(),
                     false => 0.0,
                 }
             };

@@ -8,6 +8,7 @@ pub mod gemma3;
 pub mod idefics3;
 pub mod internvl;
 pub mod llava;
+pub mod paligemma;
 pub mod pixtral;
 pub mod qwen;
 pub mod vit;
