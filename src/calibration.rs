@@ -70,8 +70,8 @@ impl CalibrationSample {
         digest.update(&(self.classes.len() as u64).to_le_bytes());
         let classes: Vec<u8> = self.classes.iter().map(|class| *class as u8).collect();
         digest.update(&classes);
-        for image in self.context.images() {
-            digest.update(&image.to_le_bytes());
+        for group in self.context.groups() {
+            digest.update(&group.to_le_bytes());
         }
         let states = [&self.embeddings].into_iter().chain(&self.deepstack);
         let states = states.map(|state| state.all(store));

@@ -8,7 +8,7 @@ use super::{Family, llava};
 use crate::checkpoint::Checkpoint;
 use crate::model::architecture::{Architecture, Naming, PositionRule};
 use crate::model::config::ConfigNode;
-use crate::model::decoder_config::DecoderConfig;
+use crate::model::decoder_config::{Ahead, DecoderConfig};
 use crate::model::vision::gemma3::Gemma3Vision;
 use crate::model::vision::vit::{SIGLIP, SIGLIP_DEFAULTS, Vit};
 use crate::processor::gemma3::Gemma3Images;
@@ -32,7 +32,7 @@ fn architecture(checkpoint: &Checkpoint) -> Result<Architecture> {
         });
     }
     let mut decoder = DecoderConfig::read(&root, &text, "gemma3_text")?;
-    decoder.bidirectional_images = true;
+    decoder.ahead = Ahead::Image;
     let naming = Naming::of(checkpoint, &llava::NAMES)?;
     let token = root.size_or("image_token_index", 262_144)?;
     Ok(Architecture {

@@ -9,7 +9,7 @@ use super::{Family, llava};
 use crate::checkpoint::Checkpoint;
 use crate::model::architecture::{Architecture, Naming, PositionRule};
 use crate::model::config::ConfigNode;
-use crate::model::decoder_config::DecoderConfig;
+use crate::model::decoder_config::{Ahead, DecoderConfig};
 use crate::model::vision::paligemma::PaliGemmaVision;
 use crate::model::vision::vit::SIGLIP;
 use crate::processor::paligemma::PaliGemmaImages;
@@ -37,7 +37,7 @@ fn architecture(checkpoint: &Checkpoint) -> Result<Architecture> {
         });
     }
     let mut decoder = DecoderConfig::read(&root, &text, "gemma")?;
-    decoder.bidirectional_prompt = true;
+    decoder.ahead = Ahead::Prompt;
     let naming = Naming::of(checkpoint, &llava::NAMES)?;
     let token = root.size_or("image_token_index", 256_000)?;
     let tower = llava::tower_prefix(checkpoint, naming.tower, SIGLIP);

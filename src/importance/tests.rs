@@ -11,7 +11,7 @@ use super::*;
 use crate::model::attention::{Attention, Mask};
 use crate::model::decoder::Projection;
 use crate::model::decoder_config::{
-    Activation, DecoderConfig, LocalAttention, NormScale, RopeAxes, RopeScaling,
+    Activation, Ahead, DecoderConfig, LocalAttention, NormScale, RopeAxes, RopeScaling,
 };
 use candle_core::Tensor;
 
@@ -20,6 +20,9 @@ const GRADIENT_TOLERANCE: f64 = 1e-3;
 
 /// Two images, the first longer than the window of [`gemma3`], the second right after it.
 const IMAGES: [u32; 10] = [0, 1, 1, 1, 1, 1, 2, 2, 0, 0];
+
+/// A prompt longer than the window, and an answer.
+const PROMPT: [u32; 10] = [1, 1, 1, 1, 1, 1, 0, 0, 0, 0];
 
 fn golden() -> Case {
     let mut config = DecoderConfig::small(48, 40, [6, 2, 8]);
@@ -47,7 +50,7 @@ fn gemma3(is_local: bool) -> DecoderConfig {
     config.sandwich_norms = true;
     config.activation = Activation::GeluTanh;
     config.score_scale = 1.0 / 12f64.sqrt();
-    config.bidirectional_images = true;
+    config.ahead = Ahead::Image;
     config.rotary.axes = RopeAxes::One;
     let local = LocalAttention {
         window: 3,
@@ -60,17 +63,19 @@ fn gemma3(is_local: bool) -> DecoderConfig {
     config
 }
 
-/// A layer as in Gemma 2: caps that scores come near, and norms on both sides.
+/// A layer as in PaliGemma 2: caps that scores come near, norms on both sides, and a prompt that sees
+/// all of itself in spite of a window.
 fn gemma2() -> DecoderConfig {
     let mut config = gemma3(true);
     config.qk_norm = false;
+    config.ahead = Ahead::Prompt;
     config.score_cap = Some(0.7);
     config
 }
 
 fn cases() -> [(&'static str, Case); 5] {
     [
-        ("gemma2", Case::random(gemma2(), &IMAGES, 4)),
+        ("gemma2", Case::random(gemma2(), &PROMPT, 4)),
         ("golden", golden()),
         ("qwen3", Case::random(qwen3(), &[0; 10], 1)),
         ("gemma3, local", Case::random(gemma3(true), &IMAGES, 2)),
@@ -147,7 +152,7 @@ fn in_blocks_as_whole(name: &str, case: &Case) {
     };
     let whole = &pass.trace;
     let (config, window) = (&case.config, case.config.window(0));
-    let mask = Mask::new(&[n], &case.images, config.bidirectional_images, window);
+    let mask = Mask::new(&[n], &case.images, config.ahead, window);
     for block_len in [1, 3, n - 1] {
         let cut = Attention::new(
             whole.queries.clone(),

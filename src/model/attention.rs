@@ -3,6 +3,7 @@
 //! of them at once would be 29 GB in a 7B model.
 
 use crate::Result;
+use crate::model::decoder_config::Ahead;
 use candle_core::{D, Device, Tensor};
 use candle_nn::ops::softmax_last_dim;
 use std::ops::Range;
@@ -25,12 +26,11 @@ pub fn blocks(n_queries: usize, block_len: usize) -> impl Iterator<Item = Range<
 }
 
 /// What new tokens may see. They are sequences side by side after what is past, which all of them
-/// share; a token sees its own sequence up to itself, or to the end of its image where images are
-/// bidirectional, and of all that nothing before its window where the layer has one.
+/// share; a token sees its own sequence up to itself, or to the end of its image or the prompt
+/// ([`Ahead`]), and of all that nothing before its window where the layer has one.
 #[derive(Clone, Debug)]
 pub struct Mask {
     tokens: Vec<Token>,
-    window: Option<usize>,
 }
 
 /// A new token among the new ones.
@@ -38,49 +38,51 @@ pub struct Mask {
 struct Token {
     /// Where its sequence begins.
     sequence: usize,
-    /// Where what it sees of its sequence ends: after itself, or after its image.
+    /// Where what it sees of its sequence ends: after itself, its image or the prompt.
     end: usize,
+    /// How many tokens up to itself it sees.
+    window: Option<usize>,
 }
 
 impl Mask {
     /// The mask of sequences of these many new tokens, each of which sees what is before it.
     pub fn causal(lengths: &[usize]) -> Self {
         let n = lengths.iter().sum();
-        Self::new(lengths, &vec![0; n], false, None)
+        Self::new(lengths, &vec![0; n], Ahead::Nothing, None)
     }
 
-    /// The mask of a layer with this `window` for tokens of `images` (0 for text), whose tokens see
-    /// those of the same image after them, too, if `bidirectional_images`.
+    /// The mask of a layer with this `window` for tokens of `groups`: images, or the prompt as one, and 0
+    /// for what is in none.
     ///
-    /// Source: transformers 5.23 `create_masks_for_vision_model`.
-    pub fn new(
-        lengths: &[usize],
-        images: &[u32],
-        bidirectional_images: bool,
-        window: Option<usize>,
-    ) -> Self {
-        let mut tokens = Vec::with_capacity(images.len());
+    /// Source: transformers 5.23 `create_masks_for_vision_model`, `create_sliding_window_causal_mask`.
+    pub fn new(lengths: &[usize], groups: &[u32], ahead: Ahead, window: Option<usize>) -> Self {
+        let mut tokens = Vec::with_capacity(groups.len());
         let mut start = 0;
         for &length in lengths {
-            let own = &images[start..start + length];
+            let own = &groups[start..start + length];
             tokens.extend((0..length).map(|i| Token {
                 sequence: start,
-                end: match bidirectional_images && own[i] != 0 {
-                    true => start + end_of_run(own, i),
-                    false => start + i + 1,
+                end: match ahead {
+                    Ahead::Image | Ahead::Prompt if own[i] != 0 => start + end_of_run(own, i),
+                    _ => start + i + 1,
                 },
+                window: window.filter(|_| ahead != Ahead::Prompt || own[i] == 0),
             }));
             start += length;
         }
-        Self { tokens, window }
+        Self { tokens }
     }
 
     /// The keys that a new token may see, of `n_past` past ones and the new ones after them: two
     /// ranges, of which the first lies in the past.
     fn seen(&self, token: usize, n_past: usize) -> [Range<usize>; 2] {
-        let Token { sequence, end } = self.tokens[token];
+        let Token {
+            sequence,
+            end,
+            window,
+        } = self.tokens[token];
         let n_before = n_past + token - sequence;
-        let hidden = self.window.map_or(0, |w| (n_before + 1).saturating_sub(w));
+        let hidden = window.map_or(0, |w| (n_before + 1).saturating_sub(w));
         let start = sequence + hidden.saturating_sub(n_past);
         [hidden.min(n_past)..n_past, n_past + start..n_past + end]
     }
@@ -314,7 +316,7 @@ mod tests {
 
     #[test]
     fn a_window_counts_from_the_token_back_into_the_past() {
-        let mask = Mask::new(&[1, 3], &[0; 4], false, Some(3));
+        let mask = Mask::new(&[1, 3], &[0; 4], Ahead::Nothing, Some(3));
         let expected = [[1, 1, 0, 1, 0, 0], [0, 1, 0, 1, 1, 0], [0, 0, 0, 1, 1, 1]];
         assert_eq!(seen(&mask, 1..4, 2), expected);
         assert_eq!(seen(&mask, 0..1, 2), [[1, 1, 1]]);
@@ -322,7 +324,7 @@ mod tests {
 
     #[test]
     fn an_image_sees_all_of_itself_that_no_window_hides() {
-        let mask = Mask::new(&[5], &[0, 1, 1, 1, 0], true, Some(2));
+        let mask = Mask::new(&[5], &[0, 1, 1, 1, 0], Ahead::Image, Some(2));
         let expected = [
             [1, 0, 0, 0, 0],
             [1, 1, 1, 1, 0],
@@ -331,7 +333,7 @@ mod tests {
             [0, 0, 0, 1, 1],
         ];
         assert_eq!(seen(&mask, 0..5, 0), expected);
-        let global = Mask::new(&[5], &[0, 1, 1, 2, 2], true, None);
+        let global = Mask::new(&[5], &[0, 1, 1, 2, 2], Ahead::Image, None);
         let expected = [
             [1, 0, 0, 0, 0],
             [1, 1, 1, 0, 0],
@@ -342,5 +344,22 @@ mod tests {
         assert_eq!(seen(&global, 0..5, 0), expected);
         // A block ends where its last image does.
         assert_eq!(seen(&mask, 0..2, 0), [[1, 0, 0, 0], [1, 1, 1, 1]]);
+    }
+
+    #[test]
+    fn a_prompt_sees_all_of_itself_and_the_answer_what_its_window_leaves() {
+        let mask = Mask::new(&[6], &[1, 1, 1, 1, 0, 0], Ahead::Prompt, Some(2));
+        let expected = [
+            [1, 1, 1, 1, 0, 0],
+            [1, 1, 1, 1, 0, 0],
+            [1, 1, 1, 1, 0, 0],
+            [1, 1, 1, 1, 0, 0],
+            [0, 0, 0, 1, 1, 0],
+            [0, 0, 0, 0, 1, 1],
+        ];
+        assert_eq!(seen(&mask, 0..6, 0), expected);
+        // Generated after it.
+        let mask = Mask::new(&[1], &[0], Ahead::Prompt, Some(3));
+        assert_eq!(seen(&mask, 0..1, 4), [[0, 0, 1, 1, 1]]);
     }
 }

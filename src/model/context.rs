@@ -1,5 +1,5 @@
 //! What a decoder needs to know of a run of tokens besides their hidden states: where they stand,
-//! which of them are of one image, and what the tower adds to them on the way.
+//! which of them may see each other, and what the tower adds to them on the way.
 //!
 //! A sample keeps its own context through every layer; nothing here depends on other samples.
 
@@ -13,20 +13,21 @@ use candle_core::{Device, Tensor};
 pub struct TokenContext {
     global: Rope,
     local: Option<Rope>,
-    /// For each token 0, or the number of the image that it is of, from 1.
-    images: Vec<u32>,
+    /// For each token 0, or the number of the image that it is of, or of the prompt, from 1.
+    groups: Vec<u32>,
     deepstack: Vec<Tensor>,
 }
 
 impl TokenContext {
-    /// The context of tokens at `positions`, of the images `images` (0: of none).
+    /// The context of tokens at `positions`, in the groups `groups` (0: in none) whose tokens may see
+    /// each other.
     ///
     /// # Errors
     /// A tensor error if the device refuses the memory.
     pub fn new(
         config: &DecoderConfig,
         positions: &PositionIds,
-        images: Vec<u32>,
+        groups: Vec<u32>,
         device: &Device,
     ) -> Result<Self> {
         let rope = |rotary| Rope::of_decoder(rotary, config.head_dim, positions, device);
@@ -35,7 +36,7 @@ impl TokenContext {
             local: (config.local.as_ref())
                 .map(|local| rope(&local.rotary))
                 .transpose()?,
-            images,
+            groups,
             deepstack: Vec::new(),
         })
     }
@@ -52,9 +53,9 @@ impl TokenContext {
         self.deepstack.get(layer_idx)
     }
 
-    /// For each token the number of its image, 0 for none.
-    pub fn images(&self) -> &[u32] {
-        &self.images
+    /// For each token the number of its group, 0 for none.
+    pub fn groups(&self) -> &[u32] {
+        &self.groups
     }
 
     /// The angles for a layer, by whether it has a window.
@@ -78,7 +79,7 @@ impl TokenContext {
         Ok(Self {
             global: self.global.narrow(start, len)?,
             local: local.transpose()?,
-            images: self.images[start..start + len].to_vec(),
+            groups: self.groups[start..start + len].to_vec(),
             deepstack: deepstack.collect::<candle_core::Result<_>>()?,
         })
     }
@@ -101,7 +102,7 @@ impl TokenContext {
         Ok(Self {
             global: Rope::cat(&globals)?,
             local: ropes(|part| part.local.as_ref())?,
-            images: parts.iter().flat_map(|p| p.images.clone()).collect(),
+            groups: parts.iter().flat_map(|p| p.groups.clone()).collect(),
             deepstack: (0..n_levels)
                 .map(level)
                 .collect::<candle_core::Result<_>>()?,

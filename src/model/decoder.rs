@@ -14,7 +14,7 @@
 use crate::checkpoint::Checkpoint;
 use crate::model::attention::{Attention, Mask, Scoring, block_len};
 use crate::model::context::TokenContext;
-use crate::model::decoder_config::{Activation, DecoderConfig};
+use crate::model::decoder_config::{Activation, Ahead, DecoderConfig};
 use crate::model::linear::{Linear, load_tensor, tensor_from_matrix};
 use crate::model::norm::RmsNorm;
 use crate::model::rope::Rope;
@@ -141,7 +141,7 @@ impl LayerSource<'_> {
                 cap: config.score_cap,
             },
             activation: config.activation,
-            sees_ahead: config.bidirectional_images || config.bidirectional_prompt,
+            ahead: config.ahead,
             window: config.window(self.layer_idx),
         })
     }
@@ -216,8 +216,7 @@ pub struct DecoderLayer {
     head_dim: usize,
     scoring: Scoring,
     activation: Activation,
-    /// Whether the tokens of an image, or of the whole prompt, see each other.
-    sees_ahead: bool,
+    ahead: Ahead,
     window: Option<usize>,
 }
 
@@ -301,7 +300,7 @@ impl DecoderLayer {
         let queries = rope.rotate(&normed(&self.queries, queries)?)?;
         let keys = rope.rotate(&normed(&self.keys, keys)?)?;
         let (keys, values) = cache.extend(keys, values)?;
-        let mask = Mask::new(lengths, context.images(), self.sees_ahead, self.window);
+        let mask = Mask::new(lengths, context.groups(), self.ahead, self.window);
         let block_len = block_len(self.n_heads, keys.dim(1)?);
         Attention::new(queries, keys, values, &mask, self.scoring, block_len)
     }

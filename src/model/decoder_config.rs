@@ -48,10 +48,8 @@ pub struct DecoderConfig {
     pub rotary: Rotary,
     /// Layers that see the latest tokens only.
     pub local: Option<LocalAttention>,
-    /// Whether the tokens of an image see each other, later ones included.
-    pub bidirectional_images: bool,
-    /// Whether all tokens before the answer see each other.
-    pub bidirectional_prompt: bool,
+    /// Which later tokens a token sees.
+    pub ahead: Ahead,
     /// What scores are bent towards before the softmax, as c·tanh(score / c).
     pub score_cap: Option<f64>,
     /// The same of logits.
@@ -60,6 +58,17 @@ pub struct DecoderConfig {
     pub embedding_scale: f32,
     /// Whether the head is the transposed embedding.
     pub tie_word_embeddings: bool,
+}
+
+/// Which later tokens a token sees.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ahead {
+    /// None.
+    Nothing,
+    /// Those of its image; a window hides earlier ones of the image all the same.
+    Image,
+    /// Those of the prompt, of which no window hides anything.
+    Prompt,
 }
 
 /// What a norm multiplies normed values by.
@@ -233,8 +242,7 @@ impl DecoderConfig {
             score_scale: 1.0 / (head_dim as f64).sqrt(),
             rotary: Rotary::read(text, defaults.rope_theta)?,
             local: None,
-            bidirectional_images: false,
-            bidirectional_prompt: false,
+            ahead: Ahead::Nothing,
             score_cap: None,
             logit_cap: None,
             embedding_scale: 1.0,
@@ -496,8 +504,7 @@ impl DecoderConfig {
                 axes: RopeAxes::One,
             },
             local: None,
-            bidirectional_images: false,
-            bidirectional_prompt: false,
+            ahead: Ahead::Nothing,
             score_cap: None,
             logit_cap: None,
             embedding_scale: 1.0,

@@ -2,6 +2,7 @@
 
 use crate::model::context::TokenContext;
 use crate::model::decoder::{DecoderLayer, KvCache};
+use crate::model::decoder_config::Ahead;
 use crate::model::head::Head;
 use crate::model::positions::Positions;
 use crate::model::source::ModelSource;
@@ -189,7 +190,7 @@ impl LoadedModel {
         features: &[ImageFeatures],
         n_tokens: usize,
     ) -> Result<Prefix> {
-        if self.source.decoder().bidirectional_prompt {
+        if self.source.decoder().ahead == Ahead::Prompt {
             return Ok(self.nothing());
         }
         let mut caches = self.nothing().caches;

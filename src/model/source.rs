@@ -7,7 +7,7 @@ use crate::checkpoint::Checkpoint;
 use crate::model::architecture::{Architecture, PositionRule};
 use crate::model::context::TokenContext;
 use crate::model::decoder::{DecoderLayer, LayerSource, Projection};
-use crate::model::decoder_config::DecoderConfig;
+use crate::model::decoder_config::{Ahead, DecoderConfig};
 use crate::model::head::Head;
 use crate::model::positions::{Positions, multimodal_positions, text_positions};
 use crate::model::vision::{ImageFeatures, VisionConfig, VisionTower};
@@ -300,11 +300,11 @@ impl ModelSource {
     /// # Errors
     /// A tensor error if the device refuses the memory.
     pub fn context(&self, input: &ModelInput, positions: &Positions) -> Result<TokenContext> {
-        let images = match self.decoder().bidirectional_prompt {
-            true => before_answer(&input.classes),
-            false => image_numbers(&input.input_ids, self.image_token_id()),
+        let groups = match self.decoder().ahead {
+            Ahead::Prompt => before_answer(&input.classes),
+            Ahead::Nothing | Ahead::Image => image_numbers(&input.input_ids, self.image_token_id()),
         };
-        TokenContext::new(self.decoder(), &positions.ids, images, &self.device)
+        TokenContext::new(self.decoder(), &positions.ids, groups, &self.device)
     }
 
     /// The context of text tokens at these positions.
@@ -312,8 +312,8 @@ impl ModelSource {
     /// # Errors
     /// A tensor error if the device refuses the memory.
     pub fn context_of_text(&self, positions: &Positions) -> Result<TokenContext> {
-        let images = vec![0; positions.ids[0].len()];
-        TokenContext::new(self.decoder(), &positions.ids, images, &self.device)
+        let groups = vec![0; positions.ids[0].len()];
+        TokenContext::new(self.decoder(), &positions.ids, groups, &self.device)
     }
 
     fn embedding_name(&self) -> String {

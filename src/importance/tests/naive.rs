@@ -1,7 +1,9 @@
 //! A decoder layer in f64, written out plainly: it shares data with the model, and no code.
 
 use crate::model::decoder::Projection;
-use crate::model::decoder_config::{Activation, DecoderConfig, RopeAxes, RopeScaling, Rotary};
+use crate::model::decoder_config::{
+    Activation, Ahead, DecoderConfig, RopeAxes, RopeScaling, Rotary,
+};
 use std::collections::HashMap;
 
 pub(super) type Rows = Vec<Vec<f64>>;
@@ -14,7 +16,7 @@ pub(super) struct Naive {
     /// What norms multiply by, by the names that they have in a layer.
     pub norms: HashMap<&'static str, Vec<f64>>,
     pub positions: [Vec<u32>; 3],
-    /// For each token 0, or the number of its image.
+    /// For each token 0, or the number of its image or prompt.
     pub images: Vec<u32>,
 }
 
@@ -144,9 +146,13 @@ impl Naive {
 
     fn sees(&self, query: usize, key: usize) -> bool {
         let (window, _) = self.locality();
-        let same_image = self.images[query] != 0 && self.images[query] == self.images[key];
-        let reaches = key <= query || (self.config.bidirectional_images && same_image);
-        reaches && query.saturating_sub(key) < window
+        let together = self.images[query] != 0 && self.images[query] == self.images[key];
+        let near = query.saturating_sub(key) < window;
+        match self.config.ahead {
+            Ahead::Nothing => key <= query && near,
+            Ahead::Image => (key <= query || together) && near,
+            Ahead::Prompt => (key <= query && near) || together,
+        }
     }
 
     fn attention(&self, q: &Rows, k: &Rows, v: &Rows) -> Rows {
