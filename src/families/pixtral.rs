@@ -1,6 +1,6 @@
 //! Pixtral and Mistral Small 3: a tower that takes images of any size, two linears, and a Mistral
-//! decoder. Pixtral is a LLaVA in its configuration, told by its tower; Mistral Small 3 joins squares
-//! of patches before the linears.
+//! decoder. Pixtral is a LLaVA in its configuration, told by its tower; Mistral Small 3 joins
+//! squares of patches before the linears.
 //!
 //! Checkpoints of the hub keep the decoder at `language_model.model.…`, those saved by transformers
 //! 4.52 to 4.57 at `model.language_model.…`; both are read.
@@ -227,7 +227,7 @@ mod tests {
     #[test]
     fn published_configurations_are_read() {
         let small = json!({"spatial_merge_size": 2, "vision_config": {"head_dim": 64,
-            "hidden_act": "silu", "patch_size": 14, "rope_theta": 10000.0, "model_type": "pixtral"}});
+            "hidden_act": "silu", "patch_size": 14, "rope_theta": 1e4, "model_type": "pixtral"}});
         let small = vision(&MERGED, &small).unwrap();
         assert_eq!((small.depth, small.width, small.n_heads), (24, 1024, 16));
         assert_eq!((small.merge_size(), small.projector_bias), (2, false));

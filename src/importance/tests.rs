@@ -63,8 +63,8 @@ fn gemma3(is_local: bool) -> DecoderConfig {
     config
 }
 
-/// A layer as in PaliGemma 2: caps that scores come near, norms on both sides, and a prompt that sees
-/// all of itself in spite of a window.
+/// A layer as in PaliGemma 2: caps that scores come near, norms on both sides, and a prompt that
+/// sees all of itself in spite of a window.
 fn gemma2() -> DecoderConfig {
     let mut config = gemma3(true);
     config.qk_norm = false;

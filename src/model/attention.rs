@@ -51,10 +51,10 @@ impl Mask {
         Self::new(lengths, &vec![0; n], Ahead::Nothing, None)
     }
 
-    /// The mask of a layer with this `window` for tokens of `groups`: images, or the prompt as one, and 0
-    /// for what is in none.
+    /// The mask of a layer with this `window` for tokens of `groups`: images, or the prompt as one,
+    /// and 0 for what is in none.
     ///
-    /// Source: transformers 5.23 `create_masks_for_vision_model`, `create_sliding_window_causal_mask`.
+    /// Source: transformers 5.23 `create_masks_for_vision_model`, `blockwise_overlay`.
     pub fn new(lengths: &[usize], groups: &[u32], ahead: Ahead, window: Option<usize>) -> Self {
         let mut tokens = Vec::with_capacity(groups.len());
         let mut start = 0;
@@ -228,8 +228,8 @@ impl Attention {
         Ok(self.rows(&self.queries, rows)?.matmul(&keys.t()?)?)
     }
 
-    /// Carries `d [kv_heads, groups · rows, n_visible]`, the gradient with respect to a block's scores,
-    /// back to the products of queries and keys.
+    /// Carries `d [kv_heads, groups · rows, n_visible]`, the gradient with respect to a block's
+    /// scores, back to the products of queries and keys.
     ///
     /// # Errors
     /// A tensor error if shapes disagree.

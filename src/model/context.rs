@@ -19,8 +19,8 @@ pub struct TokenContext {
 }
 
 impl TokenContext {
-    /// The context of tokens at `positions`, in the groups `groups` (0: in none) whose tokens may see
-    /// each other.
+    /// The context of tokens at `positions`, in the groups `groups` (0: in none) whose tokens may
+    /// see each other.
     ///
     /// # Errors
     /// A tensor error if the device refuses the memory.

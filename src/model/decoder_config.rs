@@ -250,8 +250,8 @@ impl DecoderConfig {
         })
     }
 
-    /// Mistral: all layers have a window, that of its first release where nothing is said; the files
-    /// of later ones say null, and mean none.
+    /// Mistral: all layers have a window, that of its first release where nothing is said; the
+    /// files of later ones say null, and mean none.
     fn make_mistral(&mut self, text: &ConfigNode) -> Result<()> {
         if !text.is_null("sliding_window") {
             self.local = Some(LocalAttention {

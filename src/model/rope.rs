@@ -61,8 +61,8 @@ impl Rope {
         Self::from_angles(&angles, rows_cols.len(), device)
     }
 
-    /// Axial 2-D rotation in which rows and columns take the frequencies of the whole head in turns:
-    /// the slower of two neighbours follows the column. All that follow rows come first.
+    /// Axial 2-D rotation in which rows and columns take the frequencies of the whole head in
+    /// turns: the slower of two neighbours follows the column. All that follow rows come first.
     ///
     /// # Errors
     /// A tensor error if the device refuses the memory.

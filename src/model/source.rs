@@ -333,8 +333,8 @@ fn image_numbers(input_ids: &[u32], image_token_id: u32) -> Vec<u32> {
     input_ids.iter().map(number).collect()
 }
 
-/// 1 for each token before the first of an answer, which see each other as those of an image do, and
-/// 0 from there on.
+/// 1 for each token before the first of an answer, which see each other as those of an image do,
+/// and 0 from there on.
 fn before_answer(classes: &[TokenClass]) -> Vec<u32> {
     let is_answer = |class: &TokenClass| *class == TokenClass::Answer;
     let n = classes.iter().position(is_answer).unwrap_or(classes.len());

@@ -3,8 +3,9 @@
 //!
 //! Templates are rendered by minijinja with the settings of transformers (`trim_blocks`,
 //! `lstrip_blocks`, loop controls, Python's string methods, `raise_exception`, `tojson` without
-//! HTML escapes). A prompt does not depend on the day: `strftime_now` is left undefined for templates
-//! that test for it, which then take their fixed date, and gives a fixed day to the others.
+//! HTML escapes). A prompt does not depend on the day: `strftime_now` is left undefined for
+//! templates that test for it, which then take their fixed date, and gives a fixed day to the
+//! others.
 //!
 //! Whose text is where is found by rendering a second time with private-use marks around every
 //! text, which is how transformers itself tells user text from template text. If the text without

@@ -95,8 +95,8 @@ pub trait ImageProcessor: std::fmt::Debug + Send + Sync {
     /// The token that stands for one row of the tower's output.
     fn image_token(&self) -> &str;
 
-    /// The chat template of a family whose folders have none. It writes all of the input: nothing that
-    /// the tokenizer puts around a text is added to it.
+    /// The chat template of a family whose folders have none. It writes all of the input: nothing
+    /// that the tokenizer puts around a text is added to it.
     fn template(&self) -> Option<&str> {
         None
     }
@@ -136,9 +136,9 @@ impl Processor {
     /// settings.
     ///
     /// The template is `chat_template.jinja`, else `chat_template.json`, else the one in
-    /// `tokenizer_config.json`, else the family's. Image settings are `image_processor` of `processor_config.json`,
-    /// else `preprocessor_config.json`. End tokens are those of `generation_config.json`, else the
-    /// tokenizer's.
+    /// `tokenizer_config.json`, else the family's. Image settings are `image_processor` of
+    /// `processor_config.json`, else `preprocessor_config.json`. End tokens are those of
+    /// `generation_config.json`, else the tokenizer's.
     ///
     /// # Errors
     /// [`Error::Missing`] for an absent file, template or token, [`Error::Format`] for a damaged

@@ -1,8 +1,9 @@
-//! The image side of PaliGemma, and its prompt: images brought to one square, all of them before the
-//! question, and a first token between the two. Folders have no chat template; the one here writes
-//! what the family was trained with.
+//! The image side of PaliGemma, and its prompt: images brought to one square, all of them before
+//! the question, and a first token between the two. Folders have no chat template; the one here
+//! writes what the family was trained with.
 //!
-//! Source: arXiv:2407.07726 §3.2; transformers 5.23 `SiglipImageProcessorPil`, `PaliGemmaProcessor`.
+//! Source: arXiv:2407.07726 §3.2; transformers 5.23 `SiglipImageProcessorPil`,
+//! `PaliGemmaProcessor`.
 
 use crate::processor::image::RgbImage;
 use crate::processor::llava::{LlavaImages, TowerSettings};
@@ -17,9 +18,10 @@ const TEMPLATE: &str = "\
     {% if not known or (messages | length == 2 and messages[1]['role'] != 'assistant') %}\
     {{ raise_exception('PaliGemma takes one question and one answer, and no system message') }}\
     {% endif %}\
-    {% for c in messages[0]['content'] %}{% if c['type'] == 'image' %}<image>{% endif %}{% endfor %}\
+    {% set question = messages[0]['content'] %}\
+    {% for c in question %}{% if c['type'] == 'image' %}<image>{% endif %}{% endfor %}\
     {{ bos_token }}\
-    {% for c in messages[0]['content'] %}{% if 'text' in c %}{{ c['text'] }}{% endif %}{% endfor %}\
+    {% for c in question %}{% if 'text' in c %}{{ c['text'] }}{% endif %}{% endfor %}\
     {{ '\\n' }}\
     {% for m in messages[1:] %}{% for c in m['content'] %}{{ c['text'] }}{% endfor %}\
     {{ eos_token }}{% endfor %}";
@@ -81,13 +83,13 @@ impl ImageProcessor for PaliGemmaImages {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::processor::chat::ChatTemplate;
+    use crate::processor::chat::{ChatTemplate, Rendered};
     use crate::processor::{ContentPart, Message, Role};
 
-    fn rendered(messages: &[Message]) -> Result<String> {
+    fn rendered(messages: &[Message]) -> Result<Rendered> {
         let tokens = json!({"bos_token": "<bos>", "eos_token": "<eos>"});
         let template = ChatTemplate::new("t", TEMPLATE, tokens.as_object().unwrap().clone());
-        template.unwrap().render(messages, true)
+        template.unwrap().render_spans(messages, true)
     }
 
     #[test]
@@ -101,10 +103,14 @@ mod tests {
             ],
         };
         let prompt = "<image><image><bos>answer en where?\n";
-        assert_eq!(rendered(&[question.clone()]).unwrap(), prompt);
         let answered = [question.clone(), Message::text(Role::Assistant, "here")];
-        assert_eq!(rendered(&answered).unwrap(), format!("{prompt}here<eos>"));
-        let more = [&answered[..], &[question.clone()]].concat();
+        assert_eq!(rendered(&answered[..1]).unwrap().text, prompt);
+        let whole = rendered(&answered).unwrap();
+        assert_eq!(whole.text, format!("{prompt}here<eos>"));
+        let answer = whole.spans.last().unwrap();
+        assert_eq!(answer.role, Role::Assistant);
+        assert_eq!(&whole.text[answer.bytes.clone()], "here");
+        let more = [&answered[..], &answered[..1]].concat();
         for wrong in [more, vec![question.clone(), question]] {
             let message = rendered(&wrong).unwrap_err().to_string();
             assert!(message.contains("one question"), "{message}");

@@ -2,8 +2,8 @@
 //! its sides are brought up to whole tokens, and every row of its tokens ends with a mark.
 //!
 //! Every operation runs in the order and the precision of transformers' Pillow backend, so the
-//! patches are bit-identical to its `pixel_values`, cut by patches and without the zeros that several
-//! images are padded with there.
+//! patches are bit-identical to its `pixel_values`, cut by patches and without the zeros that
+//! several images are padded with there.
 //!
 //! Source: arXiv:2410.07073 §2.2; transformers 5.23 `PixtralImageProcessorPil`, `PixtralProcessor`.
 

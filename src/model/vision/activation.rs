@@ -31,8 +31,8 @@ impl VisionActivation {
             "silu" | "swish" => Self::Silu,
             other => {
                 let what = format!(
-                    "hidden_act {other:?} of the vision tower; quick_gelu, gelu, gelu_pytorch_tanh or \
-                     silu"
+                    "hidden_act {other:?} of the vision tower; quick_gelu, gelu, \
+                     gelu_pytorch_tanh or silu"
                 );
                 return Err(Error::Unsupported { what });
             }

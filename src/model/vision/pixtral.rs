@@ -1,6 +1,6 @@
-//! Pixtral's tower: one transformer over the patches of an image of any size, whose queries and keys
-//! turn by row and column, and two linears that bring its features to the decoder's width. Mistral
-//! Small 3 norms the features first and joins squares of neighbours.
+//! Pixtral's tower: one transformer over the patches of an image of any size, whose queries and
+//! keys turn by row and column, and two linears that bring its features to the decoder's width.
+//! Mistral Small 3 norms the features first and joins squares of neighbours.
 //!
 //! Every image is looked at by itself, which is what the block mask of transformers comes to.
 //!

@@ -183,9 +183,9 @@ impl Merger {
     }
 }
 
-/// The squares of `n`² neighbours in `x [rows · cols, width]`, row by row, each as one row in which a
-/// channel's values stand together, `[rows / n · cols / n, width · n²]`. What fills no square is left
-/// out.
+/// The squares of `n`² neighbours in `x [rows · cols, width]`, row by row, each as one row in which
+/// a channel's values stand together, `[rows / n · cols / n, width · n²]`. What fills no square is
+/// left out.
 fn squares(x: &Tensor, [rows, cols]: [usize; 2], n: usize) -> Result<Tensor> {
     let width = x.dim(1)?;
     let (down, across) = (rows / n, cols / n);
