@@ -208,14 +208,17 @@ impl<'a> Exporter<'a> {
 }
 
 /// The modules in whose stead the output has other tensors, if some of those that the tensor `name`
-/// holds are to be quantized; then it is taken apart.
+/// holds, or the other tensor of the same experts, are to be quantized; both are then taken apart.
 fn replaced_by(
     source: &Checkpoint,
     schemes: &BTreeMap<String, Scheme>,
     name: &str,
 ) -> Option<Vec<String>> {
     let modules = source.modules_of(name);
-    let is_replaced = modules.iter().any(|module| schemes.contains_key(module));
+    let other = source.fused_with(name);
+    let others = other.map(|other| source.modules_of(&other));
+    let mut all = modules.iter().chain(others.iter().flatten());
+    let is_replaced = all.any(|module| schemes.contains_key(module));
     is_replaced.then_some(modules)
 }
 

@@ -144,6 +144,14 @@ impl Router {
     }
 }
 
+#[cfg(test)]
+impl Router {
+    /// A router of given weights `[n_experts, hidden]`.
+    pub(crate) fn of(weight: Tensor, n_chosen: usize) -> Self {
+        Self { weight, n_chosen }
+    }
+}
+
 /// Which tokens go to which experts.
 #[derive(Clone, Debug)]
 pub struct Routing {

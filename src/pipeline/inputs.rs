@@ -249,3 +249,111 @@ fn name_sample(error: Error, batch: &[Sample], piece: &Piece, inputs: &Inputs) -
         (error, _) => error,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::experts::Router;
+    use crate::model::projection::{Projection, Slot};
+    use candle_core::{Device, Tensor};
+
+    /// Three experts, each of which likes one channel; tokens go to the best two.
+    fn routing(tokens: [[f32; 3]; 3]) -> Routing {
+        let identity = Tensor::eye(3, candle_core::DType::F32, &Device::Cpu).unwrap();
+        let router = Router::of(identity, 2);
+        router
+            .route(&Tensor::new(&tokens, &Device::Cpu).unwrap())
+            .unwrap()
+    }
+
+    /// Tokens that U sends to experts (1, 0), (1, 2), (0, 2) and F to (0, 1), (1, 0), (0, 2).
+    fn inputs(has_parts: bool, width: usize) -> Inputs {
+        let quantized = routing([[1.0, 2.0, 0.0], [0.0, 2.0, 1.0], [2.0, 0.0, 1.0]]);
+        let full = routing([[2.0, 1.0, 0.0], [1.0, 2.0, 0.0], [2.0, 0.0, 1.0]]);
+        Inputs {
+            u: Matrix::from_fn(3, width, |row, col| (10 * row + col) as f32),
+            f: Some(Matrix::from_fn(3, width, |row, col| {
+                (100 + 10 * row + col) as f32
+            })),
+            routing: Some(Choices {
+                quantized,
+                full: Some(full),
+                has_parts,
+            }),
+        }
+    }
+
+    fn group(expert: usize, projection: Projection) -> Shared {
+        let module = Module {
+            layer_idx: 0,
+            slot: Slot {
+                projection,
+                expert: Some(expert),
+            },
+            name: "m".into(),
+            shape: [4, 2],
+        };
+        Shared {
+            modules: vec![module],
+            weights: None,
+            with_cross: true,
+        }
+    }
+
+    fn added(inputs: &Inputs, expert: usize, projection: Projection) -> Statistics {
+        let mut found = Statistics::new(2, true);
+        let group = group(expert, projection);
+        let weights = vec![1.0, 2.0, 3.0];
+        inputs.add_to(&mut found, &group, Some(weights)).unwrap();
+        found
+    }
+
+    fn expected(rows: &[([f32; 2], [f32; 2], f32)]) -> Statistics {
+        let mut expected = Statistics::new(2, true);
+        for (u, f, weight) in rows {
+            let row = |v: &[f32; 2]| Matrix::from_vec("row", 1, 2, v.to_vec()).unwrap();
+            expected
+                .add("m", &row(u), Some(&row(f)), Some(&[*weight]))
+                .unwrap();
+        }
+        expected
+    }
+
+    fn assert_close(a: &Statistics, b: &Statistics) {
+        assert_eq!(a.n_tokens(), b.n_tokens());
+        let pairs = |a: &Matrix, b: &Matrix| {
+            let mut pairs = a.data().iter().zip(b.data());
+            pairs.all(|(a, b)| (a - b).abs() <= 1e-3 * b.abs().max(1.0))
+        };
+        assert!(pairs(&a.hessian(), &b.hessian()));
+        assert!(pairs(a.cross().unwrap(), b.cross().unwrap()));
+    }
+
+    #[test]
+    fn an_expert_sees_the_tokens_that_are_sent_to_it() {
+        // gate and up see whole rows. F sends the first two tokens to expert 1 as well.
+        let inputs = inputs(false, 2);
+        let rows = [
+            ([0.0, 1.0], [100.0, 101.0], 1.0),
+            ([10.0, 11.0], [110.0, 111.0], 2.0),
+        ];
+        assert_close(&added(&inputs, 1, Projection::Gate), &expected(&rows));
+        // Of expert 2's tokens F sends the first elsewhere.
+        let rows = [
+            ([10.0, 11.0], [10.0, 11.0], 2.0),
+            ([20.0, 21.0], [120.0, 121.0], 3.0),
+        ];
+        assert_close(&added(&inputs, 2, Projection::Up), &expected(&rows));
+    }
+
+    #[test]
+    fn down_sees_its_part_of_each_token() {
+        // Expert 0 is U's second choice for the first token, F's first.
+        let inputs = inputs(true, 4);
+        let rows = [
+            ([2.0, 3.0], [100.0, 101.0], 1.0),
+            ([20.0, 21.0], [120.0, 121.0], 3.0),
+        ];
+        assert_close(&added(&inputs, 0, Projection::Down), &expected(&rows));
+    }
+}
