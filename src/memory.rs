@@ -1,10 +1,9 @@
 //! What a run will hold in memory and write to disk, told before it begins.
 
 use crate::model::attention::block_len;
-use crate::model::decoder::Projection;
 use crate::model::vision::VisionSize;
-use crate::model::{DecoderConfig, ModelSource};
-use crate::pipeline::BATCH_TOKENS;
+use crate::model::{DecoderConfig, ModelSource, Projection, Slot};
+use crate::pipeline::{BATCH_TOKENS, GROUPS_AT_ONCE};
 use crate::recipe::Recipe;
 use crate::report::peak_memory_bytes;
 use serde::Serialize;
@@ -68,13 +67,10 @@ impl MemoryPlan {
 pub fn plan_memory(model: &ModelSource, recipe: &Recipe, n_tokens: &[usize]) -> MemoryPlan {
     let process = peak_memory_bytes().unwrap_or(32 << 20);
     let config = model.decoder();
-    let weight = |p: Projection| {
-        let [out, inp] = p.shape(config);
-        (out * inp) as u64 * F32
-    };
     if !recipe.needs_calibration() {
         // One module at a time: its weight, its codes, and what packing makes of them.
-        let widest = Projection::ALL.map(weight).into_iter().max();
+        let sizes = model.modules().into_iter().map(|m| m.shape);
+        let widest = sizes.map(|[out, inp]| (out * inp) as u64 * F32).max();
         return MemoryPlan {
             process,
             allocator: allowance(0),
@@ -151,9 +147,34 @@ struct Step<'a> {
 }
 
 impl Step<'_> {
-    fn weights(&self, projections: &[Projection]) -> u64 {
-        let sizes = projections.iter().map(|p| p.shape(self.config));
+    fn weights(&self, projections: &[Projection], expert: Option<usize>) -> u64 {
+        let slots = projections
+            .iter()
+            .map(|&projection| Slot { projection, expert });
+        let sizes = slots.map(|slot| slot.shape(self.config));
         sizes.map(|[out, inp]| (out * inp) as u64 * F32).sum()
+    }
+
+    fn of_attention(&self) -> u64 {
+        self.weights(&Projection::ATTENTION, None)
+    }
+
+    /// The most that any kind of MLP of this decoder needs.
+    fn worst(&self, needs: impl Fn(&Mlp) -> u64) -> u64 {
+        let n_layers = self.config.n_layers;
+        let kinds = (0..n_layers).map(|layer_idx| match self.config.n_experts(layer_idx) {
+            Some(n_experts) => Mlp {
+                n_experts: n_experts as u64,
+                expert: Some(0),
+                width: self.config.mlp_width(true),
+            },
+            None => Mlp {
+                n_experts: 1,
+                expert: None,
+                width: self.config.mlp_width(false),
+            },
+        });
+        kinds.map(|kind| needs(&kind)).max().unwrap_or(0)
     }
 
     /// Values per token: U's residual and input, rotary tables, what the tower adds on the way; F's
@@ -161,7 +182,7 @@ impl Step<'_> {
     fn stream_width(&self) -> u64 {
         let hidden = self.config.hidden_size;
         let heads = self.config.n_heads * self.config.head_dim;
-        let widest = hidden.max(heads).max(self.config.intermediate_size);
+        let widest = hidden.max(heads).max(self.config.widest_mlp());
         let n_tables = 2 + 2 * usize::from(self.config.local.is_some());
         let own = hidden + widest + n_tables * self.config.head_dim + self.n_deepstack * hidden;
         let full = if self.with_full {
@@ -174,8 +195,8 @@ impl Step<'_> {
 
     fn attention(&self) -> u64 {
         let linears = match self.with_mlp_loss {
-            true => self.weights(&Projection::ALL),
-            false => self.weights(&Projection::ALL[..4]),
+            true => self.of_attention() + self.worst(|mlp| self.of_mlp(mlp, &Projection::ALL[4..])),
+            false => self.of_attention(),
         };
         // Scores, masked scores and probabilities; on the way back also their gradients.
         let maps = if self.with_importance { 4 } else { 3 };
@@ -198,28 +219,54 @@ impl Step<'_> {
     }
 
     fn narrow(&self) -> u64 {
-        let [q, k, v, _, gate, up, _] = Projection::ALL;
         let hidden = self.config.hidden_size;
         let n_weightings = if self.with_importance { 3 } else { 1 };
-        let first = n_weightings * self.moments(hidden)
-            + self.inputs(hidden).max(2 * self.weights(&[q, k, v]));
-        // The first is quantized while the second is solved: weight and codes.
-        let second = self.moments(hidden) + self.inputs(hidden).max(self.weights(&[gate, up, up]));
+        let qkv = self.weights(&Projection::ATTENTION[..3], None);
+        let first = n_weightings * self.moments(hidden) + self.inputs(hidden).max(2 * qkv);
+        let second = self.worst(|mlp| {
+            // The first is quantized while the second is solved: weight and codes.
+            let [gate, up] = [Projection::Gate, Projection::Up];
+            let one = self.weights(&[gate, up, up], mlp.expert);
+            let solved = self.of_mlp(mlp, &[gate, up]) - self.weights(&[gate, up], mlp.expert);
+            mlp.n_groups() * self.moments(hidden) + solved + self.inputs(hidden).max(one)
+        });
         first.max(second)
     }
 
+    fn of_mlp(&self, mlp: &Mlp, projections: &[Projection]) -> u64 {
+        mlp.n_experts * self.weights(projections, mlp.expert)
+    }
+
     fn mlp(&self) -> u64 {
-        let linears = self.weights(&[Projection::Gate, Projection::Up]);
+        let linears = self.worst(|mlp| self.of_mlp(mlp, &[Projection::Gate, Projection::Up]));
         let copies = if self.with_full { 2 } else { 1 };
-        let activations = 4 * self.batch * self.config.intermediate_size as u64 * F32;
+        let activations = 4 * self.batch * self.config.widest_mlp() as u64 * F32;
         copies * linears + self.n_threads * activations
     }
 
     fn wide(&self) -> u64 {
-        let inter = self.config.intermediate_size;
-        let down = self.weights(&[Projection::Down]);
-        // Weight and codes; then the same as f32 again.
-        self.moments(inter) + self.inputs(inter).max(down + down / 2)
+        self.worst(|mlp| {
+            let down = self.weights(&[Projection::Down], mlp.expert);
+            let solved = self.of_mlp(mlp, &[Projection::Down]) - down;
+            // Weight and codes; then the same as f32 again.
+            let inputs = self.inputs(self.config.widest_mlp()).max(down + down / 2);
+            mlp.n_groups() * self.moments(mlp.width) + solved + inputs
+        })
+    }
+}
+
+/// A kind of MLP: one for all tokens, or a mixture.
+struct Mlp {
+    n_experts: u64,
+    /// One of its experts, all of which have the same shapes.
+    expert: Option<usize>,
+    width: usize,
+}
+
+impl Mlp {
+    /// Statistics in memory at once.
+    fn n_groups(&self) -> u64 {
+        self.n_experts.min(GROUPS_AT_ONCE as u64)
     }
 }
 
@@ -239,11 +286,12 @@ pub fn plan_disk(model: &ModelSource, recipe: &Recipe) -> DiskPlan {
         progress: 0,
     };
     for module in model.modules() {
-        let info = model.checkpoint().info(&format!("{}.weight", module.name));
-        if let (Some(info), Some(scheme)) = (info, recipe.scheme_of(&module.name)) {
+        let info = model.checkpoint().linear_info(&module.name);
+        if let (Some((dtype, _)), Some(scheme)) = (info, recipe.scheme_of(&module.name)) {
             let [rows, cols] = module.shape;
+            let plain = (rows * cols * dtype.n_bytes()) as u64;
             let packed = (rows * cols) as f64 * scheme.bits_per_weight(cols) / 8.0;
-            plan.tensors = plan.tensors - info.n_bytes as u64 + packed.ceil() as u64;
+            plan.tensors = plan.tensors - plain + packed.ceil() as u64;
             // A scale in f32 and a zero point of a byte in each group.
             let groups = rows * (cols / scheme.group_size().unwrap_or(cols).max(1));
             plan.progress += (rows * cols * scheme.bits() as usize).div_ceil(8) as u64

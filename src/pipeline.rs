@@ -12,12 +12,15 @@
 //! stage's weights and its statistics, never a whole layer.
 //! Source: arXiv:2508.03351 §3; the order of stages is GPTQ's true-sequential one.
 
+mod inputs;
 mod stage;
 mod streams;
 
 use crate::calibration::CalibrationSet;
 use crate::importance::{ImportanceSettings, LayerImportance};
-use crate::model::decoder::{DecoderLayer, LayerSource, Projection};
+use crate::model::decoder::DecoderLayer;
+use crate::model::layer_source::LayerSource;
+use crate::model::projection::{Projection, Slot};
 use crate::model::source::{ModelSource, Module};
 use crate::plan::Scheme;
 use crate::recipe::Recipe;
@@ -25,12 +28,14 @@ use crate::report::{Deviation, ModuleReport, log};
 use crate::solver::{Factor, gptq, rtn};
 use crate::statistics::Statistics;
 use crate::{Error, QuantizedWeight, Result};
+use inputs::Shared;
 use serde::{Deserialize, Serialize};
 use stage::Stage;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 use std::time::Instant;
 pub use streams::BATCH_TOKENS;
-use streams::{Shared, Streams};
+use streams::Streams;
 
 /// What happens around a run.
 pub trait Observer: Sync {
@@ -127,6 +132,7 @@ pub fn quantize(
             recipe,
             observer,
             layer_idx,
+            modules: model.layer_modules(layer_idx),
             source: model.layer_source(layer_idx),
             outcome: LayerOutcome::default(),
         };
@@ -150,6 +156,7 @@ struct Run<'a> {
     recipe: &'a Recipe,
     observer: &'a dyn Observer,
     layer_idx: usize,
+    modules: Vec<Module>,
     source: LayerSource<'a>,
     outcome: LayerOutcome,
 }
@@ -161,9 +168,13 @@ struct Pair {
     quantized: DecoderLayer,
 }
 
+/// Statistics that are summed up in one walk over the samples: all of a dense layer's, some of a
+/// mixture's, whose experts may be more than memory has room for.
+pub(crate) const GROUPS_AT_ONCE: usize = 16;
+
 /// Linears that are solved with the same statistics.
 struct Group<'a> {
-    projections: &'a [Projection],
+    modules: &'a [Module],
     statistics: Statistics,
     /// Share of Σω by token class, where tokens are weighted.
     weight_share: Option<BTreeMap<String, f64>>,
@@ -174,15 +185,17 @@ impl Run<'_> {
     /// numbers as when it was solved, so that the next layer sees the same bits.
     fn finished_layer(&mut self, finished: FinishedLayer, streams: &mut Streams) -> Result<()> {
         let (mut pair, _) = self.begin(streams, None)?;
-        let modules = self.model.layer_modules(self.layer_idx);
+        let solved: HashMap<&str, &QuantizedWeight> = (finished
+            .weights
+            .iter()
+            .map(|(name, weight)| (name.as_str(), weight)))
+        .collect();
         for stage in Stage::ALL {
             self.enter(stage, &mut pair, streams)?;
-            for &projection in stage.projections() {
-                let name = &modules[projection as usize].name;
-                let solved = finished.weights.iter().find(|(n, _)| n == name);
-                if let Some((_, weight)) = solved {
-                    let linear = self.source.linear(projection, weight.dequantize())?;
-                    pair.quantized.replace(projection, linear);
+            for module in stage.modules(&self.modules) {
+                if let Some(weight) = solved.get(module.name.as_str()) {
+                    let linear = self.source.linear(module.slot, weight.dequantize())?;
+                    pair.quantized.replace(module.slot, linear);
                 }
             }
         }
@@ -194,21 +207,23 @@ impl Run<'_> {
 
     fn calibrated_layer(&mut self, streams: &mut Streams, sink: &mut dyn LayerSink) -> Result<()> {
         let (mut pair, importance) = self.begin(streams, self.recipe.importance)?;
-        let modules = self.model.layer_modules(self.layer_idx);
         for stage in Stage::ALL {
             self.enter(stage, &mut pair, streams)?;
-            let shared = self.shared(stage, &modules, importance.as_ref());
+            let shared = self.shared(stage, importance.as_ref());
             let dtype = self.recipe.statistics_dtype;
-            let statistics = self.timed("statistics", |_| {
-                streams.accumulate(stage, &pair.full, &shared, dtype)
-            })?;
-            for (group, statistics) in shared.iter().zip(statistics) {
-                let group = Group {
-                    projections: &group.projections,
-                    statistics,
-                    weight_share: group.weights.as_ref().map(|w| streams.weight_share(w)),
-                };
-                self.solve_group(&modules, group, &mut pair.quantized, sink)?;
+            for some in shared.chunks(GROUPS_AT_ONCE) {
+                let statistics = self.timed("statistics", |_| {
+                    streams.accumulate(stage, &pair.full, some, dtype)
+                })?;
+                for (group, statistics) in some.iter().zip(statistics) {
+                    let weights = group.weights.as_deref();
+                    let group = Group {
+                        modules: &group.modules,
+                        statistics,
+                        weight_share: weights.map(|w| streams.weight_share(w)),
+                    };
+                    self.solve_group(group, &mut pair.quantized, sink)?;
+                }
             }
         }
         self.end(pair, streams)?;
@@ -221,14 +236,16 @@ impl Run<'_> {
         streams: &mut Streams,
         importance: Option<ImportanceSettings>,
     ) -> Result<(Pair, Option<LayerImportance>)> {
-        let needed: &[Projection] = match (streams.with_full(), importance) {
-            (false, _) => &[],
-            (true, Some(settings)) if settings.needs_mlp() => &Projection::ALL,
-            (true, _) => &Projection::ALL[..=Projection::O as usize],
+        let needed = match (streams.with_full(), importance) {
+            (false, _) => Vec::new(),
+            (true, Some(settings)) if settings.needs_mlp() => {
+                self.modules.iter().map(|m| m.slot).collect()
+            }
+            (true, _) => Projection::ATTENTION.map(Slot::from).to_vec(),
         };
         let mut full = self.timed("load", |run| {
             let mut full = run.source.norms()?;
-            run.source.complete(&mut full, needed)?;
+            run.source.complete(&mut full, &needed)?;
             Ok(full)
         })?;
         let stage = if importance.is_some() {
@@ -237,7 +254,7 @@ impl Run<'_> {
             "forward"
         };
         let importance = self.timed(stage, |_| streams.begin_layer(&full, importance))?;
-        full.release(&Projection::ALL);
+        full.release_all();
         let quantized = full.clone();
         Ok((Pair { full, quantized }, importance))
     }
@@ -245,28 +262,29 @@ impl Run<'_> {
     /// Walks both streams to a stage. What was not quantized goes as it was.
     fn enter(&mut self, stage: Stage, pair: &mut Pair, streams: &mut Streams) -> Result<()> {
         self.check_cancelled()?;
-        let crossed = stage.crossed();
+        let crossed = stage.crossed(&self.modules);
         self.timed("load", |run| {
-            run.source.complete(&mut pair.quantized, crossed)?;
+            run.source.complete(&mut pair.quantized, &crossed)?;
             match stage == Stage::Down && streams.with_full() {
-                true => run.source.complete(&mut pair.full, crossed),
+                true => run.source.complete(&mut pair.full, &crossed),
                 false => Ok(()),
             }
         })?;
         self.timed("forward", |_| {
             streams.enter(stage, &pair.full, &pair.quantized)
         })?;
-        pair.full.release(crossed);
-        pair.quantized.release(crossed);
+        pair.full.release(&crossed);
+        pair.quantized.release(&crossed);
         Ok(())
     }
 
     fn end(&mut self, mut pair: Pair, streams: &mut Streams) -> Result<()> {
-        let (down, layer_idx) = (Stage::Down.projections(), self.layer_idx);
+        let down: Vec<Slot> = Stage::Down.modules(&self.modules).map(|m| m.slot).collect();
+        let layer_idx = self.layer_idx;
         self.timed("load", |run| {
-            run.source.complete(&mut pair.quantized, down)?;
+            run.source.complete(&mut pair.quantized, &down)?;
             match streams.with_full() {
-                true => run.source.complete(&mut pair.full, down),
+                true => run.source.complete(&mut pair.full, &down),
                 false => Ok(()),
             }
         })?;
@@ -277,7 +295,7 @@ impl Run<'_> {
 
     /// RTN needs neither streams nor a forward.
     fn nearest_layer(&mut self, sink: &mut dyn LayerSink) -> Result<()> {
-        for module in self.model.layer_modules(self.layer_idx) {
+        for module in self.modules.clone() {
             self.check_cancelled()?;
             let Some(scheme) = self.scheme_or_skip(&module) else {
                 continue;
@@ -299,74 +317,87 @@ impl Run<'_> {
         sink.layer(self.layer_idx, &self.outcome)
     }
 
-    /// The statistics that a stage needs: one for all linears with the same token weights.
-    fn shared(
-        &mut self,
-        stage: Stage,
-        modules: &[Module],
-        importance: Option<&LayerImportance>,
-    ) -> Vec<Shared> {
+    /// The statistics that a stage needs: one for all linears with the same inputs and the same
+    /// token weights.
+    fn shared(&mut self, stage: Stage, importance: Option<&LayerImportance>) -> Vec<Shared> {
+        let modules: Vec<Module> = stage.modules(&self.modules).cloned().collect();
+        let mut weights = BTreeMap::new();
         let mut all: Vec<Shared> = Vec::new();
-        for &projection in stage.projections() {
-            let module = &modules[projection as usize];
-            let Some(scheme) = self.scheme_or_skip(module) else {
+        for module in modules {
+            let Some(scheme) = self.scheme_or_skip(&module) else {
                 continue;
             };
-            let weights = match importance.map(|i| i.token_weights(projection)) {
-                None | Some(Ok(None)) => None,
-                Some(Ok(Some(weights))) => Some(weights),
-                Some(Err(reason)) => {
-                    let entry = Deviation::uniform(self.layer_idx, projection, reason);
-                    self.outcome.deviations.push(entry);
-                    None
-                }
-            };
+            let projection = module.slot.projection;
+            let weights = weights.entry(projection);
+            let weights = weights.or_insert_with(|| self.weights_of(projection, importance));
+            let weights = weights.clone();
             let with_cross = self.recipe.alpha(scheme) != 0.0;
-            let alike = all
-                .iter_mut()
+            // Those of an expert follow one another.
+            let expert = module.slot.expert;
+            let own = all.iter_mut().rev().take_while(|s| s.expert() == expert);
+            let alike = own
+                .into_iter()
                 .find(|s| s.weights.is_none() && weights.is_none());
             match alike {
                 Some(shared) => {
-                    shared.projections.push(projection);
+                    shared.modules.push(module);
                     shared.with_cross |= with_cross;
                 }
-                None => all.push(Shared::new(projection, module, weights, with_cross)),
+                None => all.push(Shared {
+                    modules: vec![module],
+                    weights,
+                    with_cross,
+                }),
             }
         }
         all
     }
 
+    /// Token weights of all linears with this role, and a note where they should be but are not.
+    fn weights_of(
+        &mut self,
+        projection: Projection,
+        importance: Option<&LayerImportance>,
+    ) -> Option<Arc<Vec<Vec<f32>>>> {
+        match importance?.token_weights(projection) {
+            Ok(weights) => weights.map(Arc::new),
+            Err(reason) => {
+                let entry = Deviation::uniform(self.layer_idx, projection, reason);
+                self.outcome.deviations.push(entry);
+                None
+            }
+        }
+    }
+
     fn solve_group(
         &mut self,
-        modules: &[Module],
         group: Group,
         quantized: &mut DecoderLayer,
         sink: &mut dyn LayerSink,
     ) -> Result<()> {
-        let Some(first) = group.projections.first() else {
+        let Some(first) = group.modules.first() else {
             return Ok(());
         };
+        if first.slot.expert.is_some() && group.statistics.weight_sum() == 0.0 {
+            return self.round_unreached(group.modules, quantized, sink);
+        }
         let effective_sample_size = group.statistics.effective_sample_size();
-        let name = &modules[*first as usize].name;
         let factor = self.timed("factor", |run| {
-            Factor::new(name, group.statistics, &run.recipe.solver)
+            Factor::new(&first.name, group.statistics, &run.recipe.solver)
         })?;
-        for &projection in group.projections {
+        for module in group.modules {
             self.check_cancelled()?;
-            let module = &modules[projection as usize];
             let Some(scheme) = self.recipe.scheme_of(&module.name) else {
                 continue;
             };
             let mut settings = self.recipe.solver.clone();
             settings.alpha = self.recipe.alpha(scheme);
-            let w = self.timed("load", |run| run.source.weight(projection))?;
+            let w = self.timed("load", |run| run.source.weight(module.slot))?;
             let solved = self.timed("solve", |_| {
                 gptq::solve(&module.name, &w, &factor, scheme, &settings)
             })?;
             drop(w);
-            let linear = self.source.linear(projection, solved.weight.dequantize())?;
-            quantized.replace(projection, linear);
-            self.timed("write", |_| sink.module(module, &solved.weight))?;
+            self.take(module, &solved.weight, quantized, sink)?;
             self.note_deviations(module, &factor, effective_sample_size);
             self.outcome.modules.push(ModuleReport {
                 loss: Some(solved.loss),
@@ -380,6 +411,45 @@ impl Run<'_> {
             });
         }
         Ok(())
+    }
+
+    /// Rounds the linears of an expert that no token was sent to: nothing is known of its inputs.
+    fn round_unreached(
+        &mut self,
+        modules: &[Module],
+        quantized: &mut DecoderLayer,
+        sink: &mut dyn LayerSink,
+    ) -> Result<()> {
+        for module in modules {
+            self.check_cancelled()?;
+            let Some(scheme) = self.recipe.scheme_of(&module.name) else {
+                continue;
+            };
+            let clip = self.recipe.solver.clip;
+            let w = self.timed("load", |run| run.source.weight(module.slot))?;
+            let weight = self.timed("solve", |_| rtn(&module.name, &w, scheme, clip))?;
+            self.take(module, &weight, quantized, sink)?;
+            self.outcome.deviations.push(Deviation::Unreached {
+                module: module.name.clone(),
+            });
+            self.outcome
+                .modules
+                .push(blank_report(module, Some(scheme)));
+        }
+        Ok(())
+    }
+
+    /// Puts a solved weight into the quantized layer and hands it over.
+    fn take(
+        &mut self,
+        module: &Module,
+        weight: &QuantizedWeight,
+        quantized: &mut DecoderLayer,
+        sink: &mut dyn LayerSink,
+    ) -> Result<()> {
+        let linear = self.source.linear(module.slot, weight.dequantize())?;
+        quantized.replace(module.slot, linear);
+        self.timed("write", |_| sink.module(module, weight))
     }
 
     fn note_deviations(&mut self, module: &Module, factor: &Factor, effective_sample_size: f64) {

@@ -266,9 +266,9 @@ struct InMemory(Vec<DecoderLayer>);
 impl LayerSink for InMemory {
     fn module(&mut self, module: &Module, weight: &QuantizedWeight) -> Result<()> {
         let layer = &mut self.0[module.layer_idx];
-        let linear = layer.linear(module.projection)?;
+        let linear = layer.linear(module.slot)?;
         let linear = linear.with_weight(weight.dequantize())?;
-        layer.replace(module.projection, linear);
+        layer.replace(module.slot, linear);
         Ok(())
     }
 }

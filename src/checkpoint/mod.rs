@@ -8,6 +8,7 @@
 //! [`write::ShardedWriter`] and [`PendingFolder`] are the way back to disk.
 
 mod dtype;
+mod experts;
 mod folder;
 mod quantization;
 mod shard;
@@ -311,12 +312,15 @@ impl Checkpoint {
     }
 
     /// The weight `[out, inp]` of a linear by its checkpoint name without `.weight`; dequantized
-    /// if it is stored quantized.
+    /// if it is stored quantized, cut out if it is an expert's in a fused tensor.
     ///
     /// # Errors
     /// As [`Checkpoint::load`] and [`Checkpoint::packed_module`].
     pub fn linear_weight(&self, module: &str, out: usize, inp: usize) -> Result<Matrix> {
         if !self.is_quantized(module) {
+            if self.fused_weight(module).is_some() {
+                return self.fused_matrix(module, out, inp);
+            }
             let name = format!("{module}.weight");
             return Matrix::from_vec(&name, out, inp, self.load(&name, &[out, inp])?);
         }

@@ -3,7 +3,7 @@
 use super::quantize::scale_dtype;
 use super::{ModelArg, SCHEMA, open_model, print_json, say};
 use std::process::ExitCode;
-use vlmq::model::{ModelSource, Module};
+use vlmq::model::{DecoderConfig, ModelSource, Module};
 use vlmq::plan::Scheme;
 
 #[derive(clap::Args)]
@@ -101,7 +101,7 @@ fn model_text(model: &ModelSource) -> String {
     let checkpoint = model.checkpoint();
     let mut text = format!(
         "family      {}\n\
-         decoder     {} layers, hidden {}, MLP {}, heads {}/{} of {}\n\
+         decoder     {} layers, hidden {}, MLP {}, heads {}/{} of {}\n{}\
          vision      {} layers, width {}, heads {}\n\
          tensors     {}, {:.1} MB\n\
          to quantize {} modules, {:.2} M weights\n\
@@ -113,6 +113,7 @@ fn model_text(model: &ModelSource) -> String {
         d.n_heads,
         d.n_kv_heads,
         d.head_dim,
+        experts_text(d),
         v.depth,
         v.width,
         v.n_heads,
@@ -126,6 +127,19 @@ fn model_text(model: &ModelSource) -> String {
         text += &format!("quantized   {n_quantized} modules already\n");
     }
     text
+}
+
+fn experts_text(decoder: &DecoderConfig) -> String {
+    let Some(experts) = &decoder.experts else {
+        return String::new();
+    };
+    format!(
+        "experts     {} in each of {} layers, width {}, {} to a token; routers are kept\n",
+        experts.n_experts,
+        experts.is_mixture.iter().filter(|is| **is).count(),
+        experts.width,
+        experts.n_chosen
+    )
 }
 
 fn candidates_text(candidates: &[Candidate]) -> String {
@@ -163,10 +177,11 @@ fn candidates(model: &ModelSource) -> vlmq::Result<Vec<Candidate>> {
                     candidate.misfits.push(module);
                     continue;
                 }
-                let info = model.checkpoint().info(&format!("{}.weight", module.name));
-                let n_weights = (module.shape[0] * cols) as f64;
-                let packed = (n_weights * scheme.bits_per_weight(cols) / 8.0).ceil() as u64;
-                let plain = info.map_or(packed, |info| info.n_bytes as u64);
+                let n_weights = module.shape[0] * cols;
+                let packed = n_weights as f64 * scheme.bits_per_weight(cols) / 8.0;
+                let packed = packed.ceil() as u64;
+                let info = model.checkpoint().linear_info(&module.name);
+                let plain = info.map_or(packed, |(dtype, _)| (n_weights * dtype.n_bytes()) as u64);
                 candidate.bytes = candidate.bytes - plain + packed;
             }
             all.push(candidate);

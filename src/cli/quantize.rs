@@ -158,11 +158,9 @@ fn parse_bytes(text: &str) -> Result<u64, String> {
 
 /// The type that the model's weights have, which its readers will give the scales too.
 pub fn scale_dtype(model: &ModelSource) -> ScaleDtype {
-    let module = model.modules().into_iter().next();
-    let name = module
-        .map(|m| format!("{}.weight", m.name))
-        .unwrap_or_default();
-    match model.checkpoint().info(&name).map(|info| info.dtype) {
+    let module = model.layer_modules(0).into_iter().next();
+    let info = module.and_then(|m| model.checkpoint().linear_info(&m.name));
+    match info.map(|(dtype, _)| dtype) {
         Some(DType::F16) => ScaleDtype::F16,
         Some(DType::F32 | DType::F64) => ScaleDtype::F32,
         _ => ScaleDtype::Bf16,

@@ -78,7 +78,7 @@ fn notes(report: &RunReport) -> Vec<String> {
     let mut notes = Vec::new();
     let mut alike: BTreeMap<(usize, String), Vec<&str>> = BTreeMap::new();
     let mut few: Vec<(&str, f64, usize)> = Vec::new();
-    let mut skipped = 0;
+    let (mut skipped, mut unreached) = (0, 0);
     for deviation in &report.deviations {
         match deviation {
             Deviation::UniformWeights {
@@ -95,6 +95,7 @@ fn notes(report: &RunReport) -> Vec<String> {
                 in_features,
             } => few.push((module, *effective_sample_size, *in_features)),
             Deviation::Skipped { .. } => skipped += 1,
+            Deviation::Unreached { .. } => unreached += 1,
             Deviation::DampingRaised {
                 module,
                 tried,
@@ -123,6 +124,12 @@ fn notes(report: &RunReport) -> Vec<String> {
              ({n:.0} for {inputs}): more samples would help\n",
             few.len(),
             report.modules.len()
+        ));
+    }
+    if unreached > 0 {
+        notes.push(format!(
+            "note: {unreached} modules rounded to nearest: no token was sent to their experts; more \
+             or other samples would help\n"
         ));
     }
     if skipped > 0 {

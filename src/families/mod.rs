@@ -14,6 +14,7 @@ mod pixtral;
 mod qwen2_5_vl;
 mod qwen2_vl;
 mod qwen3_vl;
+mod qwen3_vl_moe;
 mod smolvlm;
 
 use crate::checkpoint::Checkpoint;
@@ -42,6 +43,7 @@ pub const FAMILIES: &[Family] = &[
     qwen2_vl::FAMILY,
     qwen2_5_vl::FAMILY,
     qwen3_vl::FAMILY,
+    qwen3_vl_moe::FAMILY,
     llava::LLAVA,
     llava::NEXT,
     llava::ONEVISION,

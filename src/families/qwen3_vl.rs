@@ -26,13 +26,18 @@ const NAMES: [Naming; 1] = [Naming {
 }];
 
 fn architecture(checkpoint: &Checkpoint) -> Result<Architecture> {
+    read(checkpoint, &FAMILY, "qwen3_vl_text")
+}
+
+/// Reads a member of the family, whose language model is of `kind` where it does not say.
+pub(super) fn read(checkpoint: &Checkpoint, family: &Family, kind: &str) -> Result<Architecture> {
     let root = ConfigNode::root(checkpoint.dir(), checkpoint.config());
     let text = root.nested("text_config")?;
-    let mut decoder = DecoderConfig::read(&root, &text, "qwen3_vl_text")?;
+    let mut decoder = DecoderConfig::read(&root, &text, kind)?;
     decoder.rotary.axes = RopeAxes::multimodal(&text, [24, 20, 20], decoder.head_dim, true)?;
     let naming = Naming::of(checkpoint, &NAMES)?;
     let vision = vision(&root, naming.tower, decoder.hidden_size)?;
-    qwen2_vl::assembled(&FAMILY, &root, naming, decoder, vision)
+    qwen2_vl::assembled(family, &root, naming, decoder, vision)
 }
 
 fn vision(root: &ConfigNode, prefix: &str, hidden: usize) -> Result<QwenVision> {

@@ -15,8 +15,10 @@
 use crate::Result;
 use crate::model::attention::{Attention, merge_heads};
 use crate::model::context::TokenContext;
-use crate::model::decoder::{DecoderLayer, Projection};
+use crate::model::decoder::DecoderLayer;
 use crate::model::decoder_config::Activation;
+use crate::model::experts::Router;
+use crate::model::projection::{Projection, Slot};
 use candle_core::{D, Tensor};
 use candle_nn::ops::sigmoid;
 
@@ -68,7 +70,8 @@ pub struct AttentionGradients {
     pub o: Tensor,
 }
 
-/// ∂L/∂(output of gate, up, down), each `[n_tokens, out]`, and ∂L/∂y.
+/// ∂L/∂(output of gate, up, down), each `[n_tokens, out]`, and ∂L/∂y. In a mixture the rows are by
+/// token: `[n_tokens, k·out]`, one part for each of the token's choices.
 #[derive(Clone, Debug)]
 pub struct MlpGradients {
     /// With respect to the gate before its activation.
@@ -137,21 +140,93 @@ fn add_rows(sum: &Tensor, rows: &Tensor) -> Result<Tensor> {
 /// A tensor error if shapes disagree.
 pub fn mlp(layer: &DecoderLayer, y: &Tensor, d_out: &Tensor) -> Result<MlpGradients> {
     let n2 = layer.gate_up_input(y)?;
-    let gate = layer.linear(Projection::Gate)?.forward(&n2)?;
-    let up = layer.linear(Projection::Up)?.forward(&n2)?;
-    let Activated { value, slope } = activated(layer.activation(), &gate)?;
-    let d_down = layer.after_mlp_backward(&(&value * &up)?, d_out)?;
-    let d_h = d_down.matmul(layer.linear(Projection::Down)?.weight())?;
-    let d_up = (&d_h * value)?;
-    let d_gate = ((&d_h * up)? * slope)?;
-    let d_n2 = (d_gate.matmul(layer.linear(Projection::Gate)?.weight())?
-        + d_up.matmul(layer.linear(Projection::Up)?.weight())?)?;
-    Ok(MlpGradients {
-        gate: d_gate,
-        up: d_up,
-        down: d_down,
-        y: (d_out + layer.gate_up_norm_backward(y, &d_n2)?)?,
-    })
+    let (gradients, d_n2) = match layer.router() {
+        None => {
+            let pass = GatedPass::new(layer, None, n2)?;
+            let d_down = layer.after_mlp_backward(y, &pass.h, d_out)?;
+            pass.backward(layer, &d_down)?
+        }
+        Some(router) => {
+            let h = layer.down_input(&n2)?;
+            let d_sum = layer.after_mlp_backward(y, &h, d_out)?;
+            mixture(layer, router, &n2, &d_sum)?
+        }
+    };
+    let [gate, up, down] = gradients;
+    let y = (d_out + layer.gate_up_norm_backward(y, &d_n2)?)?;
+    Ok(MlpGradients { gate, up, down, y })
+}
+
+/// Carries `d_sum`, the gradient with respect to the weighted sum of the experts' outputs, back to
+/// their linears and to n₂: through the experts, and through the weights of the sum.
+fn mixture(
+    layer: &DecoderLayer,
+    router: &Router,
+    n2: &Tensor,
+    d_sum: &Tensor,
+) -> Result<([Tensor; 3], Tensor)> {
+    let routing = router.route(n2)?;
+    let (rows, d_rows) = (routing.dispatch(n2)?, routing.dispatch(d_sum)?);
+    let mut parts: [Vec<Tensor>; 5] = Default::default();
+    for (expert, run) in routing.runs() {
+        let run = |all: &Tensor| all.narrow(0, run.start, run.len());
+        let pass = GatedPass::new(layer, Some(expert), run(&rows)?)?;
+        let d_rows = run(&d_rows)?;
+        // out = w·down(h): d wrt w is ⟨d_out, down(h)⟩, wrt down(h) w·d_out.
+        let d_weight = (pass.output(layer)? * &d_rows)?.sum(D::Minus1)?;
+        let d_down = d_rows.broadcast_mul(&run(routing.weights())?)?;
+        let ([gate, up, down], d_x) = pass.backward(layer, &d_down)?;
+        for (part, own) in parts.iter_mut().zip([gate, up, down, d_x, d_weight]) {
+            part.push(own);
+        }
+    }
+    let [gate, up, down, d_x, d_weight] = parts.map(|part| Tensor::cat(&part, 0));
+    let d_n2 = (routing.sum(&d_x?)? + router.backward(&routing, &d_weight?)?)?;
+    let by_token = |rows: candle_core::Result<Tensor>| routing.by_token(&rows?);
+    Ok(([by_token(gate)?, by_token(up)?, by_token(down)?], d_n2))
+}
+
+/// The way of tokens through one gated MLP, with what the way back needs.
+struct GatedPass {
+    expert: Option<usize>,
+    up: Tensor,
+    activated: Activated,
+    h: Tensor,
+}
+
+impl GatedPass {
+    fn new(layer: &DecoderLayer, expert: Option<usize>, x: Tensor) -> Result<Self> {
+        let linear = |projection| layer.linear(Slot { projection, expert });
+        let gate = linear(Projection::Gate)?.forward(&x)?;
+        let up = linear(Projection::Up)?.forward(&x)?;
+        let activated = activated(layer.activation(), &gate)?;
+        Ok(Self {
+            expert,
+            h: (&activated.value * &up)?,
+            up,
+            activated,
+        })
+    }
+
+    fn output(&self, layer: &DecoderLayer) -> Result<Tensor> {
+        let (projection, expert) = (Projection::Down, self.expert);
+        layer.linear(Slot { projection, expert })?.forward(&self.h)
+    }
+
+    /// From the gradient with respect to down's output to those of gate, up and down, and to that
+    /// of the input.
+    fn backward(self, layer: &DecoderLayer, d_down: &Tensor) -> Result<([Tensor; 3], Tensor)> {
+        let expert = self.expert;
+        let weight = |projection| -> Result<&Tensor> {
+            Ok(layer.linear(Slot { projection, expert })?.weight())
+        };
+        let d_h = d_down.matmul(weight(Projection::Down)?)?;
+        let d_up = (&d_h * self.activated.value)?;
+        let d_gate = ((d_h * self.up)? * self.activated.slope)?;
+        let d_x =
+            (d_gate.matmul(weight(Projection::Gate)?)? + d_up.matmul(weight(Projection::Up)?)?)?;
+        Ok(([d_gate, d_up, d_down.clone()], d_x))
+    }
 }
 
 /// An activation's values and its derivatives.

@@ -9,10 +9,11 @@ use self::naive::{Nudge, Rows};
 use super::backward::{self, AttentionGradients, MlpGradients};
 use super::*;
 use crate::model::attention::{Attention, Mask};
-use crate::model::decoder::Projection;
 use crate::model::decoder_config::{
     Activation, Ahead, DecoderConfig, LocalAttention, NormScale, RopeAxes, RopeScaling,
 };
+use crate::model::experts::Experts;
+use crate::model::projection::Projection;
 use candle_core::Tensor;
 
 /// Gradients in f32 against references in f64, largest difference over largest value.
@@ -73,13 +74,26 @@ fn gemma2() -> DecoderConfig {
     config
 }
 
-fn cases() -> [(&'static str, Case); 5] {
+/// A layer as in Qwen3's mixtures: of five experts the best two.
+fn mixture() -> DecoderConfig {
+    let mut config = qwen3();
+    config.experts = Some(Experts {
+        n_experts: 5,
+        n_chosen: 2,
+        width: 8,
+        is_mixture: vec![true],
+    });
+    config
+}
+
+fn cases() -> [(&'static str, Case); 6] {
     [
         ("gemma2", Case::random(gemma2(), &PROMPT, 4)),
         ("golden", golden()),
         ("qwen3", Case::random(qwen3(), &[0; 10], 1)),
         ("gemma3, local", Case::random(gemma3(true), &IMAGES, 2)),
         ("gemma3, global", Case::random(gemma3(false), &IMAGES, 3)),
+        ("mixture", Case::random(mixture(), &[0; 10], 4)),
     ]
 }
 

@@ -1,7 +1,7 @@
 //! From gradients to token weights.
 
 use crate::importance::backward::{self, AttentionGradients, AttentionPass, MlpGradients};
-use crate::model::decoder::Projection;
+use crate::model::projection::Projection;
 use crate::{Error, Result};
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
@@ -10,7 +10,9 @@ use serde::{Deserialize, Serialize};
 /// tokens by: (f32 epsilon)², generously.
 const VANISHING_RESIDUAL: f64 = 1e-12;
 
-/// The norm over channels that makes one number of a token's gradient.
+/// The norm over channels that makes one number of a token's gradient. In a mixture the channels are
+/// those of all the experts that the token went through: which they are may differ between the
+/// pass that the gradient is of and the quantized layer that the weight is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum TokenNorm {

@@ -5,219 +5,48 @@
 //!  x ──norm──► n₁ ─q,k,v─► attention ──► a ─o─► + x = y ──norm──► n₂ ─gate,up─► h ─down─► + y
 //!              stage qkv                 stage o                  stage gate_up  stage down
 //! ```
-//! Where an architecture has them ([`DecoderConfig`]), queries and keys are normed head by head
-//! before rotation, and the outputs of o and down are normed before they are added.
+//! Where an architecture has them ([`crate::model::DecoderConfig`]), queries and keys are normed
+//! head by head before rotation, and the outputs of o and down are normed before they are added.
+//! The MLP may be a mixture of experts ([`crate::model::experts`]): gate, up and down then work on
+//! the tokens that are sent to each.
 //!
 //! Calibration walks these stages one by one, so that no part of a forward is ever run twice.
 //! All activations are `[n_tokens, width]`, one sample at a time; no padding exists.
 
-use crate::checkpoint::Checkpoint;
 use crate::model::attention::{Attention, Mask, Scoring, block_len};
 use crate::model::context::TokenContext;
-use crate::model::decoder_config::{Activation, Ahead, DecoderConfig};
-use crate::model::linear::{Linear, load_tensor, tensor_from_matrix};
+use crate::model::decoder_config::{Activation, Ahead};
+use crate::model::experts::{Router, Routing};
+use crate::model::linear::Linear;
 use crate::model::norm::RmsNorm;
+use crate::model::projection::{Projection, Slot};
 use crate::model::rope::Rope;
-use crate::{Error, Matrix, Result};
-use candle_core::{Device, Tensor};
+use crate::{Error, Result};
+use candle_core::Tensor;
 use candle_nn::ops::silu;
-
-/// The linears of a layer, in the order in which they are solved.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Projection {
-    /// Queries.
-    Q,
-    /// Keys.
-    K,
-    /// Values.
-    V,
-    /// Attention output.
-    O,
-    /// MLP gate.
-    Gate,
-    /// MLP up.
-    Up,
-    /// MLP down.
-    Down,
-}
-
-impl Projection {
-    /// All of a layer, in solve order.
-    pub const ALL: [Self; 7] = [
-        Self::Q,
-        Self::K,
-        Self::V,
-        Self::O,
-        Self::Gate,
-        Self::Up,
-        Self::Down,
-    ];
-
-    /// Name inside a layer of a checkpoint.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Q => "self_attn.q_proj",
-            Self::K => "self_attn.k_proj",
-            Self::V => "self_attn.v_proj",
-            Self::O => "self_attn.o_proj",
-            Self::Gate => "mlp.gate_proj",
-            Self::Up => "mlp.up_proj",
-            Self::Down => "mlp.down_proj",
-        }
-    }
-
-    /// Shape `[out, in]` of the weight.
-    pub fn shape(self, config: &DecoderConfig) -> [usize; 2] {
-        let (hidden, inter) = (config.hidden_size, config.intermediate_size);
-        let (q, kv) = (
-            config.n_heads * config.head_dim,
-            config.n_kv_heads * config.head_dim,
-        );
-        match self {
-            Self::Q => [q, hidden],
-            Self::K | Self::V => [kv, hidden],
-            Self::O => [hidden, q],
-            Self::Gate | Self::Up => [inter, hidden],
-            Self::Down => [hidden, inter],
-        }
-    }
-
-    fn has_bias(self, config: &DecoderConfig) -> bool {
-        match self {
-            Self::Q | Self::K | Self::V => config.qkv_bias,
-            Self::O => config.o_bias,
-            Self::Gate | Self::Up | Self::Down => false,
-        }
-    }
-}
-
-/// Where the parts of one layer are read from, each when it is needed: of a 32B model, the linears
-/// of one layer have 2 GB in f32.
-#[derive(Clone)]
-pub struct LayerSource<'a> {
-    /// The checkpoint.
-    pub checkpoint: &'a Checkpoint,
-    /// Name of the layer in it, e.g. `model.layers.3`.
-    pub prefix: String,
-    /// Its place among the layers.
-    pub layer_idx: usize,
-    /// Shapes.
-    pub config: &'a DecoderConfig,
-    /// Where the weights go.
-    pub device: &'a Device,
-}
-
-impl LayerSource<'_> {
-    /// The layer with its norms, and none of its linears.
-    ///
-    /// # Errors
-    /// Those of [`Checkpoint::load`]: absent tensors, wrong shapes, values that are not finite.
-    pub fn norms(&self) -> Result<DecoderLayer> {
-        let config = self.config;
-        let norm = |name: &str, dim: usize| {
-            let name = format!("{}.{name}.weight", self.prefix);
-            RmsNorm::load(self.checkpoint, &name, dim, config, self.device)
-        };
-        let when = |is_there: bool, name: &str, dim: usize| is_there.then(|| norm(name, dim));
-        let (hidden, head_dim) = (config.hidden_size, config.head_dim);
-        let sandwich = config.sandwich_norms;
-        // A sandwiched layer calls the norm before its MLP by another name.
-        let before_mlp = match sandwich {
-            true => "pre_feedforward_layernorm",
-            false => "post_attention_layernorm",
-        };
-        Ok(DecoderLayer {
-            linears: Default::default(),
-            before_attention: norm("input_layernorm", hidden)?,
-            after_attention: when(sandwich, "post_attention_layernorm", hidden).transpose()?,
-            before_mlp: norm(before_mlp, hidden)?,
-            after_mlp: when(sandwich, "post_feedforward_layernorm", hidden).transpose()?,
-            queries: when(config.qk_norm, "self_attn.q_norm", head_dim).transpose()?,
-            keys: when(config.qk_norm, "self_attn.k_norm", head_dim).transpose()?,
-            n_heads: config.n_heads,
-            head_dim,
-            scoring: Scoring {
-                scale: config.score_scale,
-                cap: config.score_cap,
-            },
-            activation: config.activation,
-            ahead: config.ahead,
-            window: config.window(self.layer_idx),
-        })
-    }
-
-    /// The whole layer.
-    ///
-    /// # Errors
-    /// As [`LayerSource::norms`].
-    pub fn whole(&self) -> Result<DecoderLayer> {
-        let mut layer = self.norms()?;
-        self.complete(&mut layer, &Projection::ALL)?;
-        Ok(layer)
-    }
-
-    /// Reads those of the linears that `layer` does not hold.
-    ///
-    /// # Errors
-    /// As [`LayerSource::norms`].
-    pub fn complete(&self, layer: &mut DecoderLayer, projections: &[Projection]) -> Result<()> {
-        for &projection in projections {
-            if layer.linears[projection as usize].is_none() {
-                let weight = self.weight(projection)?;
-                layer.replace(projection, self.linear(projection, weight)?);
-            }
-        }
-        Ok(())
-    }
-
-    /// The weight `[out, in]` of a linear in f32.
-    ///
-    /// # Errors
-    /// Those of [`Checkpoint::linear_weight`].
-    pub fn weight(&self, projection: Projection) -> Result<Matrix> {
-        let [out, inp] = projection.shape(self.config);
-        let name = self.name(projection);
-        self.checkpoint.linear_weight(&name, out, inp)
-    }
-
-    /// A linear of the layer with this weight and the bias that it has there.
-    ///
-    /// # Errors
-    /// As [`LayerSource::norms`].
-    pub fn linear(&self, projection: Projection, weight: Matrix) -> Result<Linear> {
-        let bias = projection.has_bias(self.config).then(|| {
-            let name = format!("{}.bias", self.name(projection));
-            let [out, _] = projection.shape(self.config);
-            load_tensor(self.checkpoint, &name, &[out], self.device)
-        });
-        let weight = tensor_from_matrix(weight, self.device)?;
-        Ok(Linear::new(weight, bias.transpose()?))
-    }
-
-    fn name(&self, projection: Projection) -> String {
-        format!("{}.{}", self.prefix, projection.name())
-    }
-}
+use std::collections::BTreeMap;
 
 /// One transformer layer's weights in f32, or those of them that are needed.
 #[derive(Clone, Debug)]
 pub struct DecoderLayer {
-    linears: [Option<Linear>; 7],
-    before_attention: RmsNorm,
+    pub(super) linears: BTreeMap<Slot, Linear>,
+    /// What sends tokens to experts, where the MLP is a mixture.
+    pub(super) router: Option<Router>,
+    pub(super) before_attention: RmsNorm,
     /// Of attention's output, where the architecture norms it.
-    after_attention: Option<RmsNorm>,
-    before_mlp: RmsNorm,
+    pub(super) after_attention: Option<RmsNorm>,
+    pub(super) before_mlp: RmsNorm,
     /// Of the MLP's output, where the architecture norms it.
-    after_mlp: Option<RmsNorm>,
+    pub(super) after_mlp: Option<RmsNorm>,
     /// Of each head's queries, where the architecture norms them.
-    queries: Option<RmsNorm>,
-    keys: Option<RmsNorm>,
-    n_heads: usize,
-    head_dim: usize,
-    scoring: Scoring,
-    activation: Activation,
-    ahead: Ahead,
-    window: Option<usize>,
+    pub(super) queries: Option<RmsNorm>,
+    pub(super) keys: Option<RmsNorm>,
+    pub(super) n_heads: usize,
+    pub(super) head_dim: usize,
+    pub(super) scoring: Scoring,
+    pub(super) activation: Activation,
+    pub(super) ahead: Ahead,
+    pub(super) window: Option<usize>,
 }
 
 /// Keys and values of the tokens seen so far, `[kv_heads, n, head_dim]`, keys rotated.
@@ -245,24 +74,29 @@ impl DecoderLayer {
     ///
     /// # Errors
     /// [`Error::Missing`] if it is not held.
-    pub fn linear(&self, projection: Projection) -> Result<&Linear> {
-        let linear = self.linears[projection as usize].as_ref();
-        linear.ok_or_else(|| Error::Missing {
-            what: projection.name().into(),
+    pub fn linear(&self, slot: impl Into<Slot>) -> Result<&Linear> {
+        let slot = slot.into();
+        self.linears.get(&slot).ok_or_else(|| Error::Missing {
+            what: slot.name(),
             place: "the part of the layer that is in memory".into(),
         })
     }
 
     /// Puts a linear in its place.
-    pub fn replace(&mut self, projection: Projection, linear: Linear) {
-        self.linears[projection as usize] = Some(linear);
+    pub fn replace(&mut self, slot: Slot, linear: Linear) {
+        self.linears.insert(slot, linear);
     }
 
     /// Gives up linears that are not needed any more.
-    pub fn release(&mut self, projections: &[Projection]) {
-        for &projection in projections {
-            self.linears[projection as usize] = None;
+    pub fn release(&mut self, slots: &[Slot]) {
+        for slot in slots {
+            self.linears.remove(slot);
         }
+    }
+
+    /// Gives up all linears.
+    pub fn release_all(&mut self) {
+        self.linears.clear();
     }
 
     /// n₁, the input of q, k and v, for `x [n, hidden]`.
@@ -372,17 +206,39 @@ impl DecoderLayer {
         self.before_mlp.backward(y, d)
     }
 
-    /// h, the input of down, from n₂.
+    /// Which experts tokens go to from n₂; `None` where the MLP is one for all.
+    ///
+    /// # Errors
+    /// A tensor error if shapes disagree.
+    pub fn routing(&self, n2: &Tensor) -> Result<Option<Routing>> {
+        let router = self.router.as_ref();
+        router.map(|router| router.route(n2)).transpose()
+    }
+
+    /// h, the input of down, from n₂: `[n, inter]`, in a mixture by token, `[n, k·width]`
+    /// ([`crate::model::experts`]).
     ///
     /// # Errors
     /// A tensor error if shapes disagree.
     pub fn down_input(&self, n2: &Tensor) -> Result<Tensor> {
-        let gate = self.linear(Projection::Gate)?.forward(n2)?;
+        match self.routing(n2)? {
+            None => self.gated(None, n2),
+            Some(routing) => {
+                let gated = |expert, rows: &Tensor| self.gated(Some(expert), rows);
+                routing.by_token(&routing.each(&routing.dispatch(n2)?, gated)?)
+            }
+        }
+    }
+
+    /// The gated product of an MLP, or of one of its experts.
+    fn gated(&self, expert: Option<usize>, x: &Tensor) -> Result<Tensor> {
+        let linear = |projection| self.linear(Slot { projection, expert });
+        let gate = linear(Projection::Gate)?.forward(x)?;
         let gate = match self.activation {
             Activation::Silu => silu(&gate)?,
             Activation::GeluTanh => gate.gelu()?,
         };
-        Ok((gate * self.linear(Projection::Up)?.forward(n2)?)?)
+        Ok((gate * linear(Projection::Up)?.forward(x)?)?)
     }
 
     /// The gate's activation.
@@ -390,23 +246,42 @@ impl DecoderLayer {
         self.activation
     }
 
+    /// What sends tokens to experts, where the MLP is a mixture.
+    pub fn router(&self) -> Option<&Router> {
+        self.router.as_ref()
+    }
+
+    /// The MLP's output before its norm, from y and h.
+    fn mlp_output(&self, y: &Tensor, h: &Tensor) -> Result<Tensor> {
+        let Some(router) = &self.router else {
+            return self.linear(Projection::Down)?.forward(h);
+        };
+        let routing = router.route(&self.gate_up_input(y)?)?;
+        let down = |expert, rows: &Tensor| {
+            let (projection, expert) = (Projection::Down, Some(expert));
+            self.linear(Slot { projection, expert })?.forward(rows)
+        };
+        let out = routing.each(&routing.by_expert(h)?, down)?;
+        routing.sum(&out.broadcast_mul(routing.weights())?)
+    }
+
     /// The layer's output from y and h.
     ///
     /// # Errors
     /// A tensor error if shapes disagree.
     pub fn after_mlp(&self, y: &Tensor, h: &Tensor) -> Result<Tensor> {
-        let out = self.linear(Projection::Down)?.forward(h)?;
+        let out = self.mlp_output(y, h)?;
         Ok((y + normed(&self.after_mlp, out)?)?)
     }
 
-    /// Carries `d`, the gradient with respect to the layer's output, back to the output of
-    /// `down_proj`, whose input is `h`.
+    /// Carries `d`, the gradient with respect to the layer's output, back to the output of the MLP
+    /// before its norm; y and h are what it was made of.
     ///
     /// # Errors
     /// A tensor error if shapes disagree.
-    pub fn after_mlp_backward(&self, h: &Tensor, d: &Tensor) -> Result<Tensor> {
+    pub fn after_mlp_backward(&self, y: &Tensor, h: &Tensor, d: &Tensor) -> Result<Tensor> {
         match &self.after_mlp {
-            Some(norm) => norm.backward(&self.linear(Projection::Down)?.forward(h)?, d),
+            Some(norm) => norm.backward(&self.mlp_output(y, h)?, d),
             None => Ok(d.clone()),
         }
     }

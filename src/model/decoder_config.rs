@@ -6,6 +6,7 @@
 mod gemma;
 
 use crate::model::config::ConfigNode;
+use crate::model::experts::Experts;
 use crate::{Error, Result};
 
 /// Bound of the layers that a configuration may ask for, far above every published model.
@@ -58,6 +59,8 @@ pub struct DecoderConfig {
     pub embedding_scale: f32,
     /// Whether the head is the transposed embedding.
     pub tie_word_embeddings: bool,
+    /// Layers whose MLP is a mixture of experts.
+    pub experts: Option<Experts>,
 }
 
 /// Which later tokens a token sees.
@@ -164,10 +167,13 @@ impl DecoderConfig {
             "qwen2" | "qwen2_vl" | "qwen2_vl_text" | "qwen2_5_vl" | "qwen2_5_vl_text" => {
                 config.qkv_bias = true;
             }
-            "qwen3" | "qwen3_vl_text" => {
+            "qwen3" | "qwen3_vl_text" | "qwen3_vl_moe_text" => {
                 config.qk_norm = true;
                 config.qkv_bias = text.flag_or("attention_bias", false)?;
                 config.o_bias = config.qkv_bias;
+                if kind.ends_with("moe_text") {
+                    config.experts = Some(Experts::read(text, config.n_layers)?);
+                }
             }
             "llama" | "mistral" => {
                 config.qkv_bias = text.flag_or("attention_bias", false)?;
@@ -247,6 +253,7 @@ impl DecoderConfig {
             logit_cap: None,
             embedding_scale: 1.0,
             tie_word_embeddings: false,
+            experts: None,
         })
     }
 
@@ -305,6 +312,33 @@ impl DecoderConfig {
         let is_local = local.is_local.get(layer_idx).copied().unwrap_or(false);
         is_local.then_some(local.window)
     }
+
+    /// The experts of a layer, if its MLP is a mixture.
+    pub fn n_experts(&self, layer_idx: usize) -> Option<usize> {
+        let experts = self.experts.as_ref()?;
+        let is_mixture = experts.is_mixture.get(layer_idx).copied();
+        is_mixture.unwrap_or(false).then_some(experts.n_experts)
+    }
+
+    /// The width inside an MLP, or inside an expert.
+    pub fn mlp_width(&self, is_expert: bool) -> usize {
+        match &self.experts {
+            Some(experts) if is_expert => experts.width,
+            _ => self.intermediate_size,
+        }
+    }
+
+    /// The most values per token that the inputs of down have in any layer.
+    pub fn widest_mlp(&self) -> usize {
+        let Some(experts) = &self.experts else {
+            return self.intermediate_size;
+        };
+        let width = |is_mixture: &bool| match is_mixture {
+            true => experts.n_chosen * experts.width,
+            false => self.intermediate_size,
+        };
+        experts.is_mixture.iter().map(width).max().unwrap_or(0)
+    }
 }
 
 /// What transformers takes where a configuration says nothing.
@@ -329,7 +363,7 @@ impl Defaults {
     fn of(kind: &str) -> Self {
         let (rms_norm_eps, rope_theta) = match kind {
             "qwen2_vl" | "qwen2_vl_text" | "qwen2_5_vl" | "qwen2_5_vl_text" => (1e-5, 1e6),
-            "qwen3_vl_text" => (1e-6, 5e5),
+            "qwen3_vl_text" | "qwen3_vl_moe_text" => (1e-6, 5e5),
             _ => (1e-6, 1e4),
         };
         Self {
@@ -361,6 +395,7 @@ impl DefaultSizes {
             "qwen3" => sizes(151_936, [4096, 22_016, 32, 32, 32], Some(128)),
             "gemma" => sizes(256_000, [3072, 24_576, 28, 16, 16], Some(256)),
             "gemma2" => sizes(256_000, [2304, 9216, 26, 8, 4], Some(256)),
+            "qwen3_vl_moe_text" => sizes(151_936, [2048, 5632, 24, 16, 16], None),
             "gemma3" | "gemma3_text" => sizes(262_208, [2304, 9216, 26, 8, 4], Some(256)),
             _ => None,
         }
@@ -509,6 +544,7 @@ impl DecoderConfig {
             logit_cap: None,
             embedding_scale: 1.0,
             tie_word_embeddings: true,
+            experts: None,
         }
     }
 }

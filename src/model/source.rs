@@ -6,10 +6,12 @@
 use crate::checkpoint::Checkpoint;
 use crate::model::architecture::{Architecture, PositionRule};
 use crate::model::context::TokenContext;
-use crate::model::decoder::{DecoderLayer, LayerSource, Projection};
+use crate::model::decoder::DecoderLayer;
 use crate::model::decoder_config::{Ahead, DecoderConfig};
 use crate::model::head::Head;
+use crate::model::layer_source::LayerSource;
 use crate::model::positions::{Positions, multimodal_positions, text_positions};
+use crate::model::projection::{Slot, slots};
 use crate::model::vision::{ImageFeatures, VisionConfig, VisionTower};
 use crate::processor::{ModelInput, TokenClass};
 use crate::{Error, Result};
@@ -28,8 +30,8 @@ pub struct Module {
     /// Transformer layer it belongs to.
     pub layer_idx: usize,
     /// Its role there.
-    pub projection: Projection,
-    /// Checkpoint name without `.weight`.
+    pub slot: Slot,
+    /// Checkpoint name without `.weight`; of an expert that of its own, wherever the file keeps it.
     pub name: String,
     /// `[out, in]`.
     pub shape: [usize; 2],
@@ -70,8 +72,7 @@ impl ModelSource {
         for layer_idx in 0..decoder.n_layers {
             for module in self.layer_modules(layer_idx) {
                 if !self.checkpoint.is_quantized(&module.name) {
-                    let weight = format!("{}.weight", module.name);
-                    self.checkpoint.require_shape(&weight, &module.shape)?;
+                    self.checkpoint.require_linear(&module.name, module.shape)?;
                 }
             }
         }
@@ -117,13 +118,14 @@ impl ModelSource {
 
     /// The linears of one layer in solve order.
     pub fn layer_modules(&self, layer_idx: usize) -> Vec<Module> {
-        let module = |projection: Projection| Module {
+        let module = |slot: Slot| Module {
             layer_idx,
-            projection,
-            name: format!("{}.{}", self.layer_prefix(layer_idx), projection.name()),
-            shape: projection.shape(self.decoder()),
+            slot,
+            name: format!("{}.{}", self.layer_prefix(layer_idx), slot.name()),
+            shape: slot.shape(self.decoder()),
         };
-        Projection::ALL.into_iter().map(module).collect()
+        let slots = slots(self.decoder(), layer_idx);
+        slots.into_iter().map(module).collect()
     }
 
     fn layer_prefix(&self, layer_idx: usize) -> String {

@@ -1,6 +1,7 @@
 //! The four places of a layer at which its linears see their inputs.
 
-use crate::model::decoder::Projection;
+use crate::model::projection::{Projection, Slot};
+use crate::model::source::Module;
 
 /// A group of linears with the same inputs, in solving order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,13 +28,25 @@ impl Stage {
         }
     }
 
+    /// Those of a layer's modules that see their inputs here.
+    pub(super) fn modules(self, layer: &[Module]) -> impl Iterator<Item = &Module> {
+        let own = self.projections();
+        layer.iter().filter(|m| own.contains(&m.slot.projection))
+    }
+
     /// The linears between the stage before and this one.
-    pub(super) fn crossed(self) -> &'static [Projection] {
-        match self {
-            Self::Qkv => &[],
-            Self::O => Self::Qkv.projections(),
-            Self::GateUp => Self::O.projections(),
-            Self::Down => Self::GateUp.projections(),
-        }
+    pub(super) fn crossed(self, layer: &[Module]) -> Vec<Slot> {
+        let before = match self {
+            Self::Qkv => return Vec::new(),
+            Self::O => Self::Qkv,
+            Self::GateUp => Self::O,
+            Self::Down => Self::GateUp,
+        };
+        before.modules(layer).map(|m| m.slot).collect()
+    }
+
+    /// Whether a mixture's experts see inputs of their own here.
+    pub(super) fn is_of_mlp(self) -> bool {
+        matches!(self, Self::GateUp | Self::Down)
     }
 }

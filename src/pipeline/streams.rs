@@ -11,12 +11,10 @@ use crate::hidden_states::{HiddenState, Store};
 use crate::importance::backward::AttentionPass;
 use crate::importance::{ImportanceSettings, LayerImportance, SampleFactors};
 use crate::model::context::TokenContext;
-use crate::model::decoder::{DecoderLayer, Projection};
+use crate::model::decoder::DecoderLayer;
 use crate::model::decoder_config::DecoderConfig;
-use crate::model::linear::{matrix_from_tensor, tensor_from_matrix};
-use crate::model::source::Module;
+use crate::model::linear::tensor_from_matrix;
 use crate::processor::TokenClass;
-use crate::statistics::{Statistics, StatisticsDtype};
 use crate::{Error, Matrix, Result};
 use candle_core::Tensor;
 use rayon::prelude::*;
@@ -28,61 +26,34 @@ pub const BATCH_TOKENS: usize = 1024;
 
 /// All samples.
 pub(super) struct Streams {
-    batches: Vec<Vec<Sample>>,
-    store: Store,
+    pub(super) batches: Vec<Vec<Sample>>,
+    pub(super) store: Store,
     with_full: bool,
 }
 
-struct Sample {
+pub(super) struct Sample {
     /// Place among all samples.
-    index: usize,
+    pub(super) index: usize,
     /// File and line or row, for messages.
-    origin: String,
+    pub(super) origin: String,
     classes: Vec<TokenClass>,
     context: TokenContext,
     /// What the first layers' outputs have added to them, in both streams.
     deepstack: Vec<HiddenState>,
     /// U: the residual stream that the next addition goes to, `[n_tokens, hidden]`.
-    residual: HiddenState,
+    pub(super) residual: HiddenState,
     /// U: the input of `o_proj`, later of `down_proj`; the other stages' are a norm away.
-    input: HiddenState,
-    full: Option<FullStream>,
+    pub(super) input: HiddenState,
+    pub(super) full: Option<FullStream>,
 }
 
 /// F, which runs ahead: its layer is known from the start.
-struct FullStream {
-    residual: HiddenState,
+pub(super) struct FullStream {
+    pub(super) residual: HiddenState,
     /// Input of `o_proj`, later of `down_proj`.
-    input: HiddenState,
+    pub(super) input: HiddenState,
     /// Residual stream after attention.
-    y: HiddenState,
-}
-
-/// Linears whose statistics are the same.
-pub(super) struct Shared {
-    pub(super) projections: Vec<Projection>,
-    /// `[sample][token]`; `None` weighs all alike.
-    pub(super) weights: Option<Vec<Vec<f32>>>,
-    pub(super) with_cross: bool,
-    in_features: usize,
-    module: String,
-}
-
-impl Shared {
-    pub(super) fn new(
-        projection: Projection,
-        module: &Module,
-        weights: Option<Vec<Vec<f32>>>,
-        with_cross: bool,
-    ) -> Self {
-        Self {
-            projections: vec![projection],
-            weights,
-            with_cross,
-            in_features: module.shape[1],
-            module: module.name.clone(),
-        }
-    }
+    pub(super) y: HiddenState,
 }
 
 impl Streams {
@@ -125,7 +96,7 @@ impl Streams {
         let (n, hidden) = (sample.classes.len(), config.hidden_size);
         let widest = hidden
             .max(config.n_heads * config.head_dim)
-            .max(config.intermediate_size);
+            .max(config.widest_mlp());
         let full = self.with_full.then(|| {
             let mut stream = FullStream {
                 residual: self.store.place(n, hidden)?,
@@ -199,41 +170,6 @@ impl Streams {
             }
             Ok(())
         })
-    }
-
-    /// Sums up the inputs of a stage over all samples, in their order, for each of `shared`.
-    pub(super) fn accumulate(
-        &self,
-        stage: Stage,
-        norms: &DecoderLayer,
-        shared: &[Shared],
-        dtype: StatisticsDtype,
-    ) -> Result<Vec<Statistics>> {
-        let empty =
-            |group: &Shared| Statistics::new(group.in_features, group.with_cross).rounded_to(dtype);
-        let mut all: Vec<Statistics> = shared.iter().map(empty).collect();
-        if all.is_empty() {
-            return Ok(all);
-        }
-        let with_cross = shared.iter().any(|group| group.with_cross);
-        for batch in &self.batches {
-            for piece in pieces_of(batch) {
-                let u = inputs(batch, &piece, &self.store, stage, norms)?;
-                let f = match with_cross {
-                    true => full_inputs(batch, &piece, &self.store, stage, norms)?,
-                    false => None,
-                };
-                for (group, statistics) in shared.iter().zip(&mut all) {
-                    let weights = group.weights.as_ref();
-                    let weights = weights.map(|w| weights_of(batch, &piece, w));
-                    let f = f.as_ref().filter(|_| group.with_cross);
-                    statistics
-                        .add(&group.module, &u, f, weights.as_deref())
-                        .map_err(|error| name_sample(error, batch, &piece, &u, f))?;
-                }
-            }
-        }
-        Ok(all)
     }
 
     /// Leaves the layer: U through its quantized `down_proj`, F through the original one. What the
@@ -348,84 +284,14 @@ fn enter_piece(
     }
 }
 
-/// The inputs of a stage in U.
-fn inputs(
-    batch: &[Sample],
-    piece: &Piece,
-    store: &Store,
-    stage: Stage,
-    norms: &DecoderLayer,
-) -> Result<Matrix> {
-    let residual = || gather_tensor(batch, piece, store, |s| &s.residual);
-    match stage {
-        Stage::Qkv => matrix_from_tensor(&norms.qkv_input(&residual()?)?),
-        Stage::GateUp => matrix_from_tensor(&norms.gate_up_input(&residual()?)?),
-        Stage::O | Stage::Down => gather(batch, piece, store, |s| &s.input),
-    }
-}
-
-/// The inputs of a stage in F; `None` if F is not followed.
-fn full_inputs(
-    batch: &[Sample],
-    piece: &Piece,
-    store: &Store,
-    stage: Stage,
-    norms: &DecoderLayer,
-) -> Result<Option<Matrix>> {
-    if batch[0].full.is_none() {
-        return Ok(None);
-    }
-    let tensor = match stage {
-        Stage::Qkv => norms.qkv_input(&gather_full(batch, piece, store, |f| &f.residual)?)?,
-        Stage::GateUp => norms.gate_up_input(&gather_full(batch, piece, store, |f| &f.y)?)?,
-        Stage::O | Stage::Down => gather_full(batch, piece, store, |f| &f.input)?,
-    };
-    matrix_from_tensor(&tensor).map(Some)
-}
-
-/// Says in which sample and token the inputs begin not to be finite.
-fn name_sample(
-    error: Error,
-    batch: &[Sample],
-    piece: &Piece,
-    u: &Matrix,
-    f: Option<&Matrix>,
-) -> Error {
-    let is_bad = |m: &Matrix, row: usize| m.row(row).iter().any(|v| !v.is_finite());
-    let is_bad = |row: &usize| is_bad(u, *row) || f.is_some_and(|f| is_bad(f, *row));
-    let tokens = batch
-        .iter()
-        .flat_map(|s| piece.rows(s).map(move |t| (s, t)));
-    match (error, (0..u.rows()).find(is_bad)) {
-        (
-            Error::NotFinite {
-                module,
-                stage,
-                count,
-            },
-            Some(row),
-        ) => Error::NotFinite {
-            module,
-            stage: match tokens.into_iter().nth(row) {
-                Some((sample, token)) => {
-                    format!("{stage}, first in token {token} of {}", sample.origin)
-                }
-                None => stage,
-            },
-            count,
-        },
-        (error, _) => error,
-    }
-}
-
 /// Tokens that are worked on together: all of a batch, or some rows of its only sample.
-enum Piece {
+pub(super) enum Piece {
     All,
     Rows(Range<usize>),
 }
 
 impl Piece {
-    fn rows(&self, sample: &Sample) -> Range<usize> {
+    pub(super) fn rows(&self, sample: &Sample) -> Range<usize> {
         match self {
             Self::All => 0..sample.classes.len(),
             Self::Rows(rows) => rows.clone(),
@@ -433,7 +299,7 @@ impl Piece {
     }
 }
 
-fn pieces_of(batch: &[Sample]) -> Vec<Piece> {
+pub(super) fn pieces_of(batch: &[Sample]) -> Vec<Piece> {
     match batch {
         [one] if one.classes.len() > BATCH_TOKENS => {
             pieces(one.classes.len()).map(Piece::Rows).collect()
@@ -447,13 +313,8 @@ fn pieces(n_rows: usize) -> impl Iterator<Item = Range<usize>> {
     starts.map(move |start| start..n_rows.min(start + BATCH_TOKENS))
 }
 
-fn weights_of(batch: &[Sample], piece: &Piece, weights: &[Vec<f32>]) -> Vec<f32> {
-    let rows = batch.iter().map(|s| &weights[s.index][piece.rows(s)]);
-    rows.collect::<Vec<_>>().concat()
-}
-
 /// The rows of a piece in one matrix.
-fn gather(
+pub(super) fn gather(
     batch: &[Sample],
     piece: &Piece,
     store: &Store,
@@ -472,7 +333,7 @@ fn gather(
     Ok(matrix)
 }
 
-fn gather_tensor(
+pub(super) fn gather_tensor(
     batch: &[Sample],
     piece: &Piece,
     store: &Store,
@@ -483,7 +344,7 @@ fn gather_tensor(
 }
 
 /// As [`gather_tensor`], of F.
-fn gather_full(
+pub(super) fn gather_full(
     batch: &[Sample],
     piece: &Piece,
     store: &Store,

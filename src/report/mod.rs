@@ -133,6 +133,11 @@ pub enum Deviation {
         /// Input features.
         in_features: usize,
     },
+    /// No token was sent to an expert, whose weight was rounded to nearest.
+    Unreached {
+        /// Module.
+        module: String,
+    },
     /// A rule of the recipe matched no module.
     IdleRule {
         /// Its pattern.

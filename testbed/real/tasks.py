@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 SIDE = 112
-TASKS = ["easy_vqa", "names", "emoji", "counting", "charts", "reading"]
+TASKS = ["easy_vqa", "names", "emoji", "counting"]
 VENDORS, HELD_VENDOR = ["apple", "facebook", "google"], "twitter"
 KINDS = {"Animals & Nature": "nature", "Food & Drink": "food", "Travel & Places": "travel",
          "Activities": "activity", "Objects": "object"}

@@ -25,9 +25,9 @@ from transformers import AutoTokenizer, LlavaForConditionalGeneration
 from assemble import FEATURE_LAYER, IMAGE_TOKEN, MEAN, N_TOKENS, STD
 from tasks import TASKS, scenes
 
-N_TRAIN = dict(easy_vqa=500, names=1000, emoji=300, counting=500, charts=150, reading=100)
+N_TRAIN = dict(easy_vqa=3000, names=3000, emoji=800, counting=1500)
 N_HELD = 150
-MIX = dict(easy_vqa=.3, names=.25, emoji=.12, counting=.2, charts=.08, reading=.05)
+MIX = dict(easy_vqa=.35, names=.35, emoji=.12, counting=.18)
 N_QUESTIONS = 4  # of a picture, in one sequence
 
 

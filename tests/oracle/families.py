@@ -110,6 +110,32 @@ class Qwen3VL:
         return hf.Qwen3VLProcessor(images, tokenizer(), hf.Qwen3VLVideoProcessor(), chat_template=CHATML)
 
 
+class Qwen3VLMoe(Qwen3VL):
+    """Mixtures in all layers, and in each second one beside MLPs for all tokens."""
+
+    model_type = "qwen3_vl_moe"
+    variants = ["all", "some"]
+    model = hf.Qwen3VLMoeForConditionalGeneration
+
+    @staticmethod
+    def config(variant, ids, vocab):
+        every = variant == "all"
+        hidden, chosen = (64, 2) if every else (96, 3)
+        experts = dict(num_experts=4, moe_intermediate_size=64) if every else \
+            dict(num_experts=7, moe_intermediate_size=32, decoder_sparse_step=2, mlp_only_layers=[3])
+        return hf.Qwen3VLMoeConfig(
+            text_config=text(hidden, 4, 2, 96, 3 if every else 4, vocab_size=vocab, head_dim=32,
+                             tie_word_embeddings=every, num_experts_per_tok=chosen, **experts,
+                             rope_parameters=dict(rope_type="default", rope_theta=1e4,
+                                                  mrope_section=[6, 5, 5], mrope_interleaved=True)),
+            vision_config=dict(depth=3, hidden_size=48, num_heads=3, intermediate_size=80, patch_size=16,
+                               out_hidden_size=hidden, num_position_embeddings=36,
+                               deepstack_visual_indexes=[0, 2]),
+            image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
+            vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
+            tie_word_embeddings=every)
+
+
 SPECIAL = ["<image>", "<video>"]
 # The templates of the hub write an image as this one token, which the processor multiplies.
 SIMPLE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}"
@@ -609,8 +635,8 @@ class PaliGemma:
 
 
 FAMILIES = {getattr(family, "name", family.model_type): family for family in
-            [Qwen25VL, Qwen3VL, Llava, LlavaNext, LlavaOnevision, Idefics3, SmolVLM, Gemma3, InternVL, Mistral3,
-             Pixtral, PaliGemma]}
+            [Qwen25VL, Qwen3VL, Qwen3VLMoe, Llava, LlavaNext, LlavaOnevision, Idefics3, SmolVLM, Gemma3, InternVL,
+             Mistral3, Pixtral, PaliGemma]}
 
 
 def make(folder, family, variant, seed=0, dtype=torch.float32):
@@ -628,7 +654,8 @@ def make(folder, family, variant, seed=0, dtype=torch.float32):
             if p.ndim <= 1:
                 p.add_(torch.randn_like(p) * 0.3)
             else:
-                p.copy_(torch.randn_like(p) * (0.8 / p.shape[-1] ** 0.5 if p.ndim == 2 else 0.05))
+                matrices = p.ndim == 2 or "experts" in name
+                p.copy_(torch.randn_like(p) * (0.8 / p.shape[-1] ** 0.5 if matrices else 0.05))
     model.generation_config.eos_token_id = ids["<|im_end|>"]
     model.to(dtype).save_pretrained(folder)
     processor.save_pretrained(folder)

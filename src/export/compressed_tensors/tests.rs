@@ -1,6 +1,9 @@
+use super::config::{Ignore, stable_part, topmost_free};
 use super::*;
+use crate::Matrix;
 use crate::checkpoint::{INDEX_FILE, WEIGHTS_FILE};
 use proptest::prelude::*;
+use serde_json::{Value, json};
 use std::fs;
 use std::path::PathBuf;
 use tempfile::TempDir;

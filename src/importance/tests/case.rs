@@ -4,15 +4,20 @@ use super::naive::{Naive, Rows, norms_of};
 use crate::checkpoint::Checkpoint;
 use crate::importance::backward::{self, AttentionGradients, AttentionPass, MlpGradients};
 use crate::model::context::TokenContext;
-use crate::model::decoder::{DecoderLayer, LayerSource, Projection};
+use crate::model::decoder::DecoderLayer;
 use crate::model::decoder_config::{DecoderConfig, NormScale};
+use crate::model::layer_source::LayerSource;
 use crate::model::linear::matrix_from_tensor;
+use crate::model::projection::{Slot, slots};
 use candle_core::{Device, Tensor};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::collections::HashMap;
 use std::path::Path;
 use tempfile::TempDir;
+
+/// The router's name in a layer's file.
+const ROUTER: &str = "layer.mlp.gate.weight";
 
 /// A layer, two streams through it, and where its tokens stand.
 pub(super) struct Case {
@@ -58,11 +63,15 @@ impl Case {
             Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
         };
         let mut tensors = HashMap::new();
-        for projection in Projection::ALL {
-            let shape = projection.shape(&config);
-            let name = format!("layer.{}.weight", projection.name());
+        for slot in slots(&config, 0) {
+            let shape = slot.shape(&config);
+            let name = format!("layer.{}.weight", slot.name());
             let scale = 1.0 / (shape[1] as f64).sqrt();
             tensors.insert(name, random(&shape, scale, 0.0));
+        }
+        if let Some(n_experts) = config.n_experts(0) {
+            let router = random(&[n_experts, config.hidden_size], 0.5, 0.0);
+            tensors.insert(ROUTER.into(), router);
         }
         let around = match config.norm_scale {
             NormScale::Weight => 1.0,
@@ -149,16 +158,22 @@ impl Case {
             let values = self.checkpoint.load(&name, shape).unwrap();
             values.into_iter().map(f64::from).collect()
         };
-        let weight = |p: Projection| -> Rows {
-            let [out, inp] = p.shape(&self.config);
-            let values = load(format!("layer.{}.weight", p.name()), &[out, inp]);
+        let matrix = |name: String, [out, inp]: [usize; 2]| -> Rows {
+            let values = load(name, &[out, inp]);
             values.chunks_exact(inp).map(<[f64]>::to_vec).collect()
         };
-        let bias = |p: Projection| {
-            let name = format!("layer.{}.bias", p.name());
-            let [out, _] = p.shape(&self.config);
-            self.checkpoint.contains(&name).then(|| load(name, &[out]))
+        let all = slots(&self.config, 0);
+        let weight = |&slot: &Slot| {
+            let name = format!("layer.{}.weight", slot.name());
+            (slot, matrix(name, slot.shape(&self.config)))
         };
+        let bias = |&slot: &Slot| {
+            let name = format!("layer.{}.bias", slot.name());
+            let [out, _] = slot.shape(&self.config);
+            (self.checkpoint.contains(&name)).then(|| (slot, load(name, &[out])))
+        };
+        let router = (self.config.n_experts(0))
+            .map(|n_experts| matrix(ROUTER.into(), [n_experts, self.config.hidden_size]));
         let more = match self.config.norm_scale {
             NormScale::Weight => 0.0,
             NormScale::OnePlusWeight => 1.0,
@@ -168,8 +183,9 @@ impl Case {
             (name, weight.iter().map(|w| w + more).collect())
         });
         Naive {
-            weights: Projection::ALL.map(weight),
-            biases: Projection::ALL.map(bias),
+            weights: all.iter().map(weight).collect(),
+            biases: all.iter().filter_map(bias).collect(),
+            router,
             norms: norms.collect(),
             positions: self.positions.clone(),
             images: self.images.clone(),

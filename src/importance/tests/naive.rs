@@ -1,9 +1,9 @@
 //! A decoder layer in f64, written out plainly: it shares data with the model, and no code.
 
-use crate::model::decoder::Projection;
 use crate::model::decoder_config::{
     Activation, Ahead, DecoderConfig, RopeAxes, RopeScaling, Rotary,
 };
+use crate::model::projection::{Projection, Slot};
 use std::collections::HashMap;
 
 pub(super) type Rows = Vec<Vec<f64>>;
@@ -11,8 +11,10 @@ pub(super) type Rows = Vec<Vec<f64>>;
 /// The first layer of `config`.
 pub(super) struct Naive {
     pub config: DecoderConfig,
-    pub weights: [Rows; 7],
-    pub biases: [Option<Vec<f64>>; 7],
+    pub weights: HashMap<Slot, Rows>,
+    pub biases: HashMap<Slot, Vec<f64>>,
+    /// Scores of experts, where the MLP is a mixture.
+    pub router: Option<Rows>,
     /// What norms multiply by, by the names that they have in a layer.
     pub norms: HashMap<&'static str, Vec<f64>>,
     pub positions: [Vec<u32>; 3],
@@ -20,7 +22,8 @@ pub(super) struct Naive {
     pub images: Vec<u32>,
 }
 
-/// `amount` added to one output value of one linear, or to a whole row of them.
+/// `amount` added to one output value of one linear, or to a whole row of them. In a mixture the
+/// row has a part for each of the token's experts, the best first.
 #[derive(Clone)]
 pub(super) struct Nudge {
     pub projection: Projection,
@@ -62,40 +65,80 @@ impl Naive {
             false => "post_attention_layernorm",
         };
         let n2 = self.norm(before_mlp, &y);
-        let gate = self.linear(Projection::Gate, &n2, nudge);
-        let up = self.linear(Projection::Up, &n2, nudge);
-        let rows = gate.iter().zip(&up);
-        let h = rows.map(|(g, u)| {
-            g.iter()
-                .zip(u)
-                .map(|(g, u)| self.activated(*g) * u)
-                .collect()
-        });
-        let down = self.linear(Projection::Down, &h.collect(), nudge);
+        let down = n2.iter().enumerate();
+        let down = down.map(|(token, x)| self.mlp(token, x, nudge)).collect();
         let down = self.norm_if(is_sandwich, "post_feedforward_layernorm", down);
         let out = sum(&y, &down);
         (y, out)
     }
 
     fn linear(&self, p: Projection, x: &Rows, nudge: &[Nudge]) -> Rows {
-        let mut out: Rows = x
-            .iter()
-            .map(|x| {
-                let dot = |w: &Vec<f64>| w.iter().zip(x).map(|(w, x)| w * x).sum::<f64>();
-                self.weights[p as usize].iter().map(dot).collect()
-            })
-            .collect();
-        if let Some(bias) = &self.biases[p as usize] {
-            for row in &mut out {
-                row.iter_mut().zip(bias).for_each(|(y, b)| *y += b);
-            }
+        let rows = x.iter().enumerate();
+        rows.map(|(token, x)| self.apply(p.into(), 0, token, x, nudge))
+            .collect()
+    }
+
+    /// One row of a linear, which is the part `choice` of the token's.
+    fn apply(
+        &self,
+        slot: Slot,
+        choice: usize,
+        token: usize,
+        x: &[f64],
+        nudge: &[Nudge],
+    ) -> Vec<f64> {
+        let dot = |w: &Vec<f64>| w.iter().zip(x).map(|(w, x)| w * x).sum::<f64>();
+        let mut out: Vec<f64> = self.weights[&slot].iter().map(dot).collect();
+        if let Some(bias) = self.biases.get(&slot) {
+            out.iter_mut().zip(bias).for_each(|(y, b)| *y += b);
         }
-        for nudge in nudge.iter().filter(|n| n.projection == p) {
-            for &(channel, amount) in &nudge.amounts {
-                out[nudge.token][channel] += amount;
+        let part = choice * out.len()..(choice + 1) * out.len();
+        let own = |n: &&Nudge| n.projection == slot.projection && n.token == token;
+        for &(channel, amount) in nudge.iter().filter(own).flat_map(|n| &n.amounts) {
+            if part.contains(&channel) {
+                out[channel - part.start] += amount;
             }
         }
         out
+    }
+
+    /// The MLP of one token: one, or the weighted sum of its best experts.
+    fn mlp(&self, token: usize, x: &[f64], nudge: &[Nudge]) -> Vec<f64> {
+        let Some(router) = &self.router else {
+            return self.gated(None, 0, token, x, nudge);
+        };
+        let score = |w: &Vec<f64>| w.iter().zip(x).map(|(w, x)| w * x).sum::<f64>().exp();
+        let scores: Vec<f64> = router.iter().map(score).collect();
+        let total: f64 = scores.iter().sum();
+        let mut best: Vec<(usize, f64)> = scores.iter().map(|s| s / total).enumerate().collect();
+        best.sort_by(|a, b| b.1.total_cmp(&a.1));
+        best.truncate(self.config.experts.as_ref().unwrap().n_chosen);
+        let chosen: f64 = best.iter().map(|(_, p)| p).sum();
+        let mut sum = vec![0.0; self.config.hidden_size];
+        for (choice, (expert, p)) in best.iter().enumerate() {
+            let out = self.gated(Some(*expert), choice, token, x, nudge);
+            sum.iter_mut()
+                .zip(out)
+                .for_each(|(s, o)| *s += p / chosen * o);
+        }
+        sum
+    }
+
+    fn gated(
+        &self,
+        expert: Option<usize>,
+        choice: usize,
+        token: usize,
+        x: &[f64],
+        nudge: &[Nudge],
+    ) -> Vec<f64> {
+        let apply = |projection, x: &[f64]| {
+            self.apply(Slot { projection, expert }, choice, token, x, nudge)
+        };
+        let (gate, up) = (apply(Projection::Gate, x), apply(Projection::Up, x));
+        let pairs = gate.iter().zip(&up);
+        let h: Vec<f64> = pairs.map(|(g, u)| self.activated(*g) * u).collect();
+        apply(Projection::Down, &h)
     }
 
     fn norm_if(&self, is_there: bool, name: &str, x: Rows) -> Rows {

@@ -1,0 +1,181 @@
+//! Looking at a written folder with the eyes of whoever will read it.
+
+use super::config::Ignore;
+use crate::checkpoint::Checkpoint;
+use crate::{Error, Matrix, QuantizedWeight, Result};
+
+/// What [`verify`] looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Verified {
+    /// Quantized modules whose tensors keep every rule of the format.
+    pub n_quantized: usize,
+    /// Other tensors.
+    pub n_plain: usize,
+}
+
+/// Checks every quantized module of a written folder: names, types, shapes, spare bits, scales.
+///
+/// # Errors
+/// The first breach, as [`Checkpoint::packed_module`]; [`Error::Unsupported`] if the folder is not
+/// quantized; [`Error::Format`] for a quantization tensor that belongs to no packed module.
+pub fn verify(written: &Checkpoint) -> Result<Verified> {
+    let config = written.quantization().ok_or_else(|| Error::Unsupported {
+        what: format!(
+            "{}: config.json has no quantization_config",
+            written.dir().display()
+        ),
+    })?;
+    let ignored: Vec<Ignore> = config.ignore().iter().map(|e| Ignore::new(e)).collect();
+    let mut seen = Verified {
+        n_quantized: 0,
+        n_plain: 0,
+    };
+    for name in written.names() {
+        let Some((module, suffix)) = split_packed(name) else {
+            seen.n_plain += 1;
+            continue;
+        };
+        let fail = |why: &str| Error::format(written.dir(), format!("tensor {name}"), why);
+        if !written.is_quantized(module) {
+            return Err(fail("has no weight_packed beside it"));
+        }
+        if written.contains(&format!("{module}.weight")) {
+            return Err(fail("there is a plain weight of the same module"));
+        }
+        if suffix == "weight_packed" {
+            let packed = written.packed_module(module)?;
+            check_zero_point_presence(written, module, &packed)?;
+            seen.n_quantized += 1;
+            if ignored.iter().any(|entry| entry.matches(module)) {
+                return Err(fail("is quantized, but config.json ignores it"));
+            }
+        }
+    }
+    Ok(seen)
+}
+
+/// Checks that `written` is `source` with some weights quantized: [`verify`], and every tensor of
+/// the source is there with the same bytes, or quantized with the same shape, and nothing else.
+///
+/// # Errors
+/// As [`verify`], and [`Error::Format`], [`Error::Missing`] or [`Error::Shape`] for a difference.
+pub fn verify_against(written: &Checkpoint, source: &Checkpoint) -> Result<Verified> {
+    let seen = verify(written)?;
+    for name in source.names() {
+        let modules = source.modules_of(name);
+        if written.contains(name) || modules.is_empty() {
+            check_copy(written, source, name)?;
+            continue;
+        }
+        for module in &modules {
+            check_linear(written, source, module)?;
+        }
+    }
+    let is_known = |name: &&str| {
+        let plain = name.strip_suffix(".weight");
+        let packed = split_packed(name).map(|(module, _)| module);
+        source.contains(name)
+            || packed
+                .or(plain)
+                .is_some_and(|m| source.linear_info(m).is_some())
+    };
+    match written.names().find(|name| !is_known(name)) {
+        Some(name) => {
+            let why = "is not in the source";
+            Err(Error::format(written.dir(), format!("tensor {name}"), why))
+        }
+        None => Ok(seen),
+    }
+}
+
+/// A weight that the source has in another form: quantized with the same shape, or, of an expert,
+/// by itself with the same values.
+fn check_linear(written: &Checkpoint, source: &Checkpoint, module: &str) -> Result<()> {
+    let expected = source.linear_info(module);
+    if written.is_quantized(module) {
+        let packed = written.packed_module(module)?;
+        let expected = expected.map(|(_, shape)| shape);
+        let found = vec![packed.rows(), packed.cols()];
+        return match expected.as_ref() == Some(&found) {
+            true => Ok(()),
+            false => Err(Error::Shape {
+                module: format!("{module}.weight"),
+                expected: expected.unwrap_or_default(),
+                found,
+            }),
+        };
+    }
+    let found = written.linear_bytes(module)?;
+    if written.linear_info(module) == expected && found == source.linear_bytes(module)? {
+        return Ok(());
+    }
+    let why = "differs from its part of the source's tensor";
+    Err(Error::format(
+        written.dir(),
+        format!("tensor {module}.weight"),
+        why,
+    ))
+}
+
+/// Checks that a module read back is bit for bit the weight that the solver meant.
+///
+/// # Errors
+/// As [`Checkpoint::packed_module`]; [`Error::Format`] naming the first weight that differs.
+pub fn verify_module(written: &Checkpoint, name: &str, expected: &Matrix) -> Result<()> {
+    let found = written.linear_weight(name, expected.rows(), expected.cols())?;
+    let pairs = found.data().iter().zip(expected.data());
+    let bits = pairs.map(|(a, b)| (a.to_bits(), b.to_bits()));
+    match bits.enumerate().find(|(_, (a, b))| a != b) {
+        Some((i, _)) => {
+            let (row, col) = (i / expected.cols(), i % expected.cols());
+            let why = format!(
+                "weight ({row}, {col}): expected {}, found {}",
+                expected.data()[i],
+                found.data()[i]
+            );
+            Err(Error::format(written.dir(), name, why))
+        }
+        None => Ok(()),
+    }
+}
+
+fn check_copy(written: &Checkpoint, source: &Checkpoint, name: &str) -> Result<()> {
+    let found = written.info(name).map(|i| (i.dtype, &i.shape));
+    let expected = source.info(name).map(|i| (i.dtype, &i.shape));
+    if found.is_some() && found != expected {
+        let why = format!("expected {expected:?}, found {found:?}");
+        return Err(Error::format(written.dir(), format!("tensor {name}"), why));
+    }
+    for (found, expected) in written.pieces(name)?.zip(source.pieces(name)?) {
+        if found? != expected? {
+            let why = "its bytes differ from the source's";
+            return Err(Error::format(written.dir(), format!("tensor {name}"), why));
+        }
+    }
+    Ok(())
+}
+
+fn check_zero_point_presence(
+    written: &Checkpoint,
+    module: &str,
+    packed: &QuantizedWeight,
+) -> Result<()> {
+    let name = format!("{module}.weight_zero_point");
+    if packed.scheme().symmetric() && written.contains(&name) {
+        let why = "a symmetric scheme has no zero points";
+        return Err(Error::format(written.dir(), format!("tensor {name}"), why));
+    }
+    Ok(())
+}
+
+/// Module and suffix of a tensor that belongs to the packed form of a weight.
+fn split_packed(name: &str) -> Option<(&str, &str)> {
+    const SUFFIXES: [&str; 4] = [
+        "weight_packed",
+        "weight_scale",
+        "weight_shape",
+        "weight_zero_point",
+    ];
+    name.rsplit_once('.')
+        .filter(|(_, suffix)| SUFFIXES.contains(suffix))
+}

@@ -1,0 +1,359 @@
+//! What the linears of a stage see, summed up over all samples.
+//!
+//! In a mixture an expert sees the tokens that the quantized stream sends to it. Where the
+//! full-precision stream sends a token elsewhere, there is nothing that this expert should have
+//! given instead: f is then u, and the token asks for no correction.
+
+use super::stage::Stage;
+use super::streams::{Piece, Sample, Streams, gather, gather_full, gather_tensor, pieces_of};
+use crate::hidden_states::Store;
+use crate::model::decoder::DecoderLayer;
+use crate::model::experts::Routing;
+use crate::model::linear::matrix_from_tensor;
+use crate::model::source::Module;
+use crate::statistics::{Statistics, StatisticsDtype};
+use crate::{Error, Matrix, Result};
+use std::sync::Arc;
+
+/// Linears whose statistics are the same; at least one.
+pub(super) struct Shared {
+    pub(super) modules: Vec<Module>,
+    /// `[sample][token]`; `None` weighs all alike.
+    pub(super) weights: Option<Arc<Vec<Vec<f32>>>>,
+    pub(super) with_cross: bool,
+}
+
+impl Shared {
+    pub(super) fn expert(&self) -> Option<usize> {
+        self.modules.first().and_then(|m| m.slot.expert)
+    }
+
+    fn name(&self) -> &str {
+        self.modules.first().map_or("", |m| &m.name)
+    }
+
+    fn in_features(&self) -> usize {
+        self.modules.first().map_or(0, |m| m.shape[1])
+    }
+}
+
+impl Streams {
+    /// Sums up the inputs of a stage over all samples, in their order, for each of `shared`.
+    pub(super) fn accumulate(
+        &self,
+        stage: Stage,
+        norms: &DecoderLayer,
+        shared: &[Shared],
+        dtype: StatisticsDtype,
+    ) -> Result<Vec<Statistics>> {
+        let empty = |group: &Shared| {
+            Statistics::new(group.in_features(), group.with_cross).rounded_to(dtype)
+        };
+        let mut all: Vec<Statistics> = shared.iter().map(empty).collect();
+        let Some(first) = shared.first() else {
+            return Ok(all);
+        };
+        let with_cross = shared.iter().any(|group| group.with_cross);
+        for batch in &self.batches {
+            for piece in pieces_of(batch) {
+                let inputs = Inputs::new(batch, &piece, &self.store, (stage, norms), with_cross)?;
+                let named = |error| name_sample(error, batch, &piece, &inputs);
+                if inputs.routing.is_some() {
+                    // Of an expert's rows nobody could say which tokens they are.
+                    inputs.check_finite(first.name()).map_err(named)?;
+                }
+                for (group, statistics) in shared.iter().zip(&mut all) {
+                    let weights = group.weights.as_ref();
+                    let weights = weights.map(|w| weights_of(batch, &piece, w));
+                    inputs.add_to(statistics, group, weights).map_err(named)?;
+                }
+            }
+        }
+        Ok(all)
+    }
+}
+
+/// The inputs of a stage for the tokens of a piece, by token.
+struct Inputs {
+    u: Matrix,
+    f: Option<Matrix>,
+    routing: Option<Choices>,
+}
+
+/// Where a mixture sends the tokens of both streams.
+struct Choices {
+    quantized: Routing,
+    full: Option<Routing>,
+    /// Whether rows have a part for each choice, or one for all.
+    has_parts: bool,
+}
+
+impl Inputs {
+    fn new(
+        batch: &[Sample],
+        piece: &Piece,
+        store: &Store,
+        (stage, norms): (Stage, &DecoderLayer),
+        with_cross: bool,
+    ) -> Result<Self> {
+        let with_full = with_cross && batch[0].full.is_some();
+        let residual = || gather_tensor(batch, piece, store, |s| &s.residual);
+        let full_y = || gather_full(batch, piece, store, |f| &f.y);
+        let full = |work: &dyn Fn() -> Result<Matrix>| with_full.then(work).transpose();
+        let (u, f) = match stage {
+            Stage::Qkv => {
+                let f = || {
+                    let x = gather_full(batch, piece, store, |f| &f.residual)?;
+                    matrix_from_tensor(&norms.qkv_input(&x)?)
+                };
+                (
+                    matrix_from_tensor(&norms.qkv_input(&residual()?)?)?,
+                    full(&f)?,
+                )
+            }
+            Stage::GateUp => {
+                let f = || matrix_from_tensor(&norms.gate_up_input(&full_y()?)?);
+                (
+                    matrix_from_tensor(&norms.gate_up_input(&residual()?)?)?,
+                    full(&f)?,
+                )
+            }
+            Stage::O | Stage::Down => {
+                let f = || matrix_from_tensor(&gather_full(batch, piece, store, |f| &f.input)?);
+                (gather(batch, piece, store, |s| &s.input)?, full(&f)?)
+            }
+        };
+        let routing = match stage.is_of_mlp() && norms.router().is_some() {
+            true => norms.routing(&norms.gate_up_input(&residual()?)?)?,
+            false => None,
+        };
+        let choices = |quantized| -> Result<Choices> {
+            Ok(Choices {
+                quantized,
+                full: match with_full {
+                    true => norms.routing(&norms.gate_up_input(&full_y()?)?)?,
+                    false => None,
+                },
+                has_parts: stage == Stage::Down,
+            })
+        };
+        let routing = routing.map(choices).transpose()?;
+        Ok(Self { u, f, routing })
+    }
+
+    fn add_to(
+        &self,
+        statistics: &mut Statistics,
+        group: &Shared,
+        weights: Option<Vec<f32>>,
+    ) -> Result<()> {
+        let f = self.f.as_ref().filter(|_| group.with_cross);
+        match (&self.routing, group.expert()) {
+            (Some(choices), Some(expert)) => {
+                let tokens: Vec<_> = choices.quantized.of_expert(expert).collect();
+                let of_token = |w: Vec<f32>| tokens.iter().map(|&(t, _)| w[t]).collect();
+                let weights: Option<Vec<f32>> = weights.map(of_token);
+                let width = group.in_features();
+                let u = choices.rows(&self.u, &tokens, width)?;
+                let f = f
+                    .map(|f| choices.full_rows(f, &u, &tokens, expert))
+                    .transpose()?;
+                statistics.add(group.name(), &u, f.as_ref(), weights.as_deref())
+            }
+            _ => statistics.add(group.name(), &self.u, f, weights.as_deref()),
+        }
+    }
+
+    fn check_finite(&self, module: &str) -> Result<()> {
+        let count = |m: &Matrix| m.count_not_finite();
+        match count(&self.u) + self.f.as_ref().map_or(0, count) {
+            0 => Ok(()),
+            count => Err(Error::NotFinite {
+                module: module.to_owned(),
+                stage: "inputs of a mixture of experts".into(),
+                count,
+            }),
+        }
+    }
+}
+
+impl Choices {
+    fn part<'a>(&self, row: &'a [f32], choice: usize, width: usize) -> &'a [f32] {
+        match self.has_parts {
+            true => &row[choice * width..][..width],
+            false => row,
+        }
+    }
+
+    /// An expert's rows in the quantized stream, `[n_tokens, width]`.
+    fn rows(&self, u: &Matrix, tokens: &[(usize, usize)], width: usize) -> Result<Matrix> {
+        let part = |&(token, choice): &(usize, usize)| self.part(u.row(token), choice, width);
+        let values = tokens.iter().flat_map(part).copied().collect();
+        Matrix::from_vec("inputs of an expert", tokens.len(), width, values)
+    }
+
+    /// The same tokens in the full-precision stream, `u` for those that it sends elsewhere.
+    fn full_rows(
+        &self,
+        f: &Matrix,
+        u: &Matrix,
+        tokens: &[(usize, usize)],
+        expert: usize,
+    ) -> Result<Matrix> {
+        let part = |(row, &(token, _)): (usize, &(usize, usize))| {
+            let choice = self
+                .full
+                .as_ref()
+                .and_then(|full| full.choice(token, expert));
+            match choice {
+                Some(choice) => self.part(f.row(token), choice, u.cols()),
+                None => u.row(row),
+            }
+        };
+        let values = tokens.iter().enumerate().flat_map(part).copied().collect();
+        Matrix::from_vec("inputs of an expert", u.rows(), u.cols(), values)
+    }
+}
+
+fn weights_of(batch: &[Sample], piece: &Piece, weights: &[Vec<f32>]) -> Vec<f32> {
+    let rows = batch.iter().map(|s| &weights[s.index][piece.rows(s)]);
+    rows.collect::<Vec<_>>().concat()
+}
+
+/// Says in which sample and token the inputs begin not to be finite.
+fn name_sample(error: Error, batch: &[Sample], piece: &Piece, inputs: &Inputs) -> Error {
+    let (u, f) = (&inputs.u, inputs.f.as_ref());
+    let is_bad = |m: &Matrix, row: usize| m.row(row).iter().any(|v| !v.is_finite());
+    let is_bad = |row: &usize| is_bad(u, *row) || f.is_some_and(|f| is_bad(f, *row));
+    let tokens = batch
+        .iter()
+        .flat_map(|s| piece.rows(s).map(move |t| (s, t)));
+    match (error, (0..u.rows()).find(is_bad)) {
+        (
+            Error::NotFinite {
+                module,
+                stage,
+                count,
+            },
+            Some(row),
+        ) => Error::NotFinite {
+            module,
+            stage: match tokens.into_iter().nth(row) {
+                Some((sample, token)) => {
+                    format!("{stage}, first in token {token} of {}", sample.origin)
+                }
+                None => stage,
+            },
+            count,
+        },
+        (error, _) => error,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::experts::Router;
+    use crate::model::projection::{Projection, Slot};
+    use candle_core::{Device, Tensor};
+
+    /// Three experts, each of which likes one channel; tokens go to the best two.
+    fn routing(tokens: [[f32; 3]; 3]) -> Routing {
+        let identity = Tensor::eye(3, candle_core::DType::F32, &Device::Cpu).unwrap();
+        let router = Router::of(identity, 2);
+        router
+            .route(&Tensor::new(&tokens, &Device::Cpu).unwrap())
+            .unwrap()
+    }
+
+    /// Tokens that U sends to experts (1, 0), (1, 2), (0, 2) and F to (0, 1), (1, 0), (0, 2).
+    fn inputs(has_parts: bool, width: usize) -> Inputs {
+        let quantized = routing([[1.0, 2.0, 0.0], [0.0, 2.0, 1.0], [2.0, 0.0, 1.0]]);
+        let full = routing([[2.0, 1.0, 0.0], [1.0, 2.0, 0.0], [2.0, 0.0, 1.0]]);
+        Inputs {
+            u: Matrix::from_fn(3, width, |row, col| (10 * row + col) as f32),
+            f: Some(Matrix::from_fn(3, width, |row, col| {
+                (100 + 10 * row + col) as f32
+            })),
+            routing: Some(Choices {
+                quantized,
+                full: Some(full),
+                has_parts,
+            }),
+        }
+    }
+
+    fn group(expert: usize, projection: Projection) -> Shared {
+        let module = Module {
+            layer_idx: 0,
+            slot: Slot {
+                projection,
+                expert: Some(expert),
+            },
+            name: "m".into(),
+            shape: [4, 2],
+        };
+        Shared {
+            modules: vec![module],
+            weights: None,
+            with_cross: true,
+        }
+    }
+
+    fn added(inputs: &Inputs, expert: usize, projection: Projection) -> Statistics {
+        let mut found = Statistics::new(2, true);
+        let group = group(expert, projection);
+        let weights = vec![1.0, 2.0, 3.0];
+        inputs.add_to(&mut found, &group, Some(weights)).unwrap();
+        found
+    }
+
+    fn expected(rows: &[([f32; 2], [f32; 2], f32)]) -> Statistics {
+        let mut expected = Statistics::new(2, true);
+        for (u, f, weight) in rows {
+            let row = |v: &[f32; 2]| Matrix::from_vec("row", 1, 2, v.to_vec()).unwrap();
+            expected
+                .add("m", &row(u), Some(&row(f)), Some(&[*weight]))
+                .unwrap();
+        }
+        expected
+    }
+
+    fn assert_close(a: &Statistics, b: &Statistics) {
+        assert_eq!(a.n_tokens(), b.n_tokens());
+        let pairs = |a: &Matrix, b: &Matrix| {
+            let mut pairs = a.data().iter().zip(b.data());
+            pairs.all(|(a, b)| (a - b).abs() <= 1e-3 * b.abs().max(1.0))
+        };
+        assert!(pairs(&a.hessian(), &b.hessian()));
+        assert!(pairs(a.cross().unwrap(), b.cross().unwrap()));
+    }
+
+    #[test]
+    fn an_expert_sees_the_tokens_that_are_sent_to_it() {
+        // gate and up see whole rows. F sends the first two tokens to expert 1 as well.
+        let inputs = inputs(false, 2);
+        let rows = [
+            ([0.0, 1.0], [100.0, 101.0], 1.0),
+            ([10.0, 11.0], [110.0, 111.0], 2.0),
+        ];
+        assert_close(&added(&inputs, 1, Projection::Gate), &expected(&rows));
+        // Of expert 2's tokens F sends the first elsewhere.
+        let rows = [
+            ([10.0, 11.0], [10.0, 11.0], 2.0),
+            ([20.0, 21.0], [120.0, 121.0], 3.0),
+        ];
+        assert_close(&added(&inputs, 2, Projection::Up), &expected(&rows));
+    }
+
+    #[test]
+    fn down_sees_its_part_of_each_token() {
+        // Expert 0 is U's second choice for the first token, F's first.
+        let inputs = inputs(true, 4);
+        let rows = [
+            ([2.0, 3.0], [100.0, 101.0], 1.0),
+            ([20.0, 21.0], [120.0, 121.0], 3.0),
+        ];
+        assert_close(&added(&inputs, 0, Projection::Down), &expected(&rows));
+    }
+}
