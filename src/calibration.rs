@@ -1,8 +1,8 @@
 //! Calibration samples on their way into the model: tokens, classes, positions, embeddings.
 //!
 //! A sample keeps its own positions through every layer; nothing is padded, and samples never see
-//! each other. Raw text that is longer than the limit is cut into pieces, each a sequence of its own;
-//! conversations are never cut.
+//! each other. Raw text that is longer than the limit is cut into pieces, each a sequence of its
+//! own; conversations are never cut.
 
 use crate::dataset::{Content, ImageSource, Sample};
 use crate::hidden_states::{HiddenState, Store};
@@ -88,13 +88,13 @@ impl CalibrationSample {
 }
 
 /// Brings samples to the first layer: images read and cut into patches, text tokenized and
-/// classed, image features computed and put in their places. Raw texts are cut into pieces of at most
-/// `max_tokens`. A sample's patches, which may be larger than everything that follows, are gone before
-/// the next one's are made.
+/// classed, image features computed and put in their places. Raw texts are cut into pieces of at
+/// most `max_tokens`. A sample's patches, which may be larger than everything that follows, are
+/// gone before the next one's are made.
 ///
 /// # Errors
-/// [`Error::Interrupted`] if the observer says so; else the reader's, the processor's or the model's
-/// error.
+/// [`Error::Interrupted`] if the observer says so; else the reader's, the processor's or the
+/// model's error.
 pub fn prepare(
     model: &ModelSource,
     tower: &dyn VisionTower,

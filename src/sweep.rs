@@ -1,7 +1,8 @@
 //! Methods × formats × seeds on one model, scored against the original: what a table is made of.
 //!
-//! A sweep keeps what its runs share: the original's distributions on every right answer, its hidden
-//! states on every text, image features, and the samples of each seed. Its models live in memory; nothing is written.
+//! A sweep keeps what its runs share: the original's distributions on every right answer, its
+//! hidden states on every text, image features, and the samples of each seed. Its models live in
+//! memory; nothing is written.
 
 use crate::eval::{
     AnswerScore, Divergence, EvalItem, Reference, Task, TaskItems, TextReference, TextScore,
@@ -212,7 +213,8 @@ pub fn score_original(model: &LoadedModel, tasks: &[Task]) -> Result<(SweepRow, 
 /// Scores another model on the same tasks.
 ///
 /// # Errors
-/// As [`score_answers`] and [`score_texts`]; [`Error::Invalid`] if the references are of other tasks.
+/// As [`score_answers`] and [`score_texts`]; [`Error::Invalid`] if the references are of other
+/// tasks.
 pub fn score_tasks(
     model: &LoadedModel,
     tasks: &[Task],

@@ -146,19 +146,7 @@ fn table(rows: &[SweepRow]) -> String {
             .any(|r| r.tasks.get(task).is_some_and(|s| s.perplexity.is_some()))
     };
     let with_questions = !tasks.iter().all(|task| is_text(task));
-    let mut text = String::from("| method | bits | group | seeds |");
-    for task in &tasks {
-        let unit = if is_text(task) { " (perplexity)" } else { "" };
-        text += &format!(" {task}{unit} |");
-    }
-    text += if with_questions {
-        " mean accuracy |"
-    } else {
-        ""
-    };
-    text += " mean KL |\n|---|---|---|---|";
-    text += &"---|".repeat(tasks.len() + 1 + usize::from(with_questions));
-    text.push('\n');
+    let mut text = table_head(&tasks, is_text, with_questions);
     for rows in groups.values() {
         let first = rows[0];
         let show = |n: Option<usize>| n.map_or(String::new(), |n| n.to_string());
@@ -182,6 +170,28 @@ fn table(rows: &[SweepRow]) -> String {
         }
         text += &format!(" {} |\n", spread(rows, 4, |r| over(r, |t| Some(t.kl))));
     }
+    text
+}
+
+/// The line of names and the one below it.
+fn table_head(
+    tasks: &[&String],
+    is_text: impl Fn(&String) -> bool,
+    with_questions: bool,
+) -> String {
+    let mut text = String::from("| method | bits | group | seeds |");
+    for task in tasks {
+        let unit = if is_text(task) { " (perplexity)" } else { "" };
+        text += &format!(" {task}{unit} |");
+    }
+    text += if with_questions {
+        " mean accuracy |"
+    } else {
+        ""
+    };
+    text += " mean KL |\n|---|---|---|---|";
+    text += &"---|".repeat(tasks.len() + 1 + usize::from(with_questions));
+    text.push('\n');
     text
 }
 

@@ -231,6 +231,13 @@ fn tell_what_is_kept(error: &Error, output: &Path) {
     }
 }
 
+/// Tokens of each sequence of the samples.
+fn count(args: &Args, choice: &SampleChoice) -> vlmq::Result<Vec<usize>> {
+    let processor = open_processor(&args.model.model)?;
+    let chosen = choice.set.choose(choice.n_samples, choice.seed)?;
+    vlmq::calibration::count_tokens(&processor, &chosen, choice.max_tokens)
+}
+
 fn dry_run(
     args: &Args,
     model: &ModelSource,
@@ -245,14 +252,7 @@ fn dry_run(
         }
         .into());
     }
-    let n_tokens = match choice {
-        Some(choice) => {
-            let processor = open_processor(&args.model.model)?;
-            let chosen = choice.set.choose(choice.n_samples, choice.seed)?;
-            vlmq::calibration::count_tokens(&processor, &chosen, choice.max_tokens)?
-        }
-        None => Vec::new(),
-    };
+    let n_tokens = choice.map_or(Ok(Vec::new()), |choice| count(args, choice))?;
     let memory = plan_memory(model, recipe, &n_tokens).within(args.memory_bytes());
     let disk = plan_disk(model, recipe);
     let tokens: usize = n_tokens.iter().sum();

@@ -1,9 +1,9 @@
 //! How well a model answers, and how far a quantized one has moved from its original.
 //!
 //! Of questions, two measures: exact answers by greedy generation, and the mean Kullback–Leibler
-//! divergence from the original's next-token distributions over the tokens of the right answers, which
-//! sees changes long before an answer flips. Of raw texts, perplexity and the same divergence over
-//! their tokens.
+//! divergence from the original's next-token distributions over the tokens of the right answers,
+//! which sees changes long before an answer flips. Of raw texts, perplexity and the same divergence
+//! over their tokens.
 
 mod score;
 mod task;

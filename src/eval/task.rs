@@ -124,8 +124,8 @@ impl EvalItem {
     }
 }
 
-/// The tasks of a file, or of all files of a folder in order of name; `limit` rows of each. Raw texts
-/// are read in pieces of at most `max_tokens`.
+/// The tasks of a file, or of all files of a folder in order of name; `limit` rows of each. Raw
+/// texts are read in pieces of at most `max_tokens`.
 ///
 /// # Errors
 /// The readers' and the processor's; [`Error::Missing`] for a folder without files of data;

@@ -1,8 +1,9 @@
-//! Texts under a model, token by token: how well it predicts them, and how far it is from the original.
+//! Texts under a model, token by token: how well it predicts them, and how far it is from the
+//! original.
 //!
-//! A text is read in pieces (see [`Processor::encode_pieces`]): every token but the first is predicted
-//! once, from at most `max_tokens - 1` tokens before it. Of the original only the last layer's output
-//! is kept; its logits are made anew, since those of a long text take gigabytes.
+//! A text is read in pieces (see [`Processor::encode_pieces`]): every token but the first is
+//! predicted once, from at most `max_tokens - 1` tokens before it. Of the original only the last
+//! layer's output is kept; its logits are made anew, since those of a long text take gigabytes.
 
 use crate::dataset::Text;
 use crate::eval::score::{Divergence, kl, normalise, top};

@@ -9,10 +9,10 @@ pub const MAX_TEXT_TOKENS: usize = 2048;
 impl Processor {
     /// The tokens of raw `text` in pieces of at most `max_tokens`.
     ///
-    /// What each piece begins with is not to be predicted in it; all else is, so that every token of
-    /// the text but the first stands in exactly one piece to be predicted. Pieces begin with the
-    /// start token where the tokenizer puts one before a text, else with the last token of the piece
-    /// before. Special tokens written in the text are read as such, as transformers does.
+    /// What each piece begins with is not to be predicted in it; all else is, so that every token
+    /// of the text but the first stands in exactly one piece to be predicted. Pieces begin with the
+    /// start token where the tokenizer puts one before a text, else with the last token of the
+    /// piece before. Special tokens written in the text are read as such, as transformers does.
     ///
     /// # Errors
     /// [`Error::Invalid`] naming `origin` for a text without tokens or with the image token in it,
