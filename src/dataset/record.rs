@@ -58,8 +58,7 @@ impl Record {
 
     /// The row as raw text.
     pub fn into_text(self) -> Result<Text> {
-        let has_image = |key: &&str| self.values.get(*key).is_some_and(|v| !v.is_null());
-        if !self.images.is_empty() || IMAGE_KEYS.iter().any(has_image) {
+        if !self.row_images()?.is_empty() {
             return Err(self.bad("text: raw text has no place for the row's image"));
         }
         let text = self.values.get("text").and_then(Value::as_str);

@@ -243,7 +243,7 @@ fn a_json_array_and_text_only_rows_are_read() {
 
 #[test]
 fn raw_text_stands_beside_conversations_and_apart_from_questions() {
-    let rows = "{\"id\": 3, \"text\": \" a\\n\"}\n\n{\"text\": \"b\", \"question\": null}\n";
+    let rows = "{\"id\": 3, \"text\": \" a\\n\"}\n\n{\"text\": \"b\", \"images\": []}\n";
     let chat = "{\"text\": \"c\", \"question\": \"Hm?\"}\n";
     let (_dir, path) = written("data.jsonl", rows);
     let Rows::Texts(texts) = open_rows(&path).unwrap() else {
