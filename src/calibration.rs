@@ -1,15 +1,16 @@
 //! Calibration samples on their way into the model: tokens, classes, positions, embeddings.
 //!
 //! A sample keeps its own positions through every layer; nothing is padded, and samples never see
-//! each other.
+//! each other. Raw text that is longer than the limit is cut into pieces, each a sequence of its
+//! own; conversations are never cut.
 
-use crate::dataset::Sample;
+use crate::dataset::{Content, ImageSource, Sample};
 use crate::hidden_states::{HiddenState, Store};
 use crate::model::ModelSource;
 use crate::model::context::TokenContext;
 use crate::model::vision::VisionTower;
 use crate::pipeline::Observer;
-use crate::processor::{ModelInput, Processor, TokenClass};
+use crate::processor::{Message, ModelInput, Processor, TokenClass};
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
 use rayon::prelude::*;
@@ -19,7 +20,7 @@ use std::time::Instant;
 /// All samples of a run, and where their hidden states are kept.
 #[derive(Debug)]
 pub struct CalibrationSet {
-    /// In the order in which they were chosen.
+    /// In the order in which they were chosen; a long text is several.
     pub samples: Vec<CalibrationSample>,
     /// Holds their embeddings, and what becomes of them.
     pub store: Store,
@@ -50,7 +51,7 @@ impl CalibrationSet {
     }
 }
 
-/// One sample ready for the first layer.
+/// One sample, or a piece of one, ready for the first layer.
 #[derive(Debug)]
 pub struct CalibrationSample {
     /// File and line or row, for messages.
@@ -87,17 +88,19 @@ impl CalibrationSample {
 }
 
 /// Brings samples to the first layer: images read and cut into patches, text tokenized and
-/// classed, image features computed and put in their places. A sample's patches, which may be
-/// larger than everything that follows, are gone before the next one's are made.
+/// classed, image features computed and put in their places. Raw texts are cut into pieces of at
+/// most `max_tokens`. A sample's patches, which may be larger than everything that follows, are
+/// gone before the next one's are made.
 ///
 /// # Errors
-/// [`Error::Interrupted`] if the observer says so; [`Error::Missing`] for a sample without an
-/// image; else the reader's, the processor's or the model's error.
+/// [`Error::Interrupted`] if the observer says so; else the reader's, the processor's or the
+/// model's error.
 pub fn prepare(
     model: &ModelSource,
     tower: &dyn VisionTower,
     processor: &Processor,
     samples: &[&Sample],
+    max_tokens: usize,
     store: Store,
     observer: &dyn Observer,
 ) -> Result<CalibrationSet> {
@@ -106,62 +109,90 @@ pub fn prepare(
             return Err(Error::Interrupted);
         }
         let began = Instant::now();
-        let input = encode(processor, sample)?;
+        let inputs = encode(processor, sample, max_tokens)?;
         let encoded = began.elapsed().as_secs_f64();
-        let features = input.images.iter().map(|image| tower.forward(image));
-        let features = features.collect::<Result<Vec<_>>>()?;
-        let seconds = [encoded, began.elapsed().as_secs_f64() - encoded];
-        let embedded = model.embed(&input.input_ids, &features)?;
-        let place = |rows: &Tensor| -> Result<HiddenState> {
-            let (n_tokens, hidden) = rows.dims2()?;
-            let mut state = store.place(n_tokens, hidden)?;
-            state.set(&store, 0, rows)?;
-            Ok(state)
-        };
-        let deepstack = embedded.deepstack.iter().map(place);
-        let sample = CalibrationSample {
-            origin: sample.origin.clone(),
-            context: model.context(&input, &model.positions(&input)?)?,
-            embeddings: place(&embedded.rows)?,
-            deepstack: deepstack.collect::<Result<_>>()?,
-            classes: input.classes,
-        };
-        Ok((sample, seconds))
+        let placed = inputs
+            .into_iter()
+            .map(|input| place(model, tower, &sample.origin, input, &store));
+        let placed = placed.collect::<Result<Vec<_>>>()?;
+        Ok((placed, [encoded, began.elapsed().as_secs_f64() - encoded]))
     };
     let samples = samples.par_iter().map(one).collect::<Result<Vec<_>>>()?;
-    let (samples, seconds): (_, Vec<[f64; 2]>) = samples.into_iter().unzip();
+    let (samples, seconds): (Vec<_>, Vec<[f64; 2]>) = samples.into_iter().unzip();
     let seconds = seconds
         .iter()
         .fold([0.0; 2], |a, b| [a[0] + b[0], a[1] + b[1]]);
     Ok(CalibrationSet {
-        samples,
+        samples: samples.into_iter().flatten().collect(),
         store,
         seconds,
     })
 }
 
-/// Tokens of each sample, as [`prepare`] will have them.
+/// One input with its embeddings in the store.
+fn place(
+    model: &ModelSource,
+    tower: &dyn VisionTower,
+    origin: &str,
+    input: ModelInput,
+    store: &Store,
+) -> Result<CalibrationSample> {
+    let features = input.images.iter().map(|image| tower.forward(image));
+    let features = features.collect::<Result<Vec<_>>>()?;
+    let embedded = model.embed(&input.input_ids, &features)?;
+    let place = |rows: &Tensor| -> Result<HiddenState> {
+        let (n_tokens, hidden) = rows.dims2()?;
+        let mut state = store.place(n_tokens, hidden)?;
+        state.set(store, 0, rows)?;
+        Ok(state)
+    };
+    let deepstack = embedded.deepstack.iter().map(place);
+    Ok(CalibrationSample {
+        origin: origin.to_owned(),
+        context: model.context(&input, &model.positions(&input)?)?,
+        embeddings: place(&embedded.rows)?,
+        deepstack: deepstack.collect::<Result<_>>()?,
+        classes: input.classes,
+    })
+}
+
+/// Tokens of each sequence, as [`prepare`] will have them.
 ///
 /// # Errors
 /// As [`prepare`], the model's aside.
-pub fn count_tokens(processor: &Processor, samples: &[&Sample]) -> Result<Vec<usize>> {
-    let one = |sample: &&Sample| Ok(encode(processor, sample)?.input_ids.len());
-    samples.par_iter().map(one).collect()
+pub fn count_tokens(
+    processor: &Processor,
+    samples: &[&Sample],
+    max_tokens: usize,
+) -> Result<Vec<usize>> {
+    let one = |sample: &&Sample| {
+        let inputs = encode(processor, sample, max_tokens)?.into_iter();
+        Ok(inputs.map(|input| input.input_ids.len()).collect())
+    };
+    let counts = samples
+        .par_iter()
+        .map(one)
+        .collect::<Result<Vec<Vec<_>>>>()?;
+    Ok(counts.concat())
 }
 
-fn encode(processor: &Processor, sample: &Sample) -> Result<ModelInput> {
-    if sample.images.is_empty() {
-        return Err(Error::Missing {
-            what: "image".into(),
-            place: format!("calibration sample {}", sample.origin),
-        });
+/// The sequences of a sample.
+fn encode(processor: &Processor, sample: &Sample, max_tokens: usize) -> Result<Vec<ModelInput>> {
+    match &sample.content {
+        Content::Text(text) => processor.encode_pieces(text, &sample.origin, max_tokens),
+        Content::Chat { messages, images } => Ok(vec![encode_chat(processor, messages, images)?]),
     }
-    let images = sample.images.iter().map(|source| {
+}
+
+fn encode_chat(
+    processor: &Processor,
+    messages: &[Message],
+    sources: &[ImageSource],
+) -> Result<ModelInput> {
+    let images = sources.iter().map(|source| {
         let image = source.load()?;
-        processor
-            .vision_input(&image, sample.images.len())
-            .map(Arc::new)
+        processor.vision_input(&image, sources.len()).map(Arc::new)
     });
     let images = images.collect::<Result<Vec<_>>>()?;
-    processor.encode_conversation(&sample.messages, &images)
+    processor.encode_conversation(messages, &images)
 }

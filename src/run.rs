@@ -34,6 +34,8 @@ pub struct SampleChoice {
     pub n_samples: usize,
     /// Seed of the choice.
     pub seed: u64,
+    /// Raw texts are read in pieces of at most so many tokens.
+    pub max_tokens: usize,
 }
 
 /// What a run does otherwise than another of the same result.
@@ -249,11 +251,15 @@ pub fn load_samples(
     })?;
     let processor = open_processor(model.checkpoint().dir())?;
     let chosen: Vec<&Sample> = choice.set.choose(choice.n_samples, choice.seed)?;
-    let n_tokens = calibration::count_tokens(&processor, &chosen)?;
+    let max_tokens = choice.max_tokens;
+    let n_tokens = calibration::count_tokens(&processor, &chosen, max_tokens)?;
     let plan = plan_memory(model, recipe, &n_tokens);
     let store = Store::new(plan.room(memory_bytes), dir, &Device::Cpu);
     let tower = model.load_tower()?;
-    calibration::prepare(model, tower.as_ref(), &processor, &chosen, store, observer)
+    let tower = tower.as_ref();
+    calibration::prepare(
+        model, tower, &processor, &chosen, max_tokens, store, observer,
+    )
 }
 
 fn calibration_report(choice: &SampleChoice, samples: &[CalibrationSample]) -> CalibrationReport {
@@ -264,7 +270,8 @@ fn calibration_report(choice: &SampleChoice, samples: &[CalibrationSample]) -> C
             .or_insert(0) += 1;
     }
     CalibrationReport {
-        n_samples: samples.len(),
+        n_samples: choice.n_samples,
+        n_sequences: samples.len(),
         seed: choice.seed,
         n_tokens,
     }

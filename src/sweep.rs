@@ -1,14 +1,19 @@
 //! Methods × formats × seeds on one model, scored against the original: what a table is made of.
 //!
-//! A sweep keeps what its runs share: the original's distributions on every right answer, image
-//! features, and the samples of each seed. Its models live in memory; nothing is written.
+//! A sweep keeps what its runs share: the original's distributions on every right answer, its
+//! hidden states on every text, image features, and the samples of each seed. Its models live in
+//! memory; nothing is written.
 
-use crate::eval::{AnswerScore, Divergence, Reference, Task, score_answers};
+use crate::eval::{
+    AnswerScore, Divergence, EvalItem, Reference, Task, TaskItems, TextReference, TextScore,
+    perplexity, score_answers, score_texts,
+};
 use crate::model::LoadedModel;
 use crate::model::decoder::DecoderLayer;
 use crate::model::{ModelSource, Module};
 use crate::pipeline::{self, LayerSink, Observer};
 use crate::plan::{ScaleDtype, Scheme};
+use crate::processor::MAX_TEXT_TOKENS;
 use crate::recipe::{Method, Recipe};
 use crate::run::{SampleChoice, load_samples};
 use crate::{Error, QuantizedWeight, Result};
@@ -24,7 +29,7 @@ pub struct Sweep {
     pub model: PathBuf,
     /// Samples.
     pub calibration: PathBuf,
-    /// File or folder of questions.
+    /// File or folder of questions and texts.
     pub tasks: PathBuf,
     /// Samples per run.
     #[serde(default = "default_samples")]
@@ -40,8 +45,15 @@ pub struct Sweep {
     /// Settings as after `--set`, for all methods that know them.
     #[serde(default)]
     pub set: Vec<String>,
-    /// Questions of each task.
+    /// Questions or texts of each task.
     pub limit: Option<usize>,
+    /// Raw texts, samples and tasks, are read in pieces of at most so many tokens.
+    #[serde(default = "default_max_tokens")]
+    pub max_tokens: usize,
+}
+
+fn default_max_tokens() -> usize {
+    MAX_TEXT_TOKENS
 }
 
 fn default_samples() -> usize {
@@ -139,23 +151,36 @@ impl SweepRow {
 /// A model's scores on one task.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TaskScore {
-    /// Share of right answers in percent.
-    pub accuracy: f64,
-    /// Mean KL(original ‖ model) per answer token, in nats.
+    /// Share of right answers in percent, of questions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub accuracy: Option<f64>,
+    /// exp of the mean −log probability per token, of texts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub perplexity: Option<f64>,
+    /// Mean KL(original ‖ model) per token of the answers or texts, in nats.
     pub kl: f64,
-    /// Share of answer tokens with the original's most likely token, in percent.
+    /// Share of these tokens with the original's most likely token, in percent.
     pub same_top: f64,
-    /// Questions.
+    /// Questions or texts.
     pub n: usize,
+    /// Tokens that were predicted, of texts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub n_tokens: Option<usize>,
 }
 
-/// The original's distributions, task by task, question by question.
-pub struct References(Vec<Vec<Reference>>);
+/// What the original makes of all tasks.
+pub struct References(Vec<TaskReference>);
 
-/// Scores the original on all tasks and keeps its distributions.
+enum TaskReference {
+    /// Its distributions, question by question.
+    Questions(Vec<Reference>),
+    Texts(TextReference),
+}
+
+/// Scores the original on all tasks and keeps what others are compared with.
 ///
 /// # Errors
-/// As [`score_answers`].
+/// As [`score_answers`] and [`score_texts`].
 pub fn score_original(model: &LoadedModel, tasks: &[Task]) -> Result<(SweepRow, References)> {
     let mut row = SweepRow {
         method: "original".into(),
@@ -167,10 +192,20 @@ pub fn score_original(model: &LoadedModel, tasks: &[Task]) -> Result<(SweepRow, 
     };
     let mut references = Vec::new();
     for task in tasks {
-        let scored = score_answers(model, task, None)?;
-        let (scores, kept): (Vec<_>, Vec<_>) = scored.into_iter().unzip();
-        row.tasks.insert(task.name.clone(), task_score(&scores));
-        references.push(kept);
+        let (score, reference) = match &task.items {
+            TaskItems::Questions(items) => {
+                let scored = score_answers(model, items, None)?;
+                let (scores, kept): (Vec<_>, Vec<_>) = scored.into_iter().unzip();
+                (task_score(&scores), TaskReference::Questions(kept))
+            }
+            TaskItems::Texts(items) => {
+                let reference = TextReference::read(model, items)?;
+                let score = text_task_score(&reference.scores(items)?);
+                (score, TaskReference::Texts(reference))
+            }
+        };
+        row.tasks.insert(task.name.clone(), score);
+        references.push(reference);
     }
     Ok((row, References(references)))
 }
@@ -178,63 +213,81 @@ pub fn score_original(model: &LoadedModel, tasks: &[Task]) -> Result<(SweepRow, 
 /// Scores another model on the same tasks.
 ///
 /// # Errors
-/// As [`score_answers`].
+/// As [`score_answers`] and [`score_texts`]; [`Error::Invalid`] if the references are of other
+/// tasks.
 pub fn score_tasks(
     model: &LoadedModel,
     tasks: &[Task],
     references: &References,
 ) -> Result<BTreeMap<String, TaskScore>> {
-    let one = |(task, kept): (&Task, &Vec<Reference>)| {
-        let scored = score_answers(model, task, Some(kept))?;
-        let scores: Vec<AnswerScore> = scored.into_iter().map(|(score, _)| score).collect();
-        Ok((task.name.clone(), task_score(&scores)))
+    let one = |(task, kept): (&Task, &TaskReference)| {
+        let score = match (&task.items, kept) {
+            (TaskItems::Questions(items), TaskReference::Questions(kept)) => {
+                let scored = score_answers(model, items, Some(kept))?;
+                let scores: Vec<AnswerScore> = scored.into_iter().map(|(score, _)| score).collect();
+                task_score(&scores)
+            }
+            (TaskItems::Texts(items), TaskReference::Texts(kept)) => {
+                text_task_score(&score_texts(model, items, Some(kept), &|| ())?)
+            }
+            _ => {
+                return Err(Error::Invalid {
+                    what: task.name.clone(),
+                    why: "the references are of another kind of task".into(),
+                });
+            }
+        };
+        Ok((task.name.clone(), score))
     };
     tasks.iter().zip(&references.0).map(one).collect()
 }
 
 fn task_score(scores: &[AnswerScore]) -> TaskScore {
     let n = scores.len().max(1) as f64;
-    let total = total_divergence(scores.iter().filter_map(|s| s.divergence));
-    let n_tokens = total.n_tokens.max(1) as f64;
-    let original = total.n_tokens == 0;
+    let total = Divergence::total(scores.iter().filter_map(|s| s.divergence));
     TaskScore {
-        accuracy: 100.0 * scores.iter().filter(|s| s.exact).count() as f64 / n,
-        kl: total.kl_sum / n_tokens,
-        same_top: if original {
-            100.0
-        } else {
-            100.0 * total.n_same_top as f64 / n_tokens
-        },
+        accuracy: Some(100.0 * scores.iter().filter(|s| s.exact).count() as f64 / n),
+        perplexity: None,
+        kl: total.kl_per_token(),
+        same_top: same_top(total),
         n: scores.len(),
+        n_tokens: None,
     }
 }
 
-fn total_divergence(parts: impl Iterator<Item = Divergence>) -> Divergence {
-    let zero = Divergence {
-        kl_sum: 0.0,
-        n_same_top: 0,
-        n_tokens: 0,
-    };
-    parts.fold(zero, |a, b| Divergence {
-        kl_sum: a.kl_sum + b.kl_sum,
-        n_same_top: a.n_same_top + b.n_same_top,
-        n_tokens: a.n_tokens + b.n_tokens,
-    })
+fn text_task_score(scores: &[TextScore]) -> TaskScore {
+    let total = Divergence::total(scores.iter().filter_map(|s| s.divergence));
+    TaskScore {
+        accuracy: None,
+        perplexity: Some(perplexity(scores)),
+        kl: total.kl_per_token(),
+        same_top: same_top(total),
+        n: scores.len(),
+        n_tokens: Some(scores.iter().map(|s| s.n_tokens).sum()),
+    }
 }
 
-/// How far `model` is from `original` over the right answers of a task.
+/// The original, which is compared with nothing, agrees with itself.
+fn same_top(total: Divergence) -> f64 {
+    match total.n_tokens {
+        0 => 100.0,
+        _ => total.same_top_percent(),
+    }
+}
+
+/// How far `model` is from `original` over the right answers to questions.
 ///
 /// # Errors
 /// As [`score_answers`].
 pub fn compare_with_reference(
     original: &LoadedModel,
     model: &LoadedModel,
-    task: &Task,
+    items: &[EvalItem],
 ) -> Result<Divergence> {
-    let scored = score_answers(original, task, None)?;
+    let scored = score_answers(original, items, None)?;
     let references: Vec<Reference> = scored.into_iter().map(|(_, kept)| kept).collect();
-    let scored = score_answers(model, task, Some(&references))?;
-    Ok(total_divergence(
+    let scored = score_answers(model, items, Some(&references))?;
+    Ok(Divergence::total(
         scored.iter().filter_map(|(score, _)| score.divergence),
     ))
 }

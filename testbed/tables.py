@@ -2,8 +2,9 @@
 
 Usage: tables.py target/sweep.jsonl
 
-Prints mean accuracy and mean KL by method (mean, lowest and highest over seeds), and ratios of the KL of pairs
-of methods: paired by bits, group and seed, geometric mean with the 95 % interval of Student's t.
+Prints mean accuracy (of tasks with questions), perplexity (of each task with texts) and mean KL by method (mean,
+lowest and highest over seeds), and ratios of the KL of pairs of methods: paired by bits, group and seed, geometric
+mean with the 95 % interval of Student's t. Cells and pairs that the rows lack are left out.
 """
 
 import json
@@ -37,13 +38,15 @@ def student(df):
 
 
 def read(path):
-    """{(method, bits, group, seed): {"accuracy", "kl"}}, each a mean over tasks."""
+    """{(method, bits, group, seed): {"accuracy", "kl", "perplexity of TASK"}}, the first two means over tasks."""
     rows = {}
     for line in Path(path).read_text().splitlines():
         row = json.loads(line)
-        tasks = row["tasks"].values()
-        key = row["method"], row["bits"], row["group_size"], row["seed"]
-        rows[key] = {name: mean([task[name] for task in tasks]) for name in ["accuracy", "kl"]}
+        tasks = row["tasks"]
+        found = {name: [task[name] for task in tasks.values() if name in task] for name in ["accuracy", "kl"]}
+        values = {name: mean(numbers) for name, numbers in found.items() if numbers}
+        values |= {f"perplexity of {name}": t["perplexity"] for name, t in tasks.items() if "perplexity" in t}
+        rows[row["method"], row["bits"], row["group_size"], row["seed"]] = values
     return rows
 
 
@@ -53,6 +56,9 @@ def table(rows, name, form):
         cells = []
         for method in METHODS:
             found = [r[name] for key, r in rows.items() if key[:3] == (method, bits, group)]
+            if not found:
+                cells.append("")
+                continue
             spread = f" ({min(found):{form}}–{max(found):{form}})" if len(found) > 1 else ""
             cells.append(f"{mean(found):{form}}{spread}")
         print(f"| {bits}, {group} | " + " | ".join(cells) + " |")
@@ -60,8 +66,12 @@ def table(rows, name, form):
 
 def ratio(rows, above, below, bits):
     logs = [math.log(r["kl"] / rows[below, *key[1:]]["kl"]) for key, r in rows.items()
-            if key[0] == above and key[1] in bits]
+            if key[0] == above and key[1] in bits and (below, *key[1:]) in rows]
+    if not logs:
+        return "", 0
     middle = mean(logs)
+    if len(logs) == 1:
+        return f"{math.exp(middle):.3f}", 1
     deviation = math.sqrt(sum((x - middle) ** 2 for x in logs) / (len(logs) - 1))
     half = student(len(logs) - 1) * deviation / math.sqrt(len(logs))
     low, high = math.exp(middle - half), math.exp(middle + half)
@@ -70,12 +80,17 @@ def ratio(rows, above, below, bits):
 
 def main():
     rows = read(sys.argv[1])
-    table(rows, "accuracy", ".1f")
-    print()
-    table(rows, "kl", ".4f")
+    original = rows.get(("original", None, None, None), {})
+    original.pop("kl", None)
+    names = sorted({name for row in rows.values() for name in row} - {"kl"})
+    for name, form in [*((name, ".1f" if name == "accuracy" else ".3f") for name in names), ("kl", ".4f")]:
+        print(f"{name}, of the original {original[name]:{form}}" if name in original else name)
+        table(rows, name, form)
+        print()
     columns = [((4, 3), "4 and 3 bits"), ((4,), "4 bits"), ((3,), "3 bits"), ((2,), "2 bits")]
+    columns = [(bits, head) for bits, head in columns if any(key[1] in bits for key in rows)]
     heads = [f"{head} ({ratio(rows, *PAIRS[0], bits)[1]})" for bits, head in columns]
-    print("\n| ratio | " + " | ".join(heads) + " |\n" + "|---" * 5 + "|")
+    print("| ratio | " + " | ".join(heads) + " |\n" + "|---" * (len(heads) + 1) + "|")
     for pair in PAIRS:
         print(f"| {pair[0]} / {pair[1]} | " + " | ".join(ratio(rows, *pair, bits)[0] for bits, _ in columns)
               + " |")

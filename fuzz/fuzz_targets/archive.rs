@@ -13,7 +13,7 @@ fuzz_target!(|data: &[u8]| {
     for row in ROWS.lines() {
         let path = vlmq_fuzz::put("data.jsonl", row.as_bytes());
         for sample in open_samples(&path).iter().flat_map(|set| set.samples()) {
-            for image in &sample.images {
+            for image in sample.images() {
                 let _ = image.read();
             }
         }

@@ -70,7 +70,7 @@ pub fn read_all(checkpoint: &Checkpoint) {
 /// Makes sure that each image has its place.
 pub fn check_places(samples: vlmq::Result<SampleSet>) {
     for sample in samples.iter().flat_map(|set| set.samples()) {
-        let n_places: usize = sample.messages.iter().map(Message::n_images).sum();
-        assert_eq!(n_places, sample.images.len());
+        let n_places: usize = sample.messages().iter().map(Message::n_images).sum();
+        assert_eq!(n_places, sample.images().len());
     }
 }

@@ -14,7 +14,7 @@ use vlmq::families::open_processor;
 use vlmq::model::LoadedModel;
 use vlmq::pipeline::Observer;
 use vlmq::run::SampleChoice;
-use vlmq::sweep::{Sweep, SweepRow, quantize_in_memory, score_original, score_tasks};
+use vlmq::sweep::{Sweep, SweepRow, TaskScore, quantize_in_memory, score_original, score_tasks};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -43,7 +43,8 @@ fn measure(sweep: &Sweep, output: &PathBuf) -> anyhow::Result<Vec<SweepRow>> {
     let model = open_model(&sweep.model)?;
     let runs = sweep.runs(scale_dtype(&model))?;
     let mut rows = read_rows(output)?;
-    let tasks = open_tasks(&sweep.tasks, &open_processor(&sweep.model)?, sweep.limit)?;
+    let processor = open_processor(&sweep.model)?;
+    let tasks = open_tasks(&sweep.tasks, &processor, sweep.limit, sweep.max_tokens)?;
     let samples = open_samples(&sweep.calibration)?;
     let mut loaded = LoadedModel::load(open_model(&sweep.model)?)?;
     let (original, references) = score_original(&loaded, &tasks)?;
@@ -64,6 +65,7 @@ fn measure(sweep: &Sweep, output: &PathBuf) -> anyhow::Result<Vec<SweepRow>> {
             set: samples.clone(),
             n_samples: sweep.samples,
             seed,
+            max_tokens: sweep.max_tokens,
         });
         let began = Instant::now();
         let within = WithinRun(&progress);
@@ -114,7 +116,8 @@ fn add_row(path: &PathBuf, rows: &mut Vec<SweepRow>, row: SweepRow) -> anyhow::R
     Ok(())
 }
 
-/// Mean and, over seeds, lowest to highest of each task, as Markdown.
+/// Mean and, over seeds, lowest to highest of each task, as Markdown: accuracy of questions,
+/// perplexity of texts.
 fn table(rows: &[SweepRow]) -> String {
     let mut groups: BTreeMap<(u8, usize, usize), Vec<&SweepRow>> = BTreeMap::new();
     let mut methods: Vec<&str> = Vec::new();
@@ -138,11 +141,12 @@ fn table(rows: &[SweepRow]) -> String {
         .first()
         .map(|r| r.tasks.keys().collect())
         .unwrap_or_default();
-    let mut text = String::from("| method | bits | group | seeds |");
-    tasks.iter().for_each(|t| text += &format!(" {t} |"));
-    text += " mean accuracy | mean KL |\n|---|---|---|---|";
-    text += &"---|".repeat(tasks.len() + 2);
-    text.push('\n');
+    let is_text = |task: &String| {
+        rows.iter()
+            .any(|r| r.tasks.get(task).is_some_and(|s| s.perplexity.is_some()))
+    };
+    let with_questions = !tasks.iter().all(|task| is_text(task));
+    let mut text = table_head(&tasks, is_text, with_questions);
     for rows in groups.values() {
         let first = rows[0];
         let show = |n: Option<usize>| n.map_or(String::new(), |n| n.to_string());
@@ -154,18 +158,47 @@ fn table(rows: &[SweepRow]) -> String {
             rows.len()
         );
         for task in &tasks {
-            text += &format!(" {} |", spread(rows, 1, |r| r.tasks[*task].accuracy));
+            let digits = if is_text(task) { 3 } else { 1 };
+            text += &format!(" {} |", spread(rows, digits, |r| main_score(r, task)));
         }
-        let over = |r: &SweepRow, f: fn(&vlmq::sweep::TaskScore) -> f64| {
-            r.tasks.values().map(f).sum::<f64>() / r.tasks.len().max(1) as f64
+        let over = |r: &SweepRow, f: fn(&TaskScore) -> Option<f64>| {
+            let values: Vec<f64> = r.tasks.values().filter_map(f).collect();
+            values.iter().sum::<f64>() / values.len().max(1) as f64
         };
-        text += &format!(
-            " {} | {} |\n",
-            spread(rows, 1, |r| over(r, |t| t.accuracy)),
-            spread(rows, 4, |r| over(r, |t| t.kl))
-        );
+        if with_questions {
+            text += &format!(" {} |", spread(rows, 1, |r| over(r, |t| t.accuracy)));
+        }
+        text += &format!(" {} |\n", spread(rows, 4, |r| over(r, |t| Some(t.kl))));
     }
     text
+}
+
+/// The line of names and the one below it.
+fn table_head(
+    tasks: &[&String],
+    is_text: impl Fn(&String) -> bool,
+    with_questions: bool,
+) -> String {
+    let mut text = String::from("| method | bits | group | seeds |");
+    for task in tasks {
+        let unit = if is_text(task) { " (perplexity)" } else { "" };
+        text += &format!(" {task}{unit} |");
+    }
+    text += if with_questions {
+        " mean accuracy |"
+    } else {
+        ""
+    };
+    text += " mean KL |\n|---|---|---|---|";
+    text += &"---|".repeat(tasks.len() + 1 + usize::from(with_questions));
+    text.push('\n');
+    text
+}
+
+/// Not a number where the line is of other tasks.
+fn main_score(row: &SweepRow, task: &str) -> f64 {
+    let main = |score: &TaskScore| score.accuracy.or(score.perplexity);
+    row.tasks.get(task).and_then(main).unwrap_or(f64::NAN)
 }
 
 fn spread(rows: &[&SweepRow], digits: usize, value: impl Fn(&SweepRow) -> f64) -> String {

@@ -14,6 +14,7 @@ use vlmq::journal::{Journal, Resume};
 use vlmq::memory::{plan_disk, plan_memory};
 use vlmq::model::ModelSource;
 use vlmq::plan::{ScaleDtype, Scheme};
+use vlmq::processor::MAX_TEXT_TOKENS;
 use vlmq::recipe::{Method, Recipe};
 use vlmq::report::free_memory_bytes;
 use vlmq::run::{RunOptions, SampleChoice, module_plan, quantize_folder};
@@ -24,7 +25,8 @@ pub struct Args {
     model: ModelArg,
     #[command(flatten)]
     pub recipe: RecipeArgs,
-    /// Samples: LLaVA or chat JSONL, Hugging Face parquet, VLMEvalKit TSV, or a folder of them
+    /// Samples, with or without images: LLaVA, chat or raw-text JSONL, Hugging Face parquet,
+    /// VLMEvalKit TSV, or a folder of them
     #[arg(long, value_name = "DATA")]
     calibration: Option<PathBuf>,
     /// Folder to make
@@ -36,6 +38,9 @@ pub struct Args {
     /// Seed of the choice of samples
     #[arg(long, value_name = "S", default_value_t = 0)]
     seed: u64,
+    /// Raw texts are read in pieces of at most so many tokens; conversations are never cut
+    #[arg(long, value_name = "N", default_value_t = MAX_TEXT_TOKENS)]
+    max_tokens: usize,
     /// Output format
     #[arg(long, value_parser = ["compressed-tensors"], default_value = "compressed-tensors")]
     format: String,
@@ -175,6 +180,7 @@ pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
             set: open_samples(path)?,
             n_samples: args.samples,
             seed: args.seed,
+            max_tokens: args.max_tokens,
         }),
         _ => None,
     };
@@ -223,6 +229,13 @@ fn tell_what_is_kept(error: &Error, output: &Path) {
     }
 }
 
+/// Tokens of each sequence of the samples.
+fn count(args: &Args, choice: &SampleChoice) -> vlmq::Result<Vec<usize>> {
+    let processor = open_processor(&args.model.model)?;
+    let chosen = choice.set.choose(choice.n_samples, choice.seed)?;
+    vlmq::calibration::count_tokens(&processor, &chosen, choice.max_tokens)
+}
+
 fn dry_run(
     args: &Args,
     model: &ModelSource,
@@ -237,23 +250,18 @@ fn dry_run(
         }
         .into());
     }
-    let n_tokens = match choice {
-        Some(choice) => {
-            let processor = open_processor(&args.model.model)?;
-            let chosen = choice.set.choose(choice.n_samples, choice.seed)?;
-            vlmq::calibration::count_tokens(&processor, &chosen)?
-        }
-        None => Vec::new(),
-    };
+    let n_tokens = choice.map_or(Ok(Vec::new()), |choice| count(args, choice))?;
     let memory = plan_memory(model, recipe, &n_tokens).within(args.memory_bytes());
     let disk = plan_disk(model, recipe);
     let tokens: usize = n_tokens.iter().sum();
+    let n_samples = choice.map_or(0, |choice| choice.n_samples);
     if json {
         print_json(serde_json::json!({
             "schema": SCHEMA,
             "command": "quantize --dry-run",
             "n_modules": modules.len(),
-            "n_samples": n_tokens.len(),
+            "n_samples": n_samples,
+            "n_sequences": n_tokens.len(),
             "n_tokens": tokens,
             "memory": memory,
             "peak_memory_bytes": memory.total(),
@@ -263,9 +271,8 @@ fn dry_run(
     } else {
         let mb = |bytes: u64| bytes as f64 / 1e6;
         let mut text = format!(
-            "{} modules, {} samples, {tokens} tokens\nmemory {:>8.0} MB at most\n",
+            "{} modules, {n_samples} samples, {tokens} tokens\nmemory {:>8.0} MB at most\n",
             modules.len(),
-            n_tokens.len(),
             mb(memory.total())
         );
         if memory.streams_on_disk > 0 {

@@ -3,7 +3,8 @@
 //!
 //! DATA is any of
 //! - JSONL (or a JSON array) whose rows hold `conversations` (LLaVA, ShareGPT4V), `messages` (chat
-//!   messages with image parts) or `question` and `answer`;
+//!   messages with image parts), `question` and `answer`, or nothing of these but `text`: raw text,
+//!   which no chat template is put around. Rows of different kinds may stand in one file;
 //! - a Hugging Face parquet file with such columns, images as `{bytes, path}`;
 //! - a VLMEvalKit TSV, images as base64;
 //! - a folder: `samples.jsonl` in it, else all its parquet files in order of name.
@@ -31,17 +32,47 @@ use rand_chacha::ChaCha8Rng;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// One conversation with its images.
+/// One conversation or one text.
 #[derive(Clone, Debug)]
 pub struct Sample {
     /// The row's own id, else its place in the file.
     pub id: String,
     /// File and line or row, for messages.
     pub origin: String,
-    /// The turns, answers included.
-    pub messages: Vec<Message>,
-    /// The images in the order of their places in the messages.
-    pub images: Vec<ImageSource>,
+    /// What it says.
+    pub content: Content,
+}
+
+/// What a sample says.
+#[derive(Clone, Debug)]
+pub enum Content {
+    /// A conversation, with or without images.
+    Chat {
+        /// The turns, answers included.
+        messages: Vec<Message>,
+        /// The images in the order of their places in the messages.
+        images: Vec<ImageSource>,
+    },
+    /// Raw text, never empty.
+    Text(String),
+}
+
+impl Sample {
+    /// The turns of a conversation; none of raw text.
+    pub fn messages(&self) -> &[Message] {
+        match &self.content {
+            Content::Chat { messages, .. } => messages,
+            Content::Text(_) => &[],
+        }
+    }
+
+    /// The images of a conversation.
+    pub fn images(&self) -> &[ImageSource] {
+        match &self.content {
+            Content::Chat { images, .. } => images,
+            Content::Text(_) => &[],
+        }
+    }
 }
 
 /// One question of an evaluation set.
@@ -59,6 +90,26 @@ pub struct Question {
     pub answers: Vec<String>,
     /// What kind of question it is, where the set says so.
     pub category: Option<String>,
+}
+
+/// Raw text of an evaluation set.
+#[derive(Clone, Debug)]
+pub struct Text {
+    /// The row's own id, else its place in the file.
+    pub id: String,
+    /// File and line or row, for messages.
+    pub origin: String,
+    /// The text, never empty.
+    pub text: String,
+}
+
+/// The rows of an evaluation set.
+#[derive(Clone, Debug)]
+pub enum Rows {
+    /// Questions to be answered.
+    Questions(Vec<Question>),
+    /// Texts to be predicted.
+    Texts(Vec<Text>),
 }
 
 /// All samples of one DATA argument, in file order; never empty.
@@ -127,13 +178,36 @@ pub fn open_samples(path: &Path) -> Result<SampleSet> {
     })
 }
 
-/// The questions of DATA in file order; a conversation counts by its first turn and answer.
+/// The questions of DATA in file order, where a conversation counts by its first turn and answer;
+/// or its texts.
 ///
 /// # Errors
-/// As [`open_samples`].
-pub fn open_questions(path: &Path) -> Result<Vec<Question>> {
+/// As [`open_samples`]; [`Error::Format`] naming the first row that is of the other kind.
+pub fn open_rows(path: &Path) -> Result<Rows> {
     let records = open_records(path)?;
-    records.into_iter().map(Record::into_question).collect()
+    let is_text = records.first().is_some_and(Record::is_text);
+    if let Some(other) = records.iter().find(|record| record.is_text() != is_text) {
+        return Err(other.bad("raw text and questions in one file; a task is of one kind"));
+    }
+    let records = records.into_iter();
+    Ok(match is_text {
+        true => Rows::Texts(records.map(Record::into_text).collect::<Result<_>>()?),
+        false => Rows::Questions(records.map(Record::into_question).collect::<Result<_>>()?),
+    })
+}
+
+/// The questions of DATA, which holds nothing else.
+///
+/// # Errors
+/// As [`open_rows`]; [`Error::Missing`] if DATA holds raw texts.
+pub fn open_questions(path: &Path) -> Result<Vec<Question>> {
+    match open_rows(path)? {
+        Rows::Questions(questions) => Ok(questions),
+        Rows::Texts(_) => Err(Error::Missing {
+            what: "questions (it holds raw texts)".into(),
+            place: path.display().to_string(),
+        }),
+    }
 }
 
 fn open_records(path: &Path) -> Result<Vec<Record>> {

@@ -1,7 +1,7 @@
 //! One row of any data file, and what it means as a sample or a question.
 
 use crate::dataset::image_source::{ImageFolder, ImageSource};
-use crate::dataset::{Question, Sample};
+use crate::dataset::{Content, Question, Sample, Text};
 use crate::processor::{ContentPart, Message, Role};
 use crate::{Error, Result};
 use serde_json::{Map, Value};
@@ -10,6 +10,10 @@ use std::sync::Arc;
 
 /// The placeholder of an image in a text.
 const PLACE: &str = "<image>";
+/// Keys that make a row a conversation.
+const CHAT_KEYS: [&str; 4] = ["conversations", "messages", "question", "query"];
+/// Keys that name images.
+const IMAGE_KEYS: [&str; 2] = ["image", "images"];
 
 /// One row with its named values.
 #[derive(Debug)]
@@ -36,7 +40,7 @@ impl Record {
         format!("{} {}", self.path.display(), self.at)
     }
 
-    fn bad(&self, why: impl Into<String>) -> Error {
+    pub(super) fn bad(&self, why: impl Into<String>) -> Error {
         Error::format(&self.path, self.at.as_str(), why)
     }
 
@@ -46,8 +50,49 @@ impl Record {
         id.unwrap_or_else(|| self.at.clone())
     }
 
-    /// The row as a conversation.
+    /// Whether the row is raw text: `text`, and nothing that makes a conversation.
+    pub fn is_text(&self) -> bool {
+        let has = |key: &&str| self.values.get(*key).is_some_and(|value| !value.is_null());
+        has(&"text") && !CHAT_KEYS.iter().any(has)
+    }
+
+    /// The row as raw text.
+    pub fn into_text(self) -> Result<Text> {
+        if !self.row_images()?.is_empty() {
+            return Err(self.bad("text: raw text has no place for the row's image"));
+        }
+        let text = self.values.get("text").and_then(Value::as_str);
+        let text = text.ok_or_else(|| self.bad("text: a text expected"))?;
+        if text.is_empty() {
+            return Err(self.bad("text: it is empty"));
+        }
+        Ok(Text {
+            id: self.id(),
+            origin: self.origin(),
+            text: text.to_owned(),
+        })
+    }
+
+    /// The row as a conversation or raw text.
     pub fn into_sample(self) -> Result<Sample> {
+        if self.is_text() {
+            let Text { id, origin, text } = self.into_text()?;
+            let content = Content::Text(text);
+            return Ok(Sample {
+                id,
+                origin,
+                content,
+            });
+        }
+        let (messages, images) = self.chat()?;
+        Ok(Sample {
+            id: self.id(),
+            origin: self.origin(),
+            content: Content::Chat { messages, images },
+        })
+    }
+
+    fn chat(&self) -> Result<(Vec<Message>, Vec<ImageSource>)> {
         let turns = self.turns()?;
         let mut images = self.row_images()?;
         images.extend(turns.images);
@@ -55,36 +100,28 @@ impl Record {
         if messages.is_empty() {
             return Err(self.bad("at least one message expected, none found"));
         }
-        Ok(Sample {
-            id: self.id(),
-            origin: self.origin(),
-            messages,
-            images,
-        })
+        Ok((messages, images))
     }
 
     /// The row as a question: its own, or the first user turn and the answer to it.
     pub fn into_question(self) -> Result<Question> {
         let category = scalar(&self.values, "category");
         let answers = self.answers()?;
-        let sample = self.into_sample()?;
-        let user = sample.messages.iter().position(|m| m.role == Role::User);
+        let (messages, mut images) = self.chat()?;
+        let user = messages.iter().position(|m| m.role == Role::User);
         let user = user.ok_or_else(|| Error::Missing {
             what: "user message".into(),
-            place: sample.origin.clone(),
+            place: self.origin(),
         })?;
-        let reply = sample.messages[user..]
-            .iter()
-            .find(|m| m.role == Role::Assistant);
+        let reply = messages[user..].iter().find(|m| m.role == Role::Assistant);
         let reply = reply.map(Message::plain_text);
-        let n_images = sample.messages[..=user].iter().map(Message::n_images).sum();
-        let mut images = sample.images;
+        let n_images = messages[..=user].iter().map(Message::n_images).sum();
         images.truncate(n_images);
         Ok(Question {
-            id: sample.id,
-            origin: sample.origin,
+            id: self.id(),
+            origin: self.origin(),
             images,
-            question: sample.messages[user].plain_text().trim().to_owned(),
+            question: messages[user].plain_text().trim().to_owned(),
             answers: answers.unwrap_or_else(|| reply.into_iter().collect()),
             category,
         })
@@ -185,7 +222,7 @@ impl Record {
     fn question_text(&self) -> Result<String> {
         let question = scalar(&self.values, "question").or_else(|| scalar(&self.values, "query"));
         let question = question.ok_or_else(|| {
-            self.bad("none of `conversations`, `messages` and `question` is present")
+            self.bad("none of `conversations`, `messages`, `question` and `text` is present")
         })?;
         let options = ["A", "B", "C", "D", "E", "F", "G", "H"].into_iter();
         let options: Vec<String> = options
@@ -227,7 +264,7 @@ impl Record {
         if !self.images.is_empty() {
             return Ok(self.images.clone());
         }
-        for key in ["image", "images"] {
+        for key in IMAGE_KEYS {
             match self.values.get(key) {
                 None | Some(Value::Null) => {}
                 Some(Value::String(name)) => return Ok(vec![self.resolve(name)?]),

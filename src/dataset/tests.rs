@@ -45,14 +45,14 @@ fn parquet_conversations_keep_their_lists_of_images() {
     let [two, none] = set.samples() else {
         panic!("two samples expected");
     };
-    assert_eq!((two.images.len(), none.images.len()), (2, 0));
+    assert_eq!((two.images().len(), none.images().len()), (2, 0));
     let text = ContentPart::Text("Same?".into());
     assert_eq!(
-        two.messages[0].content,
+        two.messages()[0].content,
         [ContentPart::Image, ContentPart::Image, text]
     );
-    assert_eq!(two.images[1].load().unwrap().data[..3], COLOURS[1]);
-    assert_eq!(none.messages[1].plain_text(), "Hi");
+    assert_eq!(two.images()[1].load().unwrap().data[..3], COLOURS[1]);
+    assert_eq!(none.messages()[1].plain_text(), "Hi");
 }
 
 #[test]
@@ -92,9 +92,9 @@ fn folder_reads_images_from_the_archive() {
     assert_eq!(set.len(), 12);
     for (i, sample) in set.samples().iter().enumerate() {
         assert_eq!(sample.id, format!("s{i}"));
-        assert_eq!(sample.messages[0].n_images(), 1);
-        assert_eq!(sample.messages[1].role, Role::Assistant);
-        assert_eq!(sample.images[0].load().unwrap().data[..3], COLOURS[i % 4]);
+        assert_eq!(sample.messages()[0].n_images(), 1);
+        assert_eq!(sample.messages()[1].role, Role::Assistant);
+        assert_eq!(sample.images()[0].load().unwrap().data[..3], COLOURS[i % 4]);
     }
     let questions = open_questions(&data("folder")).unwrap();
     assert_eq!(questions[3].question, "Which colour is number 3?");
@@ -140,9 +140,9 @@ fn chat_messages_name_images_in_every_common_way() {
         let (_dir, path) = written("data.jsonl", &row.replace('\n', " "));
         let set = open_samples(&path).unwrap();
         let sample = &set.samples()[0];
-        assert_eq!(sample.messages[1].n_images(), 1, "{part}");
-        assert_eq!(sample.images[0].load().unwrap().width, 11);
-        assert_eq!(sample.messages[0].role, Role::System);
+        assert_eq!(sample.messages()[1].n_images(), 1, "{part}");
+        assert_eq!(sample.images()[0].load().unwrap().width, 11);
+        assert_eq!(sample.messages()[0].role, Role::System);
     }
 }
 
@@ -170,7 +170,13 @@ fn rows_that_contradict_themselves_name_file_and_line() {
             "not downloaded",
         ),
         (human("\"image\": 3, ", "<image>"), "a name or list"),
-        ("{\"text\": \"x\"}\n".into(), "none of `conversations`"),
+        ("{\"caption\": \"x\"}\n".into(), "none of `conversations`"),
+        ("{\"text\": \"\"}\n".into(), "text: it is empty"),
+        ("{\"text\": 3}\n".into(), "text: a text expected"),
+        (
+            "{\"text\": \"x\", \"image\": \"a.png\"}\n".into(),
+            "no place for the row's image",
+        ),
         ("{\"conversations\": []}\n".into(), "at least one message"),
         ("{\"conversations\": [1]}\n".into(), "turns"),
         (
@@ -217,7 +223,7 @@ fn an_image_that_is_none_names_its_sample_file() {
         r#"{"image": "data.jsonl", "conversations": [{"from": "human", "value": "<image>"}]}"#;
     let (_dir, path) = written("data.jsonl", row);
     let set = open_samples(&path).unwrap();
-    let message = set.samples()[0].images[0].load().unwrap_err().to_string();
+    let message = set.samples()[0].images()[0].load().unwrap_err().to_string();
     assert!(
         message.contains("data.jsonl") && message.contains("not an image"),
         "{message}"
@@ -233,6 +239,32 @@ fn a_json_array_and_text_only_rows_are_read() {
     assert_eq!(questions[1].id, "5");
     assert_eq!(questions[1].answers, ["4", "four"]);
     assert!(questions[1].images.is_empty());
+}
+
+#[test]
+fn raw_text_stands_beside_conversations_and_apart_from_questions() {
+    let rows = "{\"id\": 3, \"text\": \" a\\n\"}\n\n{\"text\": \"b\", \"images\": []}\n";
+    let chat = "{\"text\": \"c\", \"question\": \"Hm?\"}\n";
+    let (_dir, path) = written("data.jsonl", rows);
+    let Rows::Texts(texts) = open_rows(&path).unwrap() else {
+        panic!("texts expected");
+    };
+    assert_eq!(
+        (texts[0].id.as_str(), texts[0].text.as_str()),
+        ("3", " a\n")
+    );
+    assert!(texts[1].origin.ends_with("line 3"), "{}", texts[1].origin);
+    assert!(open_questions(&path).is_err());
+
+    let (_dir, path) = written("data.jsonl", &format!("{rows}{chat}"));
+    let set = open_samples(&path).unwrap();
+    let kinds = set.samples().iter().map(|s| s.messages().len());
+    assert_eq!(kinds.collect::<Vec<_>>(), [0, 0, 1]);
+    let message = open_rows(&path).unwrap_err().to_string();
+    assert!(
+        message.contains("line 4") && message.contains("one kind"),
+        "{message}"
+    );
 }
 
 #[test]

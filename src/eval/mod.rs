@@ -1,14 +1,17 @@
 //! How well a model answers, and how far a quantized one has moved from its original.
 //!
-//! Two measures: exact answers by greedy generation, and the mean Kullback–Leibler divergence from
-//! the original's next-token distributions over the tokens of the right answers, which sees changes
-//! long before an answer flips.
+//! Of questions, two measures: exact answers by greedy generation, and the mean Kullback–Leibler
+//! divergence from the original's next-token distributions over the tokens of the right answers,
+//! which sees changes long before an answer flips. Of raw texts, perplexity and the same divergence
+//! over their tokens.
 
 mod score;
 mod task;
+mod text;
 
 pub use score::{AnswerScore, Divergence, Reference, score_answers};
-pub use task::{EvalItem, Task, open_tasks};
+pub use task::{EvalItem, Task, TaskItems, open_tasks};
+pub use text::{TextItem, TextReference, TextScore, perplexity, score_texts};
 
 use crate::model::LoadedModel;
 use crate::model::loaded::Prefix;
@@ -99,7 +102,7 @@ pub fn is_correct(answer: &str, expected: &[String]) -> bool {
 pub fn answer_all(
     model: &LoadedModel,
     processor: &Processor,
-    task: &Task,
+    items: &[EvalItem],
     on_answer: &(dyn Fn() + Sync),
 ) -> Result<Vec<Prediction>> {
     let answer_group = |group: &&[EvalItem]| {
@@ -111,7 +114,7 @@ pub fn answer_all(
         };
         group.iter().map(one).collect::<Result<Vec<_>>>()
     };
-    let groups = task.groups();
+    let groups = task::groups(items);
     Ok(groups
         .par_iter()
         .map(answer_group)

@@ -1,16 +1,38 @@
 //! Right answers under a model, token by token.
 
-use crate::eval::task::{EvalItem, Task, shared_prefix};
+use crate::eval::task::{EvalItem, groups, shared_prefix};
 use crate::model::LoadedModel;
 use crate::model::loaded::Continuation;
 use crate::processor::ModelInput;
 use crate::{Error, Result};
 use rayon::prelude::*;
+use serde::Serialize;
 
 /// Log probabilities `[n_answer_tokens][vocab]` of the original, with which others are compared.
 #[derive(Clone, Debug)]
 pub struct Reference {
     log_probabilities: Vec<Vec<f32>>,
+}
+
+impl Divergence {
+    /// The same over the tokens of several.
+    pub fn total(parts: impl IntoIterator<Item = Self>) -> Self {
+        parts.into_iter().fold(Self::default(), |a, b| Self {
+            kl_sum: a.kl_sum + b.kl_sum,
+            n_same_top: a.n_same_top + b.n_same_top,
+            n_tokens: a.n_tokens + b.n_tokens,
+        })
+    }
+
+    /// Mean KL per token, in nats.
+    pub fn kl_per_token(&self) -> f64 {
+        self.kl_sum / self.n_tokens.max(1) as f64
+    }
+
+    /// Share of tokens with the same most likely one, in percent.
+    pub fn same_top_percent(&self) -> f64 {
+        100.0 * self.n_same_top as f64 / self.n_tokens.max(1) as f64
+    }
 }
 
 /// What a model makes of a right answer that is laid before it.
@@ -24,8 +46,8 @@ pub struct AnswerScore {
     pub divergence: Option<Divergence>,
 }
 
-/// Distance from the original over the tokens of an answer.
-#[derive(Clone, Copy, Debug, PartialEq)]
+/// Distance from the original over the tokens of an answer or a text.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct Divergence {
     /// Σ KL(original ‖ model) over tokens, in nats.
     pub kl_sum: f64,
@@ -43,14 +65,14 @@ pub struct Divergence {
 /// the model's logits are not numbers; [`Error::Shape`] if the references have other tokens.
 pub fn score_answers(
     model: &LoadedModel,
-    task: &Task,
+    items: &[EvalItem],
     references: Option<&[Reference]>,
 ) -> Result<Vec<(AnswerScore, Reference)>> {
-    let mut groups = Vec::new();
+    let mut parts = Vec::new();
     let mut start = 0;
-    for group in task.groups() {
+    for group in groups(items) {
         let own = references.and_then(|r| r.get(start..start + group.len()));
-        groups.push((group, own));
+        parts.push((group, own));
         start += group.len();
     }
     let score = |(group, own): &(&[EvalItem], Option<&[Reference]>)| {
@@ -63,7 +85,7 @@ pub fn score_answers(
             })
             .collect::<Result<Vec<_>>>()
     };
-    Ok(groups
+    Ok(parts
         .par_iter()
         .map(score)
         .collect::<Result<Vec<_>>>()?
@@ -82,7 +104,7 @@ fn distributions(model: &LoadedModel, group: &[EvalItem]) -> Result<Vec<Referenc
             let mut log_probabilities: Vec<Vec<f32>> = logits.to_vec2()?;
             log_probabilities
                 .iter_mut()
-                .try_for_each(|row| normalise(row, &item.origin))?;
+                .try_for_each(|row| normalise(row, || format!("answer to {}", item.origin)))?;
             Ok(Reference { log_probabilities })
         })
         .collect()
@@ -125,11 +147,11 @@ fn score_answer(
 }
 
 /// Logits to log probabilities, in place.
-fn normalise(row: &mut [f32], origin: &str) -> Result<()> {
+pub(super) fn normalise(row: &mut [f32], module: impl Fn() -> String) -> Result<()> {
     let count = row.iter().filter(|v| !v.is_finite()).count();
     if count > 0 {
         return Err(Error::NotFinite {
-            module: format!("answer to {origin}"),
+            module: module(),
             stage: "logits".into(),
             count,
         });
@@ -142,9 +164,19 @@ fn normalise(row: &mut [f32], origin: &str) -> Result<()> {
     Ok(())
 }
 
-fn top(row: &[f32]) -> usize {
+pub(super) fn top(row: &[f32]) -> usize {
     let better = |best: usize, i: usize| if row[i] > row[best] { i } else { best };
     (0..row.len()).fold(0, better)
+}
+
+/// KL(p ‖ q) of two rows of log probabilities, in nats.
+pub(super) fn kl(p: &[f32], q: &[f32]) -> f64 {
+    let terms = p.iter().zip(q).map(|(p, q)| {
+        let (p, q) = (f64::from(*p), f64::from(*q));
+        p.exp() * (p - q)
+    });
+    // Rounding of two equal distributions may fall a hair below zero.
+    terms.sum::<f64>().max(0.0)
 }
 
 fn divergence(reference: &Reference, found: &Reference) -> Result<Divergence> {
@@ -156,16 +188,8 @@ fn divergence(reference: &Reference, found: &Reference) -> Result<Divergence> {
             found: vec![q.len()],
         });
     }
-    let kl = |(p, q): (&Vec<f32>, &Vec<f32>)| -> f64 {
-        let terms = p.iter().zip(q).map(|(p, q)| {
-            let (p, q) = (f64::from(*p), f64::from(*q));
-            p.exp() * (p - q)
-        });
-        // Rounding of two equal distributions may fall a hair below zero.
-        terms.sum::<f64>().max(0.0)
-    };
     Ok(Divergence {
-        kl_sum: p.iter().zip(q).map(kl).sum(),
+        kl_sum: p.iter().zip(q).map(|(p, q)| kl(p, q)).sum(),
         n_same_top: p.iter().zip(q).filter(|(p, q)| top(p) == top(q)).count(),
         n_tokens: p.len(),
     })
@@ -177,7 +201,7 @@ mod tests {
 
     fn reference(logits: &[f32]) -> Reference {
         let mut row = logits.to_vec();
-        normalise(&mut row, "test").unwrap();
+        normalise(&mut row, || "test".into()).unwrap();
         Reference {
             log_probabilities: vec![row],
         }
@@ -198,7 +222,7 @@ mod tests {
     #[test]
     fn numbers_only() {
         assert!(matches!(
-            normalise(&mut [0.0, f32::NAN], "x"),
+            normalise(&mut [0.0, f32::NAN], || "x".into()),
             Err(Error::NotFinite { .. })
         ));
     }

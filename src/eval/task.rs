@@ -1,6 +1,7 @@
-//! Questions ready for the model.
+//! Questions and texts ready for the model.
 
-use crate::dataset::{Question, open_questions};
+use crate::dataset::{Question, Rows, open_rows};
+use crate::eval::text::TextItem;
 use crate::model::LoadedModel;
 use crate::model::loaded::Prefix;
 use crate::model::vision::ImageFeatures;
@@ -13,12 +14,35 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock};
 
-/// The encoded questions of one file.
+/// The encoded rows of one file.
 pub struct Task {
     /// File name without its ending.
     pub name: String,
-    /// Questions in file order.
-    pub items: Vec<EvalItem>,
+    /// Rows in file order.
+    pub items: TaskItems,
+}
+
+/// What a file asks of a model.
+pub enum TaskItems {
+    /// To answer questions.
+    Questions(Vec<EvalItem>),
+    /// To predict texts.
+    Texts(Vec<TextItem>),
+}
+
+impl TaskItems {
+    /// Number of questions or texts.
+    pub fn len(&self) -> usize {
+        match self {
+            Self::Questions(items) => items.len(),
+            Self::Texts(items) => items.len(),
+        }
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
 }
 
 /// One question.
@@ -46,15 +70,13 @@ struct EvalImage {
     features: OnceLock<ImageFeatures>,
 }
 
-impl Task {
-    /// The questions, those with the same images together as they stand in the file.
-    pub fn groups(&self) -> Vec<&[EvalItem]> {
-        let same = |a: &EvalItem, b: &EvalItem| {
-            let pairs = a.images.iter().zip(&b.images);
-            a.images.len() == b.images.len() && pairs.into_iter().all(|(a, b)| Arc::ptr_eq(a, b))
-        };
-        self.items.chunk_by(same).collect()
-    }
+/// The questions, those with the same images together as they stand in the file.
+pub(super) fn groups(items: &[EvalItem]) -> Vec<&[EvalItem]> {
+    let same = |a: &EvalItem, b: &EvalItem| {
+        let pairs = a.images.iter().zip(&b.images);
+        a.images.len() == b.images.len() && pairs.into_iter().all(|(a, b)| Arc::ptr_eq(a, b))
+    };
+    items.chunk_by(same).collect()
 }
 
 /// What the model has read of the tokens with which all prompts of a group begin.
@@ -102,15 +124,22 @@ impl EvalItem {
     }
 }
 
-/// The tasks of a file, or of all files of a folder in order of name; `limit` questions of each.
+/// The tasks of a file, or of all files of a folder in order of name; `limit` rows of each. Raw
+/// texts are read in pieces of at most `max_tokens`.
 ///
 /// # Errors
-/// The readers' and the processor's; [`Error::Missing`] for a folder without questions.
-pub fn open_tasks(path: &Path, processor: &Processor, limit: Option<usize>) -> Result<Vec<Task>> {
+/// The readers' and the processor's; [`Error::Missing`] for a folder without files of data;
+/// [`Error::Invalid`] for a text in which no token is to be predicted.
+pub fn open_tasks(
+    path: &Path,
+    processor: &Processor,
+    limit: Option<usize>,
+    max_tokens: usize,
+) -> Result<Vec<Task>> {
     let files = task_files(path)?;
     files
         .iter()
-        .map(|file| open_task(file, processor, limit))
+        .map(|file| open_task(file, processor, limit, max_tokens))
         .collect()
 }
 
@@ -137,20 +166,34 @@ fn task_files(path: &Path) -> Result<Vec<PathBuf>> {
     }
 }
 
-fn open_task(path: &Path, processor: &Processor, limit: Option<usize>) -> Result<Task> {
-    let mut questions = open_questions(path)?;
-    questions.truncate(limit.unwrap_or(usize::MAX));
-    let images = Mutex::new(HashMap::new());
-    let items = questions.par_iter().map(|q| encode(q, processor, &images));
+fn open_task(
+    path: &Path,
+    processor: &Processor,
+    limit: Option<usize>,
+    max_tokens: usize,
+) -> Result<Task> {
+    let limit = limit.unwrap_or(usize::MAX);
+    let items = match open_rows(path)? {
+        Rows::Questions(mut questions) => {
+            questions.truncate(limit);
+            let images = Mutex::new(HashMap::new());
+            let items = questions.par_iter().map(|q| encode(q, processor, &images));
+            TaskItems::Questions(items.collect::<Result<_>>()?)
+        }
+        Rows::Texts(mut texts) => {
+            texts.truncate(limit);
+            let items = texts
+                .par_iter()
+                .map(|t| TextItem::new(t, processor, max_tokens));
+            TaskItems::Texts(items.collect::<Result<_>>()?)
+        }
+    };
     let name = path
         .file_stem()
         .unwrap_or_default()
         .to_string_lossy()
         .into_owned();
-    Ok(Task {
-        name,
-        items: items.collect::<Result<_>>()?,
-    })
+    Ok(Task { name, items })
 }
 
 type ImageCache = Mutex<HashMap<u64, Arc<EvalImage>>>;

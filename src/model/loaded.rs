@@ -81,6 +81,19 @@ impl LoadedModel {
         self.tower.forward(image)
     }
 
+    /// What makes logits of the last layer's output.
+    pub fn head(&self) -> &Head {
+        &self.head
+    }
+
+    /// The last layer's output `[n_tokens, hidden]` for an input without images.
+    ///
+    /// # Errors
+    /// As [`ModelSource::embed`].
+    pub fn text_states(&self, input: &ModelInput) -> Result<Tensor> {
+        Ok(self.read(&self.nothing(), input, &[])?.0)
+    }
+
     /// The last layer's output `[n, hidden]` for embeddings `x [n, hidden]` of sequences of
     /// `lengths`, each of which follows what `caches`, one per layer, hold.
     fn hidden_states(

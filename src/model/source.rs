@@ -336,10 +336,10 @@ fn image_numbers(input_ids: &[u32], image_token_id: u32) -> Vec<u32> {
 }
 
 /// 1 for each token before the first of an answer, which see each other as those of an image do,
-/// and 0 from there on.
+/// and 0 from there on. Raw text has no prompt, and is read as an answer is.
 fn before_answer(classes: &[TokenClass]) -> Vec<u32> {
-    let is_answer = |class: &TokenClass| *class == TokenClass::Answer;
-    let n = classes.iter().position(is_answer).unwrap_or(classes.len());
+    let is_said = |class: &TokenClass| matches!(class, TokenClass::Answer | TokenClass::Text);
+    let n = classes.iter().position(is_said).unwrap_or(classes.len());
     (0..classes.len()).map(|i| u32::from(i < n)).collect()
 }
 
@@ -349,11 +349,12 @@ mod tests {
 
     #[test]
     fn a_prompt_ends_where_the_answer_begins() {
-        use TokenClass::{Answer, Prompt, Special, Vision};
+        use TokenClass::{Answer, Prompt, Special, Text, Vision};
         let prompt = [Vision, Special, Prompt, Special];
         assert_eq!(before_answer(&prompt), [1; 4]);
         let whole = [&prompt[..], &[Answer, Answer, Special]].concat();
         assert_eq!(before_answer(&whole), [1, 1, 1, 1, 0, 0, 0]);
+        assert_eq!(before_answer(&[Special, Text, Text]), [1, 0, 0]);
     }
 
     #[test]

@@ -18,6 +18,7 @@ pub mod pixtral;
 pub mod qwen2_vl;
 pub mod resize;
 pub mod settings;
+mod text;
 pub mod tiles;
 
 pub use self::chat::{ContentPart, Message, Role};
@@ -26,6 +27,7 @@ pub use self::resize::{Filter, resize};
 
 use self::chat::{ChatTemplate, Rendered, TextSpan};
 pub use self::settings::ImageSettings;
+pub use self::text::MAX_TEXT_TOKENS;
 
 use crate::{Error, Matrix, Result};
 use serde::de::IgnoredAny;
@@ -50,8 +52,11 @@ pub enum TokenClass {
     /// predict that too.
     Answer,
     /// What the template itself writes (role names, line breaks, `<|im_start|>`, a default system
-    /// message, the marks around an image), and white space at the edge of a text.
+    /// message, the marks around an image), and white space at the edge of a text; what the
+    /// tokenizer puts around raw text.
     Special,
+    /// Raw text, which no template is put around.
+    Text,
 }
 
 /// One image as a vision tower takes it.

@@ -131,6 +131,65 @@ fn classes_cover_each_text_and_the_end_of_the_answer() {
 }
 
 #[test]
+fn raw_text_is_cut_without_a_template() {
+    let processor = open_processor(&data("model")).unwrap();
+    let text = "The quick brown fox, and then some more of it.";
+    let ids = processor.encode_text(text).unwrap();
+    let whole = processor.encode_pieces(text, "t", 512).unwrap();
+    assert_eq!(whole.len(), 1);
+    assert_eq!(whole[0].input_ids, ids);
+    assert!(whole[0].classes.iter().all(|c| *c == TokenClass::Text));
+    let pieces = processor.encode_pieces(text, "t", 4).unwrap();
+    assert_eq!(pieces.len(), (ids.len() - 1).div_ceil(3));
+    let again = pieces.iter().flat_map(|p| p.input_ids[1..].to_vec());
+    assert_eq!(again.collect::<Vec<_>>(), ids[1..]);
+    for pair in pieces.windows(2) {
+        assert_eq!(pair[0].input_ids.last(), pair[1].input_ids.first());
+    }
+    let one = processor.encode_pieces("a", "t", 4).unwrap();
+    assert_eq!((one.len(), one[0].input_ids.len()), (1, 1));
+    for (text, max_tokens, expected) in [
+        ("", 4, "one token"),
+        ("see <|image_pad|>", 4, "image token"),
+        ("a b", 1, "2 or more"),
+    ] {
+        let error = processor.encode_pieces(text, "file line 7", max_tokens);
+        let message = error.unwrap_err().to_string();
+        assert!(message.contains(expected), "{message}");
+        assert!(
+            max_tokens == 1 || message.contains("file line 7"),
+            "{message}"
+        );
+    }
+}
+
+#[test]
+fn pieces_begin_with_the_start_token_where_there_is_one() {
+    let mut processor = open_processor(&data("model")).unwrap();
+    let start = tokenizers::processors::template::TemplateProcessing::builder()
+        .try_single("<|im_start|> $A")
+        .unwrap()
+        .special_tokens(vec![(
+            "<|im_start|>",
+            processor.tokenizer.token_to_id("<|im_start|>").unwrap(),
+        )])
+        .build()
+        .unwrap();
+    processor.tokenizer.with_post_processor(Some(start));
+    let text = "The quick brown fox";
+    let ids = processor.encode_text(text).unwrap();
+    let pieces = processor.encode_pieces(text, "t", 3).unwrap();
+    assert!(pieces.len() > 1);
+    for piece in &pieces {
+        assert_eq!(piece.input_ids[0], ids[0]);
+        assert_eq!(piece.classes[0], TokenClass::Special);
+        assert!(piece.classes[1..].iter().all(|c| *c == TokenClass::Text));
+    }
+    let again = pieces.iter().flat_map(|p| p.input_ids[1..].to_vec());
+    assert_eq!(again.collect::<Vec<_>>(), ids[1..]);
+}
+
+#[test]
 fn image_counts_that_disagree_are_refused() {
     let processor = open_with_template("qwen2_vl.jinja");
     let with_image = [Message {

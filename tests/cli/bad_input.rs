@@ -213,8 +213,6 @@ fn samples_that_are_none() {
         &[],
         &["samples.jsonl"],
     );
-    let no_image = r#"{"id": "a", "conversations": [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "that"}]}"#;
-    with_samples(no_image, &[], &["missing image", "samples.jsonl"]);
 }
 
 #[test]

@@ -3,6 +3,7 @@ mod damaged_parts;
 mod flow;
 mod resume;
 mod small_flow;
+mod text_flow;
 mod tiny;
 
 use std::path::{Path, PathBuf};
