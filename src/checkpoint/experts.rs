@@ -10,7 +10,7 @@
 //! that is what a weight is called in plans, reports and exports, and
 //! [`Checkpoint::linear_weight`] finds it in any form.
 
-use super::{Checkpoint, DType};
+use super::{Checkpoint, DType, finite};
 use crate::{Error, Matrix, Result};
 use std::ops::Range;
 
@@ -211,15 +211,7 @@ impl Checkpoint {
         let values = values.ok_or_else(|| Error::Unsupported {
             what: format!("{module}: weights that are not BF16, F16, F32 or F64"),
         })?;
-        let count = values.iter().filter(|v| !v.is_finite()).count();
-        if count > 0 {
-            return Err(Error::NotFinite {
-                module: module.to_owned(),
-                stage: "weights".into(),
-                count,
-            });
-        }
-        Matrix::from_vec(module, out, inp, values)
+        Matrix::from_vec(module, out, inp, finite(module, values)?)
     }
 }
 

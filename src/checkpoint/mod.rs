@@ -263,15 +263,7 @@ impl Checkpoint {
                 )
             })?);
         }
-        let count = values.iter().filter(|v| !v.is_finite()).count();
-        if count > 0 {
-            return Err(Error::NotFinite {
-                module: name.to_owned(),
-                stage: "weights".into(),
-                count,
-            });
-        }
-        Ok(values)
+        finite(name, values)
     }
 
     /// A tensor's type and place, if it has exactly this `shape`; nothing of it is read.
@@ -381,6 +373,18 @@ impl Checkpoint {
         let shard = self.tensors.get(name).map(|info| &self.shards[info.shard]);
         let path = shard.map_or(self.dir.as_path(), Shard::path);
         Error::format(path, format!("tensor {name}"), why)
+    }
+}
+
+/// `values` of a tensor or linear, if none is NaN or infinite.
+fn finite(name: &str, values: Vec<f32>) -> Result<Vec<f32>> {
+    match values.iter().filter(|v| !v.is_finite()).count() {
+        0 => Ok(values),
+        count => Err(Error::NotFinite {
+            module: name.to_owned(),
+            stage: "weights".into(),
+            count,
+        }),
     }
 }
 

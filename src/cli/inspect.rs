@@ -101,7 +101,7 @@ fn model_text(model: &ModelSource) -> String {
     let checkpoint = model.checkpoint();
     let mut text = format!(
         "family      {}\n\
-         decoder     {} layers, hidden {}, MLP {}, heads {}/{} of {}\n{}\
+         decoder     {} layers, hidden {}, {}heads {}/{} of {}\n{}\
          vision      {} layers, width {}, heads {}\n\
          tensors     {}, {:.1} MB\n\
          to quantize {} modules, {:.2} M weights\n\
@@ -109,7 +109,7 @@ fn model_text(model: &ModelSource) -> String {
         model.family(),
         d.n_layers,
         d.hidden_size,
-        d.intermediate_size,
+        mlp_text(d),
         d.n_heads,
         d.n_kv_heads,
         d.head_dim,
@@ -127,6 +127,15 @@ fn model_text(model: &ModelSource) -> String {
         text += &format!("quantized   {n_quantized} modules already\n");
     }
     text
+}
+
+/// The width of the MLPs, if some are no mixtures.
+fn mlp_text(decoder: &DecoderConfig) -> String {
+    let is_dense = |layer_idx| decoder.n_experts(layer_idx).is_none();
+    match (0..decoder.n_layers).any(is_dense) {
+        true => format!("MLP {}, ", decoder.intermediate_size),
+        false => String::new(),
+    }
 }
 
 fn experts_text(decoder: &DecoderConfig) -> String {
