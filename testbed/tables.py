@@ -4,7 +4,7 @@ Usage: tables.py target/sweep.jsonl
 
 Prints mean accuracy (of tasks with questions), perplexity (of each task with texts) and mean KL by method (mean,
 lowest and highest over seeds), and ratios of the KL of pairs of methods: paired by bits, group and seed, geometric
-mean with the 95 % interval of Student's t. Cells and pairs that the rows lack are left out.
+mean with the 95 % interval of Student's t; in brackets how many pairs. Cells and pairs that the rows lack are left out.
 """
 
 import json
@@ -88,12 +88,14 @@ def main():
         table(rows, name, form)
         print()
     columns = [((4, 3), "4 and 3 bits"), ((4,), "4 bits"), ((3,), "3 bits"), ((2,), "2 bits")]
-    columns = [(bits, head) for bits, head in columns if any(key[1] in bits for key in rows)]
+    columns = [(bits, head) for bits, head in columns if set(bits) <= {key[1] for key in rows}]
     heads = [f"{head} ({ratio(rows, *PAIRS[0], bits)[1]})" for bits, head in columns]
     print("| ratio | " + " | ".join(heads) + " |\n" + "|---" * (len(heads) + 1) + "|")
     for pair in PAIRS:
-        print(f"| {pair[0]} / {pair[1]} | " + " | ".join(ratio(rows, *pair, bits)[0] for bits, _ in columns)
-              + " |")
+        cells = [ratio(rows, *pair, bits) for bits, _ in columns]
+        usual = [ratio(rows, *PAIRS[0], bits)[1] for bits, _ in columns]
+        cells = [text if n in (0, most) else f"{text} ({n})" for (text, n), most in zip(cells, usual)]
+        print(f"| {pair[0]} / {pair[1]} | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":
