@@ -185,11 +185,9 @@ impl Run<'_> {
     /// numbers as when it was solved, so that the next layer sees the same bits.
     fn finished_layer(&mut self, finished: FinishedLayer, streams: &mut Streams) -> Result<()> {
         let (mut pair, _) = self.begin(streams, None)?;
-        let solved: HashMap<&str, &QuantizedWeight> = (finished
-            .weights
-            .iter()
-            .map(|(name, weight)| (name.as_str(), weight)))
-        .collect();
+        let solved = finished.weights.iter();
+        let solved = solved.map(|(name, weight)| (name.as_str(), weight));
+        let solved: HashMap<&str, &QuantizedWeight> = solved.collect();
         for stage in Stage::ALL {
             self.enter(stage, &mut pair, streams)?;
             for module in stage.modules(&self.modules) {
@@ -334,10 +332,8 @@ impl Run<'_> {
             let with_cross = self.recipe.alpha(scheme) != 0.0;
             // Those of an expert follow one another.
             let expert = module.slot.expert;
-            let own = all.iter_mut().rev().take_while(|s| s.expert() == expert);
-            let alike = own
-                .into_iter()
-                .find(|s| s.weights.is_none() && weights.is_none());
+            let mut own = all.iter_mut().rev().take_while(|s| s.expert() == expert);
+            let alike = own.find(|s| s.weights.is_none() && weights.is_none());
             match alike {
                 Some(shared) => {
                     shared.modules.push(module);

@@ -118,7 +118,7 @@ impl Router {
             weights.extend(parts.iter().map(|part| part / sum));
             experts.extend(order);
         }
-        Routing::new(&experts, weights, self.n_chosen, n_experts, x.device())
+        Routing::new(experts, weights, self.n_chosen, n_experts, x.device())
     }
 
     /// Carries `d`, the gradient with respect to the weights of `routing` by expert `[n·k]`, back
@@ -173,7 +173,7 @@ pub struct Routing {
 
 impl Routing {
     fn new(
-        experts: &[usize],
+        experts: Vec<usize>,
         weights: Vec<f32>,
         n_chosen: usize,
         n_experts: usize,
@@ -198,7 +198,7 @@ impl Routing {
         let by_expert: Vec<f32> = places.iter().map(|&p| weights[p as usize]).collect();
         Ok(Self {
             n_chosen,
-            experts_by_token: experts.to_vec(),
+            experts_by_token: experts,
             weights_by_token: weights,
             runs,
             places_tensor: Tensor::from_vec(places.clone(), n, device)?,
@@ -262,8 +262,7 @@ impl Routing {
     pub fn sum(&self, rows: &Tensor) -> Result<Tensor> {
         let (n_rows, width) = rows.dims2()?;
         let shape = (n_rows / self.n_chosen, self.n_chosen, width);
-        let by_token = rows.index_select(&self.back, 0)?.reshape(shape)?;
-        Ok(by_token.sum(D::Minus2)?)
+        Ok(self.by_token(rows)?.reshape(shape)?.sum(D::Minus2)?)
     }
 
     /// Each expert that has rows, with its run of them.

@@ -13,6 +13,7 @@ use crate::model::linear::matrix_from_tensor;
 use crate::model::source::Module;
 use crate::statistics::{Statistics, StatisticsDtype};
 use crate::{Error, Matrix, Result};
+use candle_core::Tensor;
 use std::sync::Arc;
 
 /// Linears whose statistics are the same; at least one.
@@ -98,46 +99,38 @@ impl Inputs {
     ) -> Result<Self> {
         let with_full = with_cross && batch[0].full.is_some();
         let residual = || gather_tensor(batch, piece, store, |s| &s.residual);
-        let full_y = || gather_full(batch, piece, store, |f| &f.y);
-        let full = |work: &dyn Fn() -> Result<Matrix>| with_full.then(work).transpose();
-        let (u, f) = match stage {
+        // n₂ of both streams, which also tells where a mixture sends tokens.
+        let both_n2 = || -> Result<(Tensor, Option<Tensor>)> {
+            let full = || norms.gate_up_input(&gather_full(batch, piece, store, |f| &f.y)?);
+            let full = with_full.then(full).transpose()?;
+            Ok((norms.gate_up_input(&residual()?)?, full))
+        };
+        let (u, f, routing) = match stage {
             Stage::Qkv => {
-                let f = || {
-                    let x = gather_full(batch, piece, store, |f| &f.residual)?;
-                    matrix_from_tensor(&norms.qkv_input(&x)?)
-                };
-                (
-                    matrix_from_tensor(&norms.qkv_input(&residual()?)?)?,
-                    full(&f)?,
-                )
+                let x = || gather_full(batch, piece, store, |f| &f.residual);
+                let f = || matrix_from_tensor(&norms.qkv_input(&x()?)?);
+                let u = matrix_from_tensor(&norms.qkv_input(&residual()?)?)?;
+                (u, with_full.then(f).transpose()?, None)
             }
             Stage::GateUp => {
-                let f = || matrix_from_tensor(&norms.gate_up_input(&full_y()?)?);
-                (
-                    matrix_from_tensor(&norms.gate_up_input(&residual()?)?)?,
-                    full(&f)?,
-                )
+                let (n2, full_n2) = both_n2()?;
+                let f = full_n2.as_ref().map(matrix_from_tensor).transpose()?;
+                let routing = Choices::new(norms, &n2, full_n2.as_ref(), false)?;
+                (matrix_from_tensor(&n2)?, f, routing)
             }
             Stage::O | Stage::Down => {
                 let f = || matrix_from_tensor(&gather_full(batch, piece, store, |f| &f.input)?);
-                (gather(batch, piece, store, |s| &s.input)?, full(&f)?)
+                let f = with_full.then(f).transpose()?;
+                let routing = match stage == Stage::Down && norms.router().is_some() {
+                    true => {
+                        let (n2, full_n2) = both_n2()?;
+                        Choices::new(norms, &n2, full_n2.as_ref(), true)?
+                    }
+                    false => None,
+                };
+                (gather(batch, piece, store, |s| &s.input)?, f, routing)
             }
         };
-        let routing = match stage.is_of_mlp() && norms.router().is_some() {
-            true => norms.routing(&norms.gate_up_input(&residual()?)?)?,
-            false => None,
-        };
-        let choices = |quantized| -> Result<Choices> {
-            Ok(Choices {
-                quantized,
-                full: match with_full {
-                    true => norms.routing(&norms.gate_up_input(&full_y()?)?)?,
-                    false => None,
-                },
-                has_parts: stage == Stage::Down,
-            })
-        };
-        let routing = routing.map(choices).transpose()?;
         Ok(Self { u, f, routing })
     }
 
@@ -178,6 +171,24 @@ impl Inputs {
 }
 
 impl Choices {
+    /// Of tokens n₂ in both streams; `None` where the MLP is one for all.
+    fn new(
+        norms: &DecoderLayer,
+        n2: &Tensor,
+        full_n2: Option<&Tensor>,
+        has_parts: bool,
+    ) -> Result<Option<Self>> {
+        let Some(quantized) = norms.routing(n2)? else {
+            return Ok(None);
+        };
+        let full = full_n2.map(|n2| norms.routing(n2)).transpose()?;
+        Ok(Some(Self {
+            quantized,
+            full: full.flatten(),
+            has_parts,
+        }))
+    }
+
     fn part<'a>(&self, row: &'a [f32], choice: usize, width: usize) -> &'a [f32] {
         match self.has_parts {
             true => &row[choice * width..][..width],
@@ -255,7 +266,7 @@ mod tests {
     use super::*;
     use crate::model::experts::Router;
     use crate::model::projection::{Projection, Slot};
-    use candle_core::{Device, Tensor};
+    use candle_core::Device;
 
     /// Three experts, each of which likes one channel; tokens go to the best two.
     fn routing(tokens: [[f32; 3]; 3]) -> Routing {

@@ -44,9 +44,4 @@ impl Stage {
         };
         before.modules(layer).map(|m| m.slot).collect()
     }
-
-    /// Whether a mixture's experts see inputs of their own here.
-    pub(super) fn is_of_mlp(self) -> bool {
-        matches!(self, Self::GateUp | Self::Down)
-    }
 }

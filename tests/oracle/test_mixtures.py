@@ -53,35 +53,36 @@ def test_experts_without_tokens_are_rounded_and_told(many, tmp_path):
     assert all((losses[m] is None) == (m in unreached) for m in experts)
 
 
-def test_experts_left_as_they_are_keep_their_values(many, tmp_path):
-    """A layer of which only some experts are quantized is taken apart; the others' values stay."""
-    folder, processor = many
+def quantize_but(pattern, folder, tmp_path):
+    """Quantizes what does not match, and takes a picture through it: the folder, its tensors, the trace."""
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text("[[rule]]\npattern = '.*layers.1.mlp.experts.*down_proj'\nskip = true\n")
+    recipe.write_text(f"[[rule]]\npattern = '{pattern}'\nskip = true\n")
     output, trace = tmp_path / "out", tmp_path / "trace.safetensors"
     tensors, _ = quantize(folder, output, "--recipe", recipe)
+    paths = saved_pictures(tmp_path, [(90, 60)])
+    vlmq("trace", output, "--image", paths[0], "--prompt", PROMPT, "--output", trace)
+    return output, tensors, paths, load_file(trace)
+
+
+def test_experts_left_as_they_are_keep_their_values(many, tmp_path):
+    """A layer of which only some experts are quantized is taken apart; the others' values stay."""
+    folder, _ = many
+    _, tensors, _, _ = quantize_but(".*layers.1.mlp.experts.*down_proj", folder, tmp_path)
     source = load_file(folder / "model.safetensors")
     prefix = "model.language_model.layers.1.mlp.experts"
     down = torch.stack([tensors[f"{prefix}.{e}.down_proj.weight"] for e in range(64)])
     assert torch.equal(down, source[f"{prefix}.down_proj"])
     assert f"{prefix}.0.gate_proj.weight_packed" in tensors
-    paths = saved_pictures(tmp_path, [(90, 60)])
-    vlmq("trace", output, "--image", paths[0], "--prompt", PROMPT, "--output", trace)
 
 
 def test_attention_alone_leaves_the_experts_fused(many, tmp_path):
     folder, processor = many
-    recipe = tmp_path / "recipe.toml"
-    recipe.write_text("[[rule]]\npattern = '.*mlp.*'\nskip = true\n")
-    output, trace = tmp_path / "out", tmp_path / "trace.safetensors"
-    tensors, _ = quantize(folder, output, "--recipe", recipe)
+    output, tensors, paths, ours = quantize_but(".*mlp.*", folder, tmp_path)
     source = load_file(folder / "model.safetensors")
     fused = [name for name in source if "experts" in name]
     assert fused and all(torch.equal(tensors[name], source[name]) for name in fused)
-    paths = saved_pictures(tmp_path, [(90, 60)])
-    vlmq("trace", output, "--image", paths[0], "--prompt", PROMPT, "--output", trace)
     model, report = load_merged(output)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     with torch.no_grad():
         logits = model.eval()(**inputs_of(processor, paths, PROMPT)).logits[0]
-    assert relative(load_file(trace)["logits"], logits) <= QUANTIZED_TOLERANCE
+    assert relative(ours["logits"], logits) <= QUANTIZED_TOLERANCE
