@@ -3,7 +3,7 @@
 
 use crate::importance::{ImportanceLoss, ImportanceSettings, TokenNorm};
 use crate::plan::{ScaleDtype, Scheme};
-use crate::solver::{Clip, SolverSettings};
+use crate::solver::{Clip, SolverSettings, Target};
 use crate::statistics::StatisticsDtype;
 use crate::{Error, Result};
 use regex::Regex;
@@ -175,12 +175,24 @@ impl Recipe {
             "act_order" => {
                 self.solver.act_order = value.parse().map_err(|_| word("true, false"))?;
             }
+            "target" => {
+                self.solver.target = match value {
+                    "pull" => Target::Pull,
+                    "least_squares" => Target::LeastSquares,
+                    _ => return Err(word("pull, least_squares")),
+                }
+            }
             "clip" => {
                 self.solver.clip = match value {
                     "none" => Clip::None,
                     "mse" => Clip::Mse,
-                    _ => return Err(word("none, mse")),
+                    "weighted" => Clip::Weighted,
+                    _ => return Err(word("none, mse, weighted")),
                 }
+            }
+            "sweeps" => self.solver.sweeps = number(0.0, 1000.0)? as usize,
+            "refit_scales" => {
+                self.solver.refit_scales = value.parse().map_err(|_| word("true, false"))?;
             }
             "statistics_dtype" => {
                 self.statistics_dtype = match value {
@@ -205,7 +217,8 @@ impl Recipe {
                 }
             }
             _ => {
-                let keys = "dampening_frac, col_block, alpha, act_order, clip, statistics_dtype, \
+                let keys = "dampening_frac, col_block, alpha, act_order, target, clip, sweeps, \
+                            refit_scales, statistics_dtype, \
                             importance_power, importance_norm, importance_loss";
                 return Err(invalid(format!("unknown key; there are {keys}")));
             }

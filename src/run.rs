@@ -284,7 +284,10 @@ fn settings(recipe: &Recipe) -> serde_json::Value {
         "importance": recipe.importance,
         "dampening_frac": recipe.solver.dampening_frac,
         "act_order": recipe.solver.act_order,
+        "target": recipe.solver.target,
         "clip": recipe.solver.clip,
+        "sweeps": recipe.solver.sweeps,
+        "refit_scales": recipe.solver.refit_scales,
         "statistics_dtype": recipe.statistics_dtype,
         "col_block": recipe.solver.col_block,
     })

@@ -4,6 +4,7 @@
 //! hidden states on every text, image features, and the samples of each seed. Its models live in
 //! memory; nothing is written.
 
+use crate::calibration::CalibrationSet;
 use crate::eval::{
     AnswerScore, Divergence, EvalItem, Reference, Task, TaskItems, TextReference, TextScore,
     perplexity, score_answers, score_texts,
@@ -14,11 +15,11 @@ use crate::model::{ModelSource, Module};
 use crate::pipeline::{self, LayerSink, Observer};
 use crate::plan::{ScaleDtype, Scheme};
 use crate::processor::MAX_TEXT_TOKENS;
-use crate::recipe::{Method, Recipe};
+use crate::recipe::Recipe;
 use crate::run::{SampleChoice, load_samples};
 use crate::{Error, QuantizedWeight, Result};
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 /// What to run; paths are relative to the file that it is read from.
@@ -37,19 +38,53 @@ pub struct Sweep {
     /// Seeds of the choice of samples; methods without calibration run once.
     pub seeds: Vec<u64>,
     /// Methods by their names on the command line.
+    #[serde(default)]
     pub methods: Vec<String>,
+    /// Methods with settings of their own, under a name of their own.
+    #[serde(default, rename = "variant")]
+    pub variants: Vec<Variant>,
     /// Bits per weight.
     pub bits: Vec<u8>,
-    /// Columns that share a scale.
-    pub group_sizes: Vec<usize>,
-    /// Settings as after `--set`, for all methods that know them.
+    /// Columns that share a scale; −1 for one scale per row.
+    pub group_sizes: Vec<i64>,
+    /// Method or variant that all others are compared with; the first one if absent.
+    pub baseline: Option<String>,
+    /// Settings as after `--set`, for all runs.
     #[serde(default)]
     pub set: Vec<String>,
+    /// Questions or texts of each task that are left out before the first: what is tuned on some is
+    /// reported on others.
+    #[serde(default)]
+    pub skip: usize,
     /// Questions or texts of each task.
     pub limit: Option<usize>,
     /// Raw texts, samples and tasks, are read in pieces of at most so many tokens.
     #[serde(default = "default_max_tokens")]
     pub max_tokens: usize,
+}
+
+/// A method with settings, by a name that rows bear.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Variant {
+    /// Name.
+    pub name: String,
+    /// Method by its name on the command line.
+    pub method: String,
+    /// Settings as after `--set`.
+    #[serde(default)]
+    pub set: Vec<String>,
+}
+
+/// One run of a sweep.
+#[derive(Clone, Debug)]
+pub struct SweepRun {
+    /// Name of its method or variant.
+    pub name: String,
+    /// What it does.
+    pub recipe: Recipe,
+    /// Seed of the samples; `None` for a run without calibration.
+    pub seed: Option<u64>,
 }
 
 fn default_max_tokens() -> usize {
@@ -76,38 +111,81 @@ impl Sweep {
         Ok(sweep)
     }
 
-    /// All runs, the cheapest statistics first; `None` is the seed of a run without calibration.
+    /// All runs, seed by seed, so that whoever goes through them needs the samples of one seed at a
+    /// time; first those without calibration.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for a method that does not exist, [`Error::Invalid`] for a format.
-    pub fn runs(&self, scale_dtype: ScaleDtype) -> Result<Vec<(Recipe, Option<u64>)>> {
+    /// [`Error::Unsupported`] for a method that does not exist, [`Error::Invalid`] for a format, a
+    /// setting, or a name that two variants have.
+    pub fn runs(&self, scale_dtype: ScaleDtype) -> Result<Vec<SweepRun>> {
         let mut runs = Vec::new();
-        for name in &self.methods {
-            let method: Method = name.parse()?;
+        for variant in self.all_variants()? {
             for (&bits, &group) in self
                 .bits
                 .iter()
                 .flat_map(|b| self.group_sizes.iter().map(move |g| (b, g)))
             {
-                let scheme = Scheme::new(bits, Some(group), false, scale_dtype)?;
-                let mut recipe = Recipe::new(method, scheme);
-                for assignment in &self.set {
-                    recipe.set(assignment)?;
-                }
+                let recipe = variant.recipe(bits, group, &self.set, scale_dtype)?;
+                let run = |seed| SweepRun {
+                    name: variant.name.clone(),
+                    recipe: recipe.clone(),
+                    seed,
+                };
                 match recipe.needs_calibration() {
-                    true => runs.extend(self.seeds.iter().map(|s| (recipe.clone(), Some(*s)))),
-                    false => runs.push((recipe, None)),
+                    true => runs.extend(self.seeds.iter().map(|seed| run(Some(*seed)))),
+                    false => runs.push(run(None)),
                 }
             }
         }
+        runs.sort_by_key(|run| run.seed);
         Ok(runs)
+    }
+
+    fn all_variants(&self) -> Result<Vec<Variant>> {
+        let plain = self.methods.iter().map(|name| Variant {
+            name: name.clone(),
+            method: name.clone(),
+            set: Vec::new(),
+        });
+        let all: Vec<Variant> = plain.chain(self.variants.iter().cloned()).collect();
+        let mut names = BTreeSet::from(["original"]);
+        match all.iter().find(|variant| !names.insert(&variant.name)) {
+            None => Ok(all),
+            Some(twice) => Err(Error::Invalid {
+                what: format!("variant {:?}", twice.name),
+                why: "another one has this name; rows are told apart by it".into(),
+            }),
+        }
+    }
+}
+
+impl Variant {
+    fn recipe(
+        &self,
+        bits: u8,
+        group_size: i64,
+        settings: &[String],
+        scale_dtype: ScaleDtype,
+    ) -> Result<Recipe> {
+        let group_size = match group_size {
+            -1 => None,
+            n => Some(usize::try_from(n).map_err(|_| Error::Invalid {
+                what: format!("group size {n}"),
+                why: "a number of columns, or -1 for one scale per row, expected".into(),
+            })?),
+        };
+        let scheme = Scheme::new(bits, group_size, false, scale_dtype)?;
+        let mut recipe = Recipe::new(self.method.parse()?, scheme);
+        let settings = settings.iter().chain(&self.set);
+        settings.into_iter().try_for_each(|s| recipe.set(s))?;
+        Ok(recipe)
     }
 }
 
 /// One line of a sweep's result.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct SweepRow {
-    /// Method by its name, or `original`.
+    /// Method or variant by its name, or `original`.
     pub method: String,
     /// Bits per weight; absent for the original.
     pub bits: Option<u8>,
@@ -123,28 +201,23 @@ pub struct SweepRow {
 
 impl SweepRow {
     /// The line of a run.
-    pub fn new(
-        recipe: &Recipe,
-        seed: Option<u64>,
-        tasks: BTreeMap<String, TaskScore>,
-        seconds: f64,
-    ) -> Self {
+    pub fn new(run: &SweepRun, tasks: BTreeMap<String, TaskScore>, seconds: f64) -> Self {
         Self {
-            method: recipe.method.name().into(),
-            bits: Some(recipe.scheme().bits()),
-            group_size: recipe.scheme().group_size(),
-            seed,
+            method: run.name.clone(),
+            bits: Some(run.recipe.scheme().bits()),
+            group_size: run.recipe.scheme().group_size(),
+            seed: run.seed,
             tasks,
             seconds,
         }
     }
 
     /// Whether this is the line of such a run.
-    pub fn is_of(&self, recipe: &Recipe, seed: Option<u64>) -> bool {
-        self.method == recipe.method.name()
-            && self.bits == Some(recipe.scheme().bits())
-            && self.group_size == recipe.scheme().group_size()
-            && self.seed == seed
+    pub fn is_of(&self, run: &SweepRun) -> bool {
+        self.method == run.name
+            && self.bits == Some(run.recipe.scheme().bits())
+            && self.group_size == run.recipe.scheme().group_size()
+            && self.seed == run.seed
     }
 }
 
@@ -292,6 +365,41 @@ pub fn compare_with_reference(
     ))
 }
 
+/// The samples of one seed, brought to the first layer once for all runs with that seed.
+#[derive(Default)]
+pub struct PreparedSamples {
+    latest: Option<(u64, CalibrationSet)>,
+}
+
+impl PreparedSamples {
+    /// The samples of a run; those of the run before if it had the same seed.
+    ///
+    /// # Errors
+    /// As [`load_samples`].
+    pub fn of(
+        &mut self,
+        model: &ModelSource,
+        run: &SweepRun,
+        choice: impl Fn(u64) -> SampleChoice,
+        observer: &dyn Observer,
+    ) -> Result<CalibrationSet> {
+        let Some(seed) = run.seed else {
+            return Ok(CalibrationSet::none());
+        };
+        let latest = self.latest.take().filter(|(of, _)| *of == seed);
+        let latest = match latest {
+            Some(latest) => latest,
+            None => {
+                let (choice, dir) = (choice(seed), std::env::temp_dir());
+                let choice = Some(&choice);
+                let set = load_samples(model, &run.recipe, choice, u64::MAX, &dir, observer)?;
+                (seed, set)
+            }
+        };
+        self.latest.insert(latest).1.copied()
+    }
+}
+
 /// Quantizes in memory: the decoder layers as a reader of the written folder would have them.
 ///
 /// # Errors
@@ -299,15 +407,13 @@ pub fn compare_with_reference(
 pub fn quantize_in_memory(
     model: &ModelSource,
     recipe: &Recipe,
-    choice: Option<&SampleChoice>,
+    samples: CalibrationSet,
     observer: &dyn Observer,
 ) -> Result<Vec<DecoderLayer>> {
     let n_layers = model.decoder().n_layers;
     let layers = (0..n_layers)
         .map(|i| model.load_layer(i))
         .collect::<Result<Vec<_>>>()?;
-    let dir = std::env::temp_dir();
-    let samples = load_samples(model, recipe, choice, u64::MAX, &dir, observer)?;
     let mut layers = InMemory(layers);
     pipeline::quantize(model, samples, recipe, observer, &mut layers)?;
     Ok(layers.0)

@@ -9,12 +9,14 @@ use std::process::ExitCode;
 use std::time::Instant;
 use vlmq::Error;
 use vlmq::dataset::open_samples;
-use vlmq::eval::open_tasks;
+use vlmq::eval::{TaskRows, open_tasks};
 use vlmq::families::open_processor;
 use vlmq::model::LoadedModel;
 use vlmq::pipeline::Observer;
 use vlmq::run::SampleChoice;
-use vlmq::sweep::{Sweep, SweepRow, TaskScore, quantize_in_memory, score_original, score_tasks};
+use vlmq::sweep::{
+    PreparedSamples, Sweep, SweepRow, TaskScore, quantize_in_memory, score_original, score_tasks,
+};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -44,37 +46,41 @@ fn measure(sweep: &Sweep, output: &PathBuf) -> anyhow::Result<Vec<SweepRow>> {
     let runs = sweep.runs(scale_dtype(&model))?;
     let mut rows = read_rows(output)?;
     let processor = open_processor(&sweep.model)?;
-    let tasks = open_tasks(&sweep.tasks, &processor, sweep.limit, sweep.max_tokens)?;
-    let samples = open_samples(&sweep.calibration)?;
+    let task_rows = TaskRows {
+        skip: sweep.skip,
+        limit: sweep.limit,
+    };
+    let tasks = open_tasks(&sweep.tasks, &processor, task_rows, sweep.max_tokens)?;
+    let set = open_samples(&sweep.calibration)?;
     let mut loaded = LoadedModel::load(open_model(&sweep.model)?)?;
     let (original, references) = score_original(&loaded, &tasks)?;
     if !rows.iter().any(|r| r.method == original.method) {
         add_row(output, &mut rows, original)?;
     }
+    let choice = |seed| SampleChoice {
+        set: set.clone(),
+        n_samples: sweep.samples,
+        seed,
+        max_tokens: sweep.max_tokens,
+    };
+    let mut prepared = PreparedSamples::default();
     let progress = Progress::start()?;
-    let n_runs = runs.len();
-    for (recipe, seed) in runs {
-        progress.step("runs", n_runs);
+    for run in &runs {
+        progress.step("runs", runs.len());
         if progress.is_cancelled() {
             return Err(Error::Interrupted.into());
         }
-        if rows.iter().any(|row| row.is_of(&recipe, seed)) {
+        if rows.iter().any(|row| row.is_of(run)) {
             continue;
         }
-        let choice = seed.map(|seed| SampleChoice {
-            set: samples.clone(),
-            n_samples: sweep.samples,
-            seed,
-            max_tokens: sweep.max_tokens,
-        });
-        let began = Instant::now();
         let within = WithinRun(&progress);
-        let layers = quantize_in_memory(&model, &recipe, choice.as_ref(), &within)?;
+        let samples = prepared.of(&model, run, choice, &within)?;
+        let began = Instant::now();
+        let layers = quantize_in_memory(&model, &run.recipe, samples, &within)?;
         let seconds = began.elapsed().as_secs_f64();
         loaded.set_layers(layers)?;
         let scores = score_tasks(&loaded, &tasks, &references)?;
-        let row = SweepRow::new(&recipe, seed, scores, seconds);
-        add_row(output, &mut rows, row)?;
+        add_row(output, &mut rows, SweepRow::new(run, scores, seconds))?;
     }
     progress.finish();
     Ok(rows)

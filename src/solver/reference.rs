@@ -9,7 +9,7 @@
 //! Source: arXiv:2210.17323 §3.1 eqs. 2 and 3 (there after Optimal Brain Surgeon);
 //! arXiv:2504.02692.
 
-use super::grid::Grid;
+use super::grid::{Fitting, Grid};
 use super::{SolverSettings, check_weight};
 use crate::plan::Scheme;
 use crate::statistics::Statistics;
@@ -104,7 +104,12 @@ impl<'a> State<'a> {
         for (row, grids) in self.rows.iter().zip(&mut self.grids) {
             let group = &row[start..start + self.group_len];
             let group: Vec<f32> = group.iter().map(|v| *v as f32).collect();
-            grids.push(Grid::fit(&group, self.scheme, self.settings.clip));
+            let fitting = Fitting {
+                scheme: self.scheme,
+                clip: self.settings.clip,
+                column_weights: None,
+            };
+            grids.push(fitting.fit(&group, start));
         }
     }
 
