@@ -191,6 +191,9 @@ impl Recipe {
                 }
             }
             "sweeps" => self.solver.sweeps = number(0.0, 1000.0)? as usize,
+            "unit_gain" => {
+                self.solver.unit_gain = value.parse().map_err(|_| word("true, false"))?;
+            }
             "refit_scales" => {
                 self.solver.refit_scales = value.parse().map_err(|_| word("true, false"))?;
             }
@@ -218,7 +221,7 @@ impl Recipe {
             }
             _ => {
                 let keys = "dampening_frac, col_block, alpha, act_order, target, clip, sweeps, \
-                            refit_scales, statistics_dtype, \
+                            refit_scales, unit_gain, statistics_dtype, \
                             importance_power, importance_norm, importance_loss";
                 return Err(invalid(format!("unknown key; there are {keys}")));
             }

@@ -4,6 +4,8 @@
 //! hidden states on every text, image features, and the samples of each seed. Its models live in
 //! memory; nothing is written.
 
+pub mod paired;
+
 use crate::calibration::CalibrationSet;
 use crate::eval::{
     AnswerScore, Divergence, EvalItem, Reference, Task, TaskItems, TextReference, TextScore,
@@ -210,6 +212,17 @@ impl SweepRow {
             tasks,
             seconds,
         }
+    }
+
+    /// Mean accuracy over tasks with questions, in percent.
+    pub fn mean_accuracy(&self) -> Option<f64> {
+        let values: Vec<f64> = self.tasks.values().filter_map(|t| t.accuracy).collect();
+        (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64)
+    }
+
+    /// Mean KL over tasks, in nats.
+    pub fn mean_kl(&self) -> f64 {
+        self.tasks.values().map(|t| t.kl).sum::<f64>() / self.tasks.len().max(1) as f64
     }
 
     /// Whether this is the line of such a run.

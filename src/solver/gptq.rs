@@ -27,6 +27,7 @@
 
 use super::drift::shifted;
 use super::factor::Factor;
+use super::gain::to_unit_gain;
 use super::grid::{Fitting, Grids, steps};
 use super::loss::{dot, live_difference, quantization_loss, weighted_energy};
 use super::refine::refine;
@@ -116,8 +117,11 @@ pub fn solve(
     if settings.sweeps > 0 {
         weight = refine(module, target, weight, factor, settings)?;
     }
+    if settings.unit_gain {
+        weight = to_unit_gain(module, target, &weight, factor.hessian_lower())?;
+    }
     Ok(Solved {
-        loss: match settings.sweeps == 0 && shift.is_none() {
+        loss: match settings.sweeps == 0 && !settings.unit_gain && shift.is_none() {
             true => problem.undamped_loss(&weight, damped_loss),
             false => quantization_loss(w, &weight, factor.hessian_lower()),
         },

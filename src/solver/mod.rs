@@ -12,6 +12,7 @@
 
 mod drift;
 mod factor;
+mod gain;
 pub mod gptq;
 mod grid;
 mod loss;
@@ -82,6 +83,8 @@ pub struct SolverSettings {
     pub sweeps: usize,
     /// Whether sweeps also move the scales.
     pub refit_scales: bool,
+    /// Whether rows are brought back to unit gain at the end.
+    pub unit_gain: bool,
     /// Columns solved before the columns after them are updated; a matter of speed only.
     pub col_block: usize,
 }
@@ -97,6 +100,7 @@ impl Default for SolverSettings {
             clip: Clip::None,
             sweeps: 0,
             refit_scales: true,
+            unit_gain: false,
             col_block: 128,
         }
     }
