@@ -1,7 +1,9 @@
 //! What is to be done to which module: a method, a number format, exceptions by name, and every
 //! setting that may be turned. A recipe is whole and checked before any work begins.
 
-use crate::importance::{ImportanceLoss, ImportanceSettings, TokenNorm};
+mod importance;
+
+use crate::importance::ImportanceSettings;
 use crate::plan::{ScaleDtype, Scheme};
 use crate::solver::{Clip, SolverSettings};
 use crate::statistics::StatisticsDtype;
@@ -49,15 +51,10 @@ impl Method {
     }
 
     fn importance(self) -> Option<ImportanceSettings> {
-        let settings = |power| ImportanceSettings {
-            power,
-            norm: TokenNorm::MeanAbs,
-            loss: ImportanceLoss::Attention,
-        };
         match self {
             Self::Rtn | Self::Gptq | Self::Gptaq => None,
-            Self::VlmqV1 => Some(settings(1.0)),
-            Self::VlmqV2 => Some(settings(2.0)),
+            Self::VlmqV1 => Some(ImportanceSettings::paper(1.0)),
+            Self::VlmqV2 => Some(ImportanceSettings::paper(2.0)),
         }
     }
 
@@ -148,7 +145,9 @@ impl Recipe {
 
     /// Whether the full-precision stream must be followed for any of `schemes`.
     pub fn needs_full_stream(&self, schemes: &[Scheme]) -> bool {
-        self.importance.is_some() || schemes.iter().any(|s| self.alpha(*s) != 0.0)
+        let importance = self.importance.as_ref();
+        importance.is_some_and(ImportanceSettings::needs_full_stream)
+            || schemes.iter().any(|s| self.alpha(*s) != 0.0)
     }
 
     /// Turns one setting, as `--set key=value` does.
@@ -189,36 +188,42 @@ impl Recipe {
                     _ => return Err(word("f32, bf16")),
                 }
             }
-            "importance_power" => self.importance_settings(&invalid)?.power = number(0.0, 8.0)?,
-            "importance_norm" => {
-                self.importance_settings(&invalid)?.norm = match value {
-                    "mean_abs" => TokenNorm::MeanAbs,
-                    "rms" => TokenNorm::Rms,
-                    _ => return Err(word("mean_abs, rms")),
+            _ => match self.set_importance(key, value, &invalid)? {
+                Some(set) => set.map_err(invalid)?,
+                None => {
+                    let keys =
+                        "dampening_frac, col_block, alpha, act_order, clip, statistics_dtype";
+                    let keys = format!("unknown key; there are {keys}, {}", importance::KEYS);
+                    return Err(invalid(keys));
                 }
-            }
-            "importance_loss" => {
-                self.importance_settings(&invalid)?.loss = match value {
-                    "attention" => ImportanceLoss::Attention,
-                    "layer" => ImportanceLoss::Layer,
-                    _ => return Err(word("attention, layer")),
-                }
-            }
-            _ => {
-                let keys = "dampening_frac, col_block, alpha, act_order, clip, statistics_dtype, \
-                            importance_power, importance_norm, importance_loss";
-                return Err(invalid(format!("unknown key; there are {keys}")));
-            }
+            },
         }
         Ok(())
     }
 
-    fn importance_settings(
+    /// As [`importance::set`], if it is one of its keys.
+    fn set_importance(
         &mut self,
+        key: &str,
+        value: &str,
         invalid: &dyn Fn(String) -> Error,
-    ) -> Result<&mut ImportanceSettings> {
+    ) -> Result<Option<std::result::Result<(), String>>> {
+        if !key.starts_with("importance_") {
+            return Ok(None);
+        }
         let why = format!("{} gives every token the same weight", self.method.name());
-        self.importance.as_mut().ok_or_else(|| invalid(why))
+        let settings = self.importance.as_mut().ok_or_else(|| invalid(why))?;
+        Ok(importance::set(settings, key, value))
+    }
+
+    /// Whether settings go together, which no single one can tell.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] naming those that do not.
+    pub fn check(&self) -> Result<()> {
+        self.importance
+            .as_ref()
+            .map_or(Ok(()), ImportanceSettings::check)
     }
 
     /// Adds the rules of a recipe file:
