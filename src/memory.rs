@@ -94,6 +94,7 @@ pub fn plan_memory(model: &ModelSource, recipe: &Recipe, n_tokens: &[usize]) -> 
         with_cross: schemes.iter().any(|s| recipe.alpha(*s) != 0.0),
         with_importance: recipe.importance.is_some(),
         with_mlp_loss: recipe.importance.is_some_and(|i| i.needs_mlp()),
+        with_rounded: recipe.importance.is_some_and(|i| i.needs_rounded()),
         longest: n_tokens.iter().copied().max().unwrap_or(0) as u64,
         batch: n_tokens.iter().sum::<usize>().min(BATCH_TOKENS) as u64,
         n_deepstack: model.vision().n_deepstack(),
@@ -137,6 +138,8 @@ struct Step<'a> {
     with_cross: bool,
     with_importance: bool,
     with_mlp_loss: bool,
+    /// A layer twice, once rounded.
+    with_rounded: bool,
     /// Tokens of the longest sample.
     longest: u64,
     /// Tokens of a batch.
@@ -198,6 +201,7 @@ impl Step<'_> {
             true => self.of_attention() + self.worst(|mlp| self.of_mlp(mlp, &Projection::ALL[4..])),
             false => self.of_attention(),
         };
+        let linears = if self.with_rounded { 2 } else { 1 } * linears;
         // Scores, masked scores and probabilities; on the way back also their gradients.
         let maps = if self.with_importance { 4 } else { 3 };
         let maps = maps + u64::from(self.config.score_cap.is_some());

@@ -1,15 +1,25 @@
 //! What is to be done to which module: a method, a number format, exceptions by name, and every
 //! setting that may be turned. A recipe is whole and checked before any work begins.
 
-use crate::importance::{ImportanceLoss, ImportanceSettings, TokenNorm};
+mod importance;
+mod solver;
+mod value;
+
+use crate::importance::ImportanceSettings;
 use crate::plan::{ScaleDtype, Scheme};
-use crate::solver::{Clip, SolverSettings, Target};
+use crate::solver::SolverSettings;
 use crate::statistics::StatisticsDtype;
 use crate::{Error, Result};
 use regex::Regex;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 use std::str::FromStr;
+use value::{number, word};
+
+const DTYPES: [(&str, StatisticsDtype); 2] = [
+    ("f32", StatisticsDtype::F32),
+    ("bf16", StatisticsDtype::Bf16),
+];
 
 /// How codes are found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -49,15 +59,10 @@ impl Method {
     }
 
     fn importance(self) -> Option<ImportanceSettings> {
-        let settings = |power| ImportanceSettings {
-            power,
-            norm: TokenNorm::MeanAbs,
-            loss: ImportanceLoss::Attention,
-        };
         match self {
             Self::Rtn | Self::Gptq | Self::Gptaq => None,
-            Self::VlmqV1 => Some(settings(1.0)),
-            Self::VlmqV2 => Some(settings(2.0)),
+            Self::VlmqV1 => Some(ImportanceSettings::paper(1.0)),
+            Self::VlmqV2 => Some(ImportanceSettings::paper(2.0)),
         }
     }
 
@@ -148,7 +153,9 @@ impl Recipe {
 
     /// Whether the full-precision stream must be followed for any of `schemes`.
     pub fn needs_full_stream(&self, schemes: &[Scheme]) -> bool {
-        self.importance.is_some() || schemes.iter().any(|s| self.alpha(*s) != 0.0)
+        let importance = self.importance.as_ref();
+        importance.is_some_and(ImportanceSettings::needs_full_stream)
+            || schemes.iter().any(|s| self.alpha(*s) != 0.0)
     }
 
     /// Turns one setting, as `--set key=value` does.
@@ -163,78 +170,42 @@ impl Recipe {
         let (key, value) = assignment
             .split_once('=')
             .ok_or_else(|| invalid("key=value expected".into()))?;
-        let number = |low: f64, high: f64| match value.parse::<f64>() {
-            Ok(x) if x >= low && x <= high => Ok(x),
-            _ => Err(invalid(format!("a number from {low} to {high} expected"))),
+        let outcome = match key {
+            "alpha" => Some(number(value, 0.0, 1.0).map(|x| self.alpha = Some(x as f32))),
+            "statistics_dtype" => Some(word(value, &DTYPES).map(|w| self.statistics_dtype = w)),
+            _ if key.starts_with("importance_") => {
+                let why = format!("{} gives every token the same weight", self.method.name());
+                let settings = self.importance.as_mut().ok_or_else(|| invalid(why))?;
+                importance::set(settings, key, value)
+            }
+            _ => solver::set(&mut self.solver, key, value),
         };
-        let word = |allowed: &str| invalid(format!("one of {allowed} expected"));
-        match key {
-            "dampening_frac" => self.solver.dampening_frac = number(0.0, 10.0)?,
-            "col_block" => self.solver.col_block = number(1.0, 65536.0)? as usize,
-            "alpha" => self.alpha = Some(number(0.0, 1.0)? as f32),
-            "act_order" => {
-                self.solver.act_order = value.parse().map_err(|_| word("true, false"))?;
-            }
-            "target" => {
-                self.solver.target = match value {
-                    "pull" => Target::Pull,
-                    "least_squares" => Target::LeastSquares,
-                    _ => return Err(word("pull, least_squares")),
-                }
-            }
-            "clip" => {
-                self.solver.clip = match value {
-                    "none" => Clip::None,
-                    "mse" => Clip::Mse,
-                    "weighted" => Clip::Weighted,
-                    _ => return Err(word("none, mse, weighted")),
-                }
-            }
-            "sweeps" => self.solver.sweeps = number(0.0, 1000.0)? as usize,
-            "unit_gain" => {
-                self.solver.unit_gain = value.parse().map_err(|_| word("true, false"))?;
-            }
-            "refit_scales" => {
-                self.solver.refit_scales = value.parse().map_err(|_| word("true, false"))?;
-            }
-            "statistics_dtype" => {
-                self.statistics_dtype = match value {
-                    "f32" => StatisticsDtype::F32,
-                    "bf16" => StatisticsDtype::Bf16,
-                    _ => return Err(word("f32, bf16")),
-                }
-            }
-            "importance_power" => self.importance_settings(&invalid)?.power = number(0.0, 8.0)?,
-            "importance_norm" => {
-                self.importance_settings(&invalid)?.norm = match value {
-                    "mean_abs" => TokenNorm::MeanAbs,
-                    "rms" => TokenNorm::Rms,
-                    _ => return Err(word("mean_abs, rms")),
-                }
-            }
-            "importance_loss" => {
-                self.importance_settings(&invalid)?.loss = match value {
-                    "attention" => ImportanceLoss::Attention,
-                    "layer" => ImportanceLoss::Layer,
-                    _ => return Err(word("attention, layer")),
-                }
-            }
-            _ => {
-                let keys = "dampening_frac, col_block, alpha, act_order, target, clip, sweeps, \
-                            refit_scales, unit_gain, statistics_dtype, \
-                            importance_power, importance_norm, importance_loss";
-                return Err(invalid(format!("unknown key; there are {keys}")));
-            }
-        }
-        Ok(())
+        let unknown = || {
+            let keys = [solver::KEYS, importance::KEYS].join(", ");
+            Err(format!(
+                "unknown key; there are alpha, statistics_dtype, {keys}"
+            ))
+        };
+        outcome.unwrap_or_else(unknown).map_err(invalid)
     }
 
-    fn importance_settings(
-        &mut self,
-        invalid: &dyn Fn(String) -> Error,
-    ) -> Result<&mut ImportanceSettings> {
-        let why = format!("{} gives every token the same weight", self.method.name());
-        self.importance.as_mut().ok_or_else(|| invalid(why))
+    /// Whether settings go together, which no single one can tell.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] naming those that do not.
+    pub fn check(&self) -> Result<()> {
+        let schemes = self.rules.iter().filter_map(|rule| rule.scheme);
+        for scheme in schemes.chain([self.scheme]) {
+            let alpha = self.alpha(scheme);
+            let solver = SolverSettings {
+                alpha,
+                ..self.solver.clone()
+            };
+            solver.check()?;
+        }
+        self.importance
+            .as_ref()
+            .map_or(Ok(()), ImportanceSettings::check)
     }
 
     /// Adds the rules of a recipe file:

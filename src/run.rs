@@ -53,6 +53,7 @@ pub struct RunOptions {
 /// [`Error::Invalid`] naming every module whose columns its group size does not divide;
 /// [`Error::Invalid`] if no module is left.
 pub fn module_plan(model: &ModelSource, recipe: &Recipe) -> Result<Vec<ModulePlan>> {
+    recipe.check()?;
     let mut plan = Vec::new();
     let mut problems: Vec<Error> = Vec::new();
     for module in model.modules() {

@@ -2,6 +2,7 @@
 //! than planned.
 
 use std::collections::BTreeMap;
+use vlmq::importance::Safeguarded;
 use vlmq::report::{Deviation, ModuleReport, RunReport};
 
 const STAGES: [&str; 7] = [
@@ -78,6 +79,7 @@ fn notes(report: &RunReport) -> Vec<String> {
     let mut notes = Vec::new();
     let mut alike: BTreeMap<(usize, String), Vec<&str>> = BTreeMap::new();
     let mut few: Vec<(&str, f64, usize)> = Vec::new();
+    let mut guarded: Vec<&Safeguarded> = Vec::new();
     let (mut skipped, mut unreached) = (0, 0);
     for deviation in &report.deviations {
         match deviation {
@@ -94,6 +96,7 @@ fn notes(report: &RunReport) -> Vec<String> {
                 effective_sample_size,
                 in_features,
             } => few.push((module, *effective_sample_size, *in_features)),
+            Deviation::Safeguarded { changes, .. } => guarded.push(changes),
             Deviation::Skipped { .. } => skipped += 1,
             Deviation::Unreached { .. } => unreached += 1,
             Deviation::DampingRaised {
@@ -114,6 +117,7 @@ fn notes(report: &RunReport) -> Vec<String> {
             "note: layer {layer_idx}: tokens weigh alike in {names}: {reason}\n"
         ));
     }
+    notes.extend(safeguards(&guarded));
     let shortest = few.iter().min_by(|a, b| {
         let tokens_per_input = |(_, n, inputs): &(&str, f64, usize)| n / *inputs as f64;
         tokens_per_input(a).total_cmp(&tokens_per_input(b))
@@ -146,6 +150,26 @@ fn notes(report: &RunReport) -> Vec<String> {
         );
     }
     notes
+}
+
+/// What safeguards did, over all linears that they had a part in.
+fn safeguards(all: &[&Safeguarded]) -> Option<String> {
+    let tempering = all.iter().map(|s| s.tempering).reduce(f64::max)?;
+    let is_short = |s: &&&Safeguarded| {
+        s.wanted
+            .is_some_and(|w| s.effective_sample_size < w * 0.999)
+    };
+    let short = match all.iter().filter(is_short).count() {
+        0 => String::new(),
+        n => format!(", too few tokens in {n}"),
+    };
+    Some(format!(
+        "note: safeguards on the token weights of {} linears: {} factors clipped, {} raised, equal \
+         weights mixed in up to {tempering:.3}{short}\n",
+        all.len(),
+        all.iter().map(|s| s.n_clipped).sum::<usize>(),
+        all.iter().map(|s| s.n_raised).sum::<usize>(),
+    ))
 }
 
 #[cfg(test)]

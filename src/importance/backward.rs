@@ -28,7 +28,7 @@ pub struct AttentionPass<'a> {
     layer: &'a DecoderLayer,
     context: &'a TokenContext,
     /// Input of q, k and v, `[n, hidden]`.
-    n1: Tensor,
+    pub(super) n1: Tensor,
     pub(super) trace: Attention,
     /// Residual stream after attention, `[n, hidden]`.
     pub y: Tensor,

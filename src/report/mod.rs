@@ -6,7 +6,7 @@ mod memory;
 
 pub use memory::{free_memory_bytes, peak_memory_bytes};
 
-use crate::importance::Uniform;
+use crate::importance::{Safeguarded, Uniform};
 use crate::model::Projection;
 use crate::pipeline::LayerOutcome;
 use crate::plan::Scheme;
@@ -96,7 +96,7 @@ pub struct ModuleReport {
     pub n_dead_columns: Option<usize>,
     /// (Σω)² / Σω² over tokens.
     pub effective_sample_size: Option<f64>,
-    /// Share of Σω by token class, where tokens are weighted.
+    /// Share of Σω by token class, where tokens are weighted; of an expert over its own tokens.
     pub weight_share: Option<BTreeMap<String, f64>>,
 }
 
@@ -121,6 +121,15 @@ pub enum Deviation {
         projection: String,
         /// Why.
         reason: Uniform,
+    },
+    /// Safeguards had a part in the weights of a layer's tokens.
+    Safeguarded {
+        /// Layer.
+        layer_idx: usize,
+        /// Role of the module.
+        projection: String,
+        /// What they did.
+        changes: Safeguarded,
     },
     /// A rule left a module as it was.
     Skipped {
@@ -155,6 +164,15 @@ impl Deviation {
             layer_idx,
             projection: projection.name().to_owned(),
             reason,
+        }
+    }
+
+    /// [`Deviation::Safeguarded`] of one module.
+    pub fn safeguarded(layer_idx: usize, projection: Projection, changes: Safeguarded) -> Self {
+        Self::Safeguarded {
+            layer_idx,
+            projection: projection.name().to_owned(),
+            changes,
         }
     }
 }
