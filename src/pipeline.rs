@@ -13,22 +13,26 @@
 //! Source: arXiv:2508.03351 §3; the order of stages is GPTQ's true-sequential one.
 
 mod inputs;
+mod outputs;
+mod scaled;
 mod stage;
 mod streams;
 
 use crate::calibration::CalibrationSet;
 use crate::importance::{ImportanceSettings, LayerImportance};
+use crate::model::changed::ChangedTensor;
 use crate::model::decoder::DecoderLayer;
 use crate::model::layer_source::LayerSource;
 use crate::model::projection::{Projection, Slot};
 use crate::model::source::{ModelSource, Module};
 use crate::plan::Scheme;
 use crate::recipe::Recipe;
-use crate::report::{Deviation, ModuleReport, log};
+use crate::report::{ChangeReport, Deviation, ModuleReport, ScaleReport, log};
 use crate::solver::{Factor, gptq, rtn};
 use crate::statistics::Statistics;
 use crate::{Error, QuantizedWeight, Result};
 use inputs::Shared;
+pub use scaled::ScaleSearch;
 use serde::{Deserialize, Serialize};
 use stage::Stage;
 use std::collections::{BTreeMap, HashMap};
@@ -61,6 +65,12 @@ impl Observer for Unobserved {
 pub struct LayerOutcome {
     /// One entry per module, in solving order.
     pub modules: Vec<ModuleReport>,
+    /// Scales that were searched for.
+    #[serde(default)]
+    pub scales: Vec<ScaleReport>,
+    /// Plain tensors that are not the source's.
+    #[serde(default)]
+    pub changed: Vec<ChangeReport>,
     /// Everything that went another way than planned.
     pub deviations: Vec<Deviation>,
     /// Wall time per stage in seconds.
@@ -71,6 +81,8 @@ pub struct LayerOutcome {
 pub struct FinishedLayer {
     /// Modules by name, in solving order.
     pub weights: Vec<(String, QuantizedWeight)>,
+    /// Plain tensors that are not the source's, by name.
+    pub tensors: Vec<(String, Vec<f32>)>,
     /// What it had to tell.
     pub outcome: LayerOutcome,
 }
@@ -90,6 +102,12 @@ pub trait LayerSink {
     /// # Errors
     /// The sink's own, which end the run.
     fn module(&mut self, module: &Module, weight: &QuantizedWeight) -> Result<()>;
+
+    /// Takes a plain tensor that is not the source's.
+    ///
+    /// # Errors
+    /// The sink's own, which end the run.
+    fn tensor(&mut self, tensor: &ChangedTensor) -> Result<()>;
 
     /// All modules of a layer were taken.
     ///
@@ -122,6 +140,7 @@ pub fn quantize(
     let modules = model.modules();
     let schemes = modules.iter().filter_map(|m| recipe.scheme_of(&m.name));
     let with_full = recipe.needs_full_stream(&schemes.collect::<Vec<Scheme>>());
+    let search = ScaleSearch::of(recipe, model)?;
     let mut streams = Streams::new(calibration, model.decoder(), with_full)?;
     let n_layers = model.decoder().n_layers;
     let mut outcomes = Vec::new();
@@ -138,11 +157,20 @@ pub fn quantize(
         };
         let finished = sink.finished(layer_idx)?;
         let was_finished = finished.is_some();
-        match (finished, recipe.needs_calibration()) {
-            (Some(finished), true) => run.finished_layer(finished, &mut streams)?,
-            (Some(finished), false) => run.outcome = finished.outcome,
-            (None, true) => run.calibrated_layer(&mut streams, sink)?,
-            (None, false) => run.nearest_layer(sink)?,
+        match (finished, &search) {
+            (Some(finished), Some(_)) => {
+                run.pass_layer(&mut streams)?;
+                run.outcome = finished.outcome;
+            }
+            (None, Some(search)) => run.scaled_layer(&mut streams, sink, search)?,
+            (Some(finished), None) if recipe.needs_calibration() => {
+                run.finished_layer(finished, &mut streams)?;
+            }
+            (Some(finished), None) => run.outcome = finished.outcome,
+            (None, None) if recipe.needs_calibration() => {
+                run.calibrated_layer(&mut streams, sink)?;
+            }
+            (None, None) => run.nearest_layer(sink)?,
         }
         log::layer(layer_idx, &run.outcome, was_finished);
         outcomes.push(run.outcome);

@@ -17,6 +17,8 @@ use std::str::FromStr;
 pub enum Method {
     /// Round to nearest, without calibration.
     Rtn,
+    /// Round to nearest after input channels are scaled and weights limited (arXiv:2306.00978).
+    Awq,
     /// Every token alike (arXiv:2210.17323).
     Gptq,
     /// Every token alike, corrected for the drift of the inputs (arXiv:2504.02692).
@@ -29,8 +31,9 @@ pub enum Method {
 
 impl Method {
     /// All of them, from the simplest on.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Rtn,
+        Self::Awq,
         Self::Gptq,
         Self::Gptaq,
         Self::VlmqV1,
@@ -41,6 +44,7 @@ impl Method {
     pub fn name(self) -> &'static str {
         match self {
             Self::Rtn => "rtn",
+            Self::Awq => "awq",
             Self::Gptq => "gptq",
             Self::Gptaq => "gptaq",
             Self::VlmqV1 => "vlmq-v1",
@@ -55,7 +59,7 @@ impl Method {
             loss: ImportanceLoss::Attention,
         };
         match self {
-            Self::Rtn | Self::Gptq | Self::Gptaq => None,
+            Self::Rtn | Self::Awq | Self::Gptq | Self::Gptaq => None,
             Self::VlmqV1 => Some(settings(1.0)),
             Self::VlmqV2 => Some(settings(2.0)),
         }
@@ -64,7 +68,7 @@ impl Method {
     /// GPTAQ's published α, except where the paper falls back to GPTQ: at 2 bits.
     fn alpha(self, bits: u8) -> f32 {
         match self {
-            Self::Rtn | Self::Gptq => 0.0,
+            Self::Rtn | Self::Awq | Self::Gptq => 0.0,
             Self::Gptaq => 0.25,
             Self::VlmqV1 | Self::VlmqV2 if bits <= 2 => 0.0,
             Self::VlmqV1 | Self::VlmqV2 => 0.25,
@@ -81,7 +85,9 @@ impl FromStr for Method {
         }
         let known = Self::ALL.into_iter().find(|method| method.name() == name);
         known.ok_or_else(|| Error::Unsupported {
-            what: format!("method {name:?}; rtn, gptq, gptaq, vlmq-v1 and vlmq-v2 are implemented"),
+            what: format!(
+                "method {name:?}; rtn, awq, gptq, gptaq, vlmq-v1 and vlmq-v2 are implemented"
+            ),
         })
     }
 }

@@ -4,11 +4,12 @@
 use std::collections::BTreeMap;
 use vlmq::report::{Deviation, ModuleReport, RunReport};
 
-const STAGES: [&str; 7] = [
+const STAGES: [&str; 8] = [
     "load",
     "forward",
     "importance",
     "statistics",
+    "search",
     "factor",
     "solve",
     "write",
@@ -79,6 +80,7 @@ fn notes(report: &RunReport) -> Vec<String> {
     let mut alike: BTreeMap<(usize, String), Vec<&str>> = BTreeMap::new();
     let mut few: Vec<(&str, f64, usize)> = Vec::new();
     let (mut skipped, mut unreached) = (0, 0);
+    let mut not_scaled: BTreeMap<(&str, String), usize> = BTreeMap::new();
     for deviation in &report.deviations {
         match deviation {
             Deviation::UniformWeights {
@@ -94,6 +96,9 @@ fn notes(report: &RunReport) -> Vec<String> {
                 effective_sample_size,
                 in_features,
             } => few.push((module, *effective_sample_size, *in_features)),
+            Deviation::NotScaled {
+                modules, reason, ..
+            } => *not_scaled.entry((modules, reason.to_string())).or_default() += 1,
             Deviation::Skipped { .. } => skipped += 1,
             Deviation::Unreached { .. } => unreached += 1,
             Deviation::DampingRaised {
@@ -112,6 +117,11 @@ fn notes(report: &RunReport) -> Vec<String> {
         let names = projections.join(", ");
         notes.push(format!(
             "note: layer {layer_idx}: tokens weigh alike in {names}: {reason}\n"
+        ));
+    }
+    for ((modules, reason), n) in not_scaled {
+        notes.push(format!(
+            "note: inputs of {modules} not scaled in {n} layers: {reason}\n"
         ));
     }
     let shortest = few.iter().min_by(|a, b| {

@@ -12,8 +12,10 @@
 //! Source: arXiv:2508.03351 §3.2, eqs. of the importance factor; the first-layer rule is ours.
 
 pub mod backward;
+mod modality;
 mod weights;
 
+pub use modality::ModalityRatios;
 pub use weights::{
     ImportanceLoss, ImportanceSettings, LayerImportance, SampleFactors, TokenNorm, Uniform,
 };

@@ -36,8 +36,8 @@ pub(super) struct Sample {
     pub(super) index: usize,
     /// File and line or row, for messages.
     pub(super) origin: String,
-    classes: Vec<TokenClass>,
-    context: TokenContext,
+    pub(super) classes: Vec<TokenClass>,
+    pub(super) context: TokenContext,
     /// What the first layers' outputs have added to them, in both streams.
     deepstack: Vec<HiddenState>,
     /// U: the residual stream that the next addition goes to, `[n_tokens, hidden]`.

@@ -6,20 +6,25 @@
 //! - [`gptq()`] rounds column after column and lets the later columns make up for each error; with
 //!   [`SolverSettings::alpha`] it also pulls towards the full-precision stream (GPTAQ).
 //!
+//! [`scale`] and [`search_limits`] are what AWQ searches for before it rounds to nearest.
+//!
 //! [`mod@reference`] is the same method written from its definition, which [`gptq()`] is tested
 //! against. Token weights (VLMQ) live in the statistics alone; no solver knows of them.
 
 mod factor;
 pub mod gptq;
 mod grid;
+mod limit;
 mod loss;
 mod pull;
 pub mod reference;
 mod rtn;
+pub mod scale;
 mod triangle;
 
 pub use factor::Factor;
 pub use gptq::gptq;
+pub use limit::{limited, search_limits};
 pub use loss::layer_loss;
 pub use rtn::rtn;
 
