@@ -54,13 +54,19 @@ fn losses(modules: &[ModuleReport]) -> String {
 
 /// Where the seconds went, by layer and stage.
 fn profile(report: &RunReport) -> String {
+    // Few methods search.
+    let is_shown = |s: &&str| *s != "search" || report.seconds.contains_key(*s);
+    let stages: Vec<&str> = STAGES.into_iter().filter(is_shown).collect();
     let line = |name: &str, seconds: &BTreeMap<String, f64>| {
-        let cells = STAGES.map(|stage| seconds.get(stage).copied().unwrap_or(0.0));
-        let cells = cells.map(|seconds| format!("{seconds:>11.2}"));
-        format!("{name:<8}{}\n", cells.concat())
+        let cell = |stage: &&str| format!("{:>11.2}", seconds.get(*stage).unwrap_or(&0.0));
+        let cells: String = stages.iter().map(cell).collect();
+        format!("{name:<8}{cells}\n")
     };
     let mut text = format!("{:<8}", "seconds");
-    text += &STAGES.map(|s| format!("{s:>11}")).concat();
+    text += &stages
+        .iter()
+        .map(|s| format!("{s:>11}"))
+        .collect::<String>();
     text.push('\n');
     for (layer_idx, seconds) in report.layers.iter().enumerate() {
         text += &line(&layer_idx.to_string(), seconds);
