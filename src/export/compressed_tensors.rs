@@ -417,7 +417,8 @@ fn digest(weight: &QuantizedWeight) -> blake3::Hash {
     hasher.finalize()
 }
 
-fn copy_side_files(source: &Checkpoint, pending: &PendingFolder) -> Result<Vec<String>> {
+/// Copies every file beside the weights but `config.json`, and names them.
+pub(crate) fn copy_side_files(source: &Checkpoint, pending: &PendingFolder) -> Result<Vec<String>> {
     let mut copied = Vec::new();
     for path in source.side_files()? {
         let name = path.file_name().unwrap_or_default();

@@ -4,7 +4,7 @@
 //! only the rows that a prompt needs.
 
 use crate::checkpoint::Checkpoint;
-use crate::model::architecture::{Architecture, PositionRule};
+use crate::model::architecture::{Architecture, Names, PositionRule};
 use crate::model::context::TokenContext;
 use crate::model::decoder::DecoderLayer;
 use crate::model::decoder_config::{Ahead, DecoderConfig};
@@ -316,6 +316,11 @@ impl ModelSource {
     pub fn context_of_text(&self, positions: &Positions) -> Result<TokenContext> {
         let groups = vec![0; positions.ids[0].len()];
         TokenContext::new(self.decoder(), &positions.ids, groups, &self.device)
+    }
+
+    /// Names of the decoder's parts.
+    pub fn names(&self) -> &Names {
+        &self.architecture.names
     }
 
     fn embedding_name(&self) -> String {

@@ -2,6 +2,7 @@ mod bad_input;
 mod damaged_parts;
 mod flow;
 mod resume;
+mod rotation;
 mod small_flow;
 mod text_flow;
 mod tiny;
