@@ -128,13 +128,9 @@ pub fn quantize_folder(
         settings: settings(recipe),
         calibration,
         n_resumed_layers,
-        modules: Vec::new(),
-        scales: Vec::new(),
-        changed: Vec::new(),
         deviations: idle_rules(model, recipe),
-        layers: Vec::new(),
         seconds,
-        peak_memory_bytes: None,
+        ..RunReport::default()
     };
     layers.into_iter().for_each(|layer| report.add_layer(layer));
     let total = began.elapsed().as_secs_f64();

@@ -86,7 +86,6 @@ fn notes(report: &RunReport) -> Vec<String> {
     let mut alike: BTreeMap<(usize, String), Vec<&str>> = BTreeMap::new();
     let mut few: Vec<(&str, f64, usize)> = Vec::new();
     let (mut skipped, mut unreached) = (0, 0);
-    let mut not_scaled: BTreeMap<(&str, String), usize> = BTreeMap::new();
     for deviation in &report.deviations {
         match deviation {
             Deviation::UniformWeights {
@@ -102,9 +101,7 @@ fn notes(report: &RunReport) -> Vec<String> {
                 effective_sample_size,
                 in_features,
             } => few.push((module, *effective_sample_size, *in_features)),
-            Deviation::NotScaled {
-                modules, reason, ..
-            } => *not_scaled.entry((modules, reason.to_string())).or_default() += 1,
+            Deviation::NotScaled { .. } => {}
             Deviation::Skipped { .. } => skipped += 1,
             Deviation::Unreached { .. } => unreached += 1,
             Deviation::DampingRaised {
@@ -125,11 +122,7 @@ fn notes(report: &RunReport) -> Vec<String> {
             "note: layer {layer_idx}: tokens weigh alike in {names}: {reason}\n"
         ));
     }
-    for ((modules, reason), n) in not_scaled {
-        notes.push(format!(
-            "note: inputs of {modules} not scaled in {n} layers: {reason}\n"
-        ));
-    }
+    notes.extend(not_scaled(&report.deviations));
     let shortest = few.iter().min_by(|a, b| {
         let tokens_per_input = |(_, n, inputs): &(&str, f64, usize)| n / *inputs as f64;
         tokens_per_input(a).total_cmp(&tokens_per_input(b))
@@ -164,6 +157,23 @@ fn notes(report: &RunReport) -> Vec<String> {
     notes
 }
 
+/// Of all layers in which the same is not scaled, one note.
+fn not_scaled(deviations: &[Deviation]) -> impl Iterator<Item = String> {
+    let mut alike: BTreeMap<(&str, String), usize> = BTreeMap::new();
+    for deviation in deviations {
+        if let Deviation::NotScaled {
+            modules, reason, ..
+        } = deviation
+        {
+            *alike.entry((modules, reason.to_string())).or_default() += 1;
+        }
+    }
+    let note = |((modules, reason), n)| {
+        format!("note: inputs of {modules} not scaled in {n} layers: {reason}\n")
+    };
+    alike.into_iter().map(note)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -183,6 +193,8 @@ mod tests {
             "schema": 1, "vlmq": "", "method": "", "settings": {}, "calibration": null,
             "modules": [], "seconds": {}, "peak_memory_bytes": null,
             "deviations": [alike("q"), few("a", 20.0), alike("k"), few("b", 10.0),
+                {"kind": "not_scaled", "layer_idx": 0, "modules": "o", "reason": "grouped_queries"},
+                {"kind": "not_scaled", "layer_idx": 1, "modules": "o", "reason": "grouped_queries"},
                 {"kind": "idle_rule", "pattern": "x"}],
         });
         let report: RunReport = serde_json::from_value(report).unwrap();
@@ -191,6 +203,8 @@ mod tests {
             [
                 "note: the rule \"x\" matched no module\n",
                 "note: layer 0: tokens weigh alike in q, k: nothing is quantized before them\n",
+                "note: inputs of o not scaled in 2 layers: several heads of queries share their \
+                 values\n",
                 "note: 2 of 0 modules have fewer tokens than inputs and rest on damping, b most \
                  (10 for 100): more samples would help\n",
             ]

@@ -20,7 +20,7 @@ pub const SCHEMA: u32 = 1;
 pub const REPORT_FILE: &str = "vlmq_report.json";
 
 /// A whole run.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct RunReport {
     /// Version of this form.
     pub schema: u32,

@@ -7,7 +7,8 @@
 //! that the quotient is exact and the model's function is kept.
 //!
 //! Source: arXiv:2306.00978 §3.2; mit-han-lab/llm-awq@d6e797a auto_scale.py. Differs: the grid is
-//! the one that is written (range widened to hold 0, scales in their storage type), exact quotients.
+//! the one that is written (range widened to hold 0, scales in their storage type), quotients are
+//! exact.
 
 use super::{Clip, rtn};
 use crate::plan::Scheme;

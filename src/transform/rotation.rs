@@ -12,9 +12,9 @@
 //! A head that is the embedding gets a tensor of its own, and the configuration says so. All is
 //! computed in f64 and rounded once, to the source's types, or to f32.
 //!
-//! Exact for pre-norm decoders with RMS norms. Refused by name: norms after attention and MLP, which
-//! see a turned stream with a weight of their own; mixtures of experts, whose routers and fused
-//! tensors are not turned; towers whose outputs are not known by name.
+//! Exact for pre-norm decoders with RMS norms. Refused by name: norms after attention and MLP,
+//! which have weights of their own between the linears and the stream; mixtures of experts, whose
+//! routers and fused tensors are not turned; towers whose outputs are not known by name.
 //!
 //! Source: arXiv:2404.00456 (QuaRot) §4, without its online rotations. Differs: embeddings keep
 //! their mean, which an RMS norm does not take away.
