@@ -131,6 +131,26 @@ pub fn quantize(
     observer: &dyn Observer,
     sink: &mut dyn LayerSink,
 ) -> Result<Vec<LayerOutcome>> {
+    let search = ScaleSearch::of(recipe);
+    quantize_with(model, calibration, recipe, search.as_ref(), observer, sink)
+}
+
+/// As [`quantize`], with scales of input channels searched for as `search` says, and linears
+/// rounded to nearest then; without it as the recipe's method does it.
+///
+/// # Errors
+/// As [`quantize`], and those of [`ScaleSearch::check`].
+pub fn quantize_with(
+    model: &ModelSource,
+    calibration: CalibrationSet,
+    recipe: &Recipe,
+    search: Option<&ScaleSearch>,
+    observer: &dyn Observer,
+    sink: &mut dyn LayerSink,
+) -> Result<Vec<LayerOutcome>> {
+    if let Some(search) = search {
+        search.check(model)?;
+    }
     if recipe.needs_calibration() && calibration.samples.is_empty() {
         return Err(Error::Invalid {
             what: "calibration".into(),
@@ -140,7 +160,6 @@ pub fn quantize(
     let modules = model.modules();
     let schemes = modules.iter().filter_map(|m| recipe.scheme_of(&m.name));
     let with_full = recipe.needs_full_stream(&schemes.collect::<Vec<Scheme>>());
-    let search = ScaleSearch::of(recipe, model)?;
     let mut streams = Streams::new(calibration, model.decoder(), with_full)?;
     let n_layers = model.decoder().n_layers;
     let mut outcomes = Vec::new();
@@ -157,7 +176,7 @@ pub fn quantize(
         };
         let finished = sink.finished(layer_idx)?;
         let was_finished = finished.is_some();
-        match (finished, &search) {
+        match (finished, search) {
             (Some(finished), Some(_)) => {
                 run.pass_layer(&mut streams)?;
                 run.outcome = finished.outcome;

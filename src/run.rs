@@ -54,7 +54,9 @@ pub struct RunOptions {
 /// [`Error::Invalid`] if no module is left; [`Error::Unsupported`] for a method that this model
 /// cannot be quantized with.
 pub fn module_plan(model: &ModelSource, recipe: &Recipe) -> Result<Vec<ModulePlan>> {
-    ScaleSearch::of(recipe, model)?;
+    if let Some(search) = ScaleSearch::of(recipe) {
+        search.check(model)?;
+    }
     let mut plan = Vec::new();
     let mut problems: Vec<Error> = Vec::new();
     for module in model.modules() {

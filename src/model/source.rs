@@ -168,6 +168,18 @@ impl ModelSource {
             .digest(&format!("{}.", self.layer_prefix(layer_idx)))
     }
 
+    /// A digest of all tensors that are not the decoder's: those of the tower, with what joins it
+    /// to the decoder.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::digest`].
+    pub fn tower_digest(&self) -> Result<String> {
+        let Names { decoder, head } = self.names();
+        let parts = ["layers.", "embed_tokens.", "norm."].map(|part| format!("{decoder}.{part}"));
+        let is_decoder = |name: &str| name == head || parts.iter().any(|p| name.starts_with(p));
+        self.checkpoint.digest_of(|name| !is_decoder(name))
+    }
+
     /// Loads the final norm and the head.
     ///
     /// # Errors

@@ -62,19 +62,21 @@ impl ScaleSearch {
     }
 
     /// The search of a recipe's method, if it has one.
+    pub fn of(recipe: &Recipe) -> Option<Self> {
+        (recipe.method == Method::Awq).then(Self::awq)
+    }
+
+    /// Whether it can be done on this model.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for a model that it cannot be done on.
-    pub fn of(recipe: &Recipe, model: &ModelSource) -> Result<Option<Self>> {
-        if recipe.method != Method::Awq {
-            return Ok(None);
+    /// [`Error::Unsupported`] for mixtures of experts.
+    pub fn check(&self, model: &ModelSource) -> Result<()> {
+        if model.decoder().experts.is_none() {
+            return Ok(());
         }
-        if model.decoder().experts.is_some() {
-            let what = "awq on a mixture of experts: the router reads the inputs that would be \
-                        scaled, and scales for each expert are not searched for";
-            return Err(Error::Unsupported { what: what.into() });
-        }
-        Ok(Some(Self::awq()))
+        let what = "scales of input channels on a mixture of experts: the router reads the same \
+                    inputs, and scales for each expert are not searched for";
+        Err(Error::Unsupported { what: what.into() })
     }
 
     fn loss(&self, layer_idx: usize, half: Half) -> OutputLoss {

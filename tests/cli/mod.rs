@@ -3,6 +3,7 @@ mod damaged_parts;
 mod flow;
 mod resume;
 mod rotation;
+mod scales;
 mod small_flow;
 mod text_flow;
 mod tiny;

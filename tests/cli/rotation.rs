@@ -23,6 +23,21 @@ fn logits(home: &Home, model: &Path, name: &str) -> Vec<f32> {
     values.map(|b| f32::from_le_bytes(*b)).collect()
 }
 
+/// KL divergence of a model from the home's own, whose image features are others.
+fn divergence(home: &Home, model: &Path) -> f64 {
+    let mut command = vlmq();
+    command
+        .arg("eval")
+        .arg(model)
+        .arg("--task")
+        .arg(home.questions());
+    let run = command.arg("--reference").arg(home.model()).arg("--json");
+    let run = run.output().unwrap();
+    assert!(run.status.success(), "{}", text(&run.stderr));
+    let tasks = json(&run.stdout)["tasks"].take();
+    tasks["questions"]["kl_per_answer_token"].as_f64().unwrap()
+}
+
 fn rotate(model: &Path, output: &Path, flags: &[&str]) -> serde_json::Value {
     let mut command = vlmq();
     command.arg("rotate").arg(model).arg("--output").arg(output);
@@ -65,6 +80,7 @@ fn a_turned_model_gives_the_same_logits() {
         assert!(relative(&after, &before) < 1e-4, "{kind}");
         let changed = read_tensors(&turned);
         assert_eq!(changed["lm_head.weight"].dtype, Dtype::F32);
+        assert!(divergence(&home, &turned) < 1e-6, "{kind}");
         for (name, tensor) in read_tensors(&home.model()) {
             assert_eq!(changed[&name].shape, tensor.shape, "{name}");
         }
