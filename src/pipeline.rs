@@ -13,11 +13,14 @@
 //! Source: arXiv:2508.03351 §3; the order of stages is GPTQ's true-sequential one.
 
 mod inputs;
+mod outputs;
+mod scaled;
 mod stage;
 mod streams;
 
 use crate::calibration::CalibrationSet;
 use crate::importance::{ImportanceSettings, LayerImportance};
+use crate::model::changed::ChangedTensor;
 use crate::model::decoder::DecoderLayer;
 use crate::model::layer_source::LayerSource;
 use crate::model::linear::matrix_from_tensor;
@@ -25,10 +28,11 @@ use crate::model::projection::{Projection, Slot};
 use crate::model::source::{ModelSource, Module};
 use crate::plan::Scheme;
 use crate::recipe::Recipe;
-use crate::report::{Deviation, ModuleReport, log};
+use crate::report::{ChangeReport, Deviation, ModuleReport, ScaleReport, log};
 use crate::solver::{Factor, gptq, rtn};
 use crate::{Error, QuantizedWeight, Result};
 use inputs::{Shared, Summed};
+pub use scaled::ScaleSearch;
 use serde::{Deserialize, Serialize};
 use stage::Stage;
 use std::collections::{BTreeMap, HashMap};
@@ -61,6 +65,12 @@ impl Observer for Unobserved {
 pub struct LayerOutcome {
     /// One entry per module, in solving order.
     pub modules: Vec<ModuleReport>,
+    /// Scales that were searched for.
+    #[serde(default)]
+    pub scales: Vec<ScaleReport>,
+    /// Plain tensors that are not the source's.
+    #[serde(default)]
+    pub changed: Vec<ChangeReport>,
     /// Everything that went another way than planned.
     pub deviations: Vec<Deviation>,
     /// Wall time per stage in seconds.
@@ -71,6 +81,8 @@ pub struct LayerOutcome {
 pub struct FinishedLayer {
     /// Modules by name, in solving order.
     pub weights: Vec<(String, QuantizedWeight)>,
+    /// Plain tensors that are not the source's, by name.
+    pub tensors: Vec<(String, Vec<f32>)>,
     /// What it had to tell.
     pub outcome: LayerOutcome,
 }
@@ -90,6 +102,12 @@ pub trait LayerSink {
     /// # Errors
     /// The sink's own, which end the run.
     fn module(&mut self, module: &Module, weight: &QuantizedWeight) -> Result<()>;
+
+    /// Takes a plain tensor that is not the source's.
+    ///
+    /// # Errors
+    /// The sink's own, which end the run.
+    fn tensor(&mut self, tensor: &ChangedTensor) -> Result<()>;
 
     /// All modules of a layer were taken.
     ///
@@ -113,7 +131,27 @@ pub fn quantize(
     observer: &dyn Observer,
     sink: &mut dyn LayerSink,
 ) -> Result<Vec<LayerOutcome>> {
+    let search = ScaleSearch::of(recipe);
+    quantize_with(model, calibration, recipe, search.as_ref(), observer, sink)
+}
+
+/// As [`quantize`], with scales of input channels searched for as `search` says, and linears
+/// rounded to nearest then; without it as the recipe's method does it.
+///
+/// # Errors
+/// As [`quantize`], and those of [`ScaleSearch::check`].
+pub fn quantize_with(
+    model: &ModelSource,
+    calibration: CalibrationSet,
+    recipe: &Recipe,
+    search: Option<&ScaleSearch>,
+    observer: &dyn Observer,
+    sink: &mut dyn LayerSink,
+) -> Result<Vec<LayerOutcome>> {
     recipe.check()?;
+    if let Some(search) = search {
+        search.check(model)?;
+    }
     if recipe.needs_calibration() && calibration.samples.is_empty() {
         return Err(Error::Invalid {
             what: "calibration".into(),
@@ -139,11 +177,20 @@ pub fn quantize(
         };
         let finished = sink.finished(layer_idx)?;
         let was_finished = finished.is_some();
-        match (finished, recipe.needs_calibration()) {
-            (Some(finished), true) => run.finished_layer(finished, &mut streams)?,
-            (Some(finished), false) => run.outcome = finished.outcome,
-            (None, true) => run.calibrated_layer(&mut streams, sink)?,
-            (None, false) => run.nearest_layer(sink)?,
+        match (finished, search) {
+            (Some(finished), Some(_)) => {
+                run.pass_layer(&mut streams)?;
+                run.outcome = finished.outcome;
+            }
+            (None, Some(search)) => run.scaled_layer(&mut streams, sink, search)?,
+            (Some(finished), None) if recipe.needs_calibration() => {
+                run.finished_layer(finished, &mut streams)?;
+            }
+            (Some(finished), None) => run.outcome = finished.outcome,
+            (None, None) if recipe.needs_calibration() => {
+                run.calibrated_layer(&mut streams, sink)?;
+            }
+            (None, None) => run.nearest_layer(sink)?,
         }
         log::layer(layer_idx, &run.outcome, was_finished);
         outcomes.push(run.outcome);

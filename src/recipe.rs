@@ -27,6 +27,8 @@ const DTYPES: [(&str, StatisticsDtype); 2] = [
 pub enum Method {
     /// Round to nearest, without calibration.
     Rtn,
+    /// Round to nearest after input channels are scaled and weights limited (arXiv:2306.00978).
+    Awq,
     /// Every token alike (arXiv:2210.17323).
     Gptq,
     /// Every token alike, corrected for the drift of the inputs (arXiv:2504.02692).
@@ -39,8 +41,9 @@ pub enum Method {
 
 impl Method {
     /// All of them, from the simplest on.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Rtn,
+        Self::Awq,
         Self::Gptq,
         Self::Gptaq,
         Self::VlmqV1,
@@ -51,6 +54,7 @@ impl Method {
     pub fn name(self) -> &'static str {
         match self {
             Self::Rtn => "rtn",
+            Self::Awq => "awq",
             Self::Gptq => "gptq",
             Self::Gptaq => "gptaq",
             Self::VlmqV1 => "vlmq-v1",
@@ -60,7 +64,7 @@ impl Method {
 
     fn importance(self) -> Option<ImportanceSettings> {
         match self {
-            Self::Rtn | Self::Gptq | Self::Gptaq => None,
+            Self::Rtn | Self::Awq | Self::Gptq | Self::Gptaq => None,
             Self::VlmqV1 => Some(ImportanceSettings::paper(1.0)),
             Self::VlmqV2 => Some(ImportanceSettings::paper(2.0)),
         }
@@ -69,7 +73,7 @@ impl Method {
     /// GPTAQ's published α, except where the paper falls back to GPTQ: at 2 bits.
     fn alpha(self, bits: u8) -> f32 {
         match self {
-            Self::Rtn | Self::Gptq => 0.0,
+            Self::Rtn | Self::Awq | Self::Gptq => 0.0,
             Self::Gptaq => 0.25,
             Self::VlmqV1 | Self::VlmqV2 if bits <= 2 => 0.0,
             Self::VlmqV1 | Self::VlmqV2 => 0.25,
@@ -86,7 +90,9 @@ impl FromStr for Method {
         }
         let known = Self::ALL.into_iter().find(|method| method.name() == name);
         known.ok_or_else(|| Error::Unsupported {
-            what: format!("method {name:?}; rtn, gptq, gptaq, vlmq-v1 and vlmq-v2 are implemented"),
+            what: format!(
+                "method {name:?}; rtn, awq, gptq, gptaq, vlmq-v1 and vlmq-v2 are implemented"
+            ),
         })
     }
 }

@@ -12,8 +12,8 @@ use crate::families::open_processor;
 use crate::hidden_states::Store;
 use crate::journal::{Fingerprint, Journal, LayerWriter, Resume};
 use crate::memory::plan_memory;
-use crate::model::{ModelSource, Module};
-use crate::pipeline::{self, FinishedLayer, LayerOutcome, LayerSink, Observer};
+use crate::model::{ChangedTensor, ModelSource, Module};
+use crate::pipeline::{self, FinishedLayer, LayerOutcome, LayerSink, Observer, ScaleSearch};
 use crate::recipe::Recipe;
 use crate::report::{
     CalibrationReport, Deviation, REPORT_FILE, RunReport, SCHEMA, peak_memory_bytes,
@@ -51,9 +51,13 @@ pub struct RunOptions {
 ///
 /// # Errors
 /// [`Error::Invalid`] naming every module whose columns its group size does not divide;
-/// [`Error::Invalid`] if no module is left.
+/// [`Error::Invalid`] if no module is left; [`Error::Unsupported`] for a method that this model
+/// cannot be quantized with.
 pub fn module_plan(model: &ModelSource, recipe: &Recipe) -> Result<Vec<ModulePlan>> {
     recipe.check()?;
+    if let Some(search) = ScaleSearch::of(recipe) {
+        search.check(model)?;
+    }
     let mut plan = Vec::new();
     let mut problems: Vec<Error> = Vec::new();
     for module in model.modules() {
@@ -127,11 +131,9 @@ pub fn quantize_folder(
         settings: settings(recipe),
         calibration,
         n_resumed_layers,
-        modules: Vec::new(),
         deviations: idle_rules(model, recipe),
-        layers: Vec::new(),
         seconds,
-        peak_memory_bytes: None,
+        ..RunReport::default()
     };
     layers.into_iter().for_each(|layer| report.add_layer(layer));
     let total = began.elapsed().as_secs_f64();
@@ -155,6 +157,19 @@ struct Journaled<'a> {
     layer: Option<LayerWriter>,
 }
 
+impl Journaled<'_> {
+    /// The file of the layer at work.
+    fn layer_writer(&mut self, layer_idx: usize) -> Result<&mut LayerWriter> {
+        match &mut self.layer {
+            Some(layer) => Ok(layer),
+            none => {
+                let path = self.journal.layer_path(layer_idx);
+                Ok(none.insert(LayerWriter::create(path)?))
+            }
+        }
+    }
+}
+
 impl LayerSink for Journaled<'_> {
     fn finished(&mut self, layer_idx: usize) -> Result<Option<FinishedLayer>> {
         let digest = || self.model.layer_digest(layer_idx);
@@ -164,19 +179,22 @@ impl LayerSink for Journaled<'_> {
         for (name, weight) in &layer.weights {
             self.exporter.write_module(name, weight)?;
         }
+        for (name, values) in &layer.tensors {
+            self.exporter.write_tensor(name, values)?;
+        }
         Ok(Some(layer))
     }
 
     fn module(&mut self, module: &Module, weight: &QuantizedWeight) -> Result<()> {
-        let layer = match &mut self.layer {
-            Some(layer) => layer,
-            None => {
-                let path = self.journal.layer_path(module.layer_idx);
-                self.layer.insert(LayerWriter::create(path)?)
-            }
-        };
+        let layer = self.layer_writer(module.layer_idx)?;
         layer.module(&module.name, weight)?;
         self.exporter.write_module(&module.name, weight)
+    }
+
+    fn tensor(&mut self, tensor: &ChangedTensor) -> Result<()> {
+        let layer = self.layer_writer(tensor.layer_idx)?;
+        layer.tensor(&tensor.name, &tensor.values);
+        self.exporter.write_tensor(&tensor.name, &tensor.values)
     }
 
     fn layer(&mut self, layer_idx: usize, outcome: &LayerOutcome) -> Result<()> {

@@ -13,7 +13,7 @@ use crate::eval::{
 };
 use crate::model::LoadedModel;
 use crate::model::decoder::DecoderLayer;
-use crate::model::{ModelSource, Module};
+use crate::model::{ChangedTensor, ModelSource, Module};
 use crate::pipeline::{self, LayerSink, Observer};
 use crate::plan::{ScaleDtype, Scheme};
 use crate::processor::MAX_TEXT_TOKENS;
@@ -427,17 +427,26 @@ pub fn quantize_in_memory(
     let layers = (0..n_layers)
         .map(|i| model.load_layer(i))
         .collect::<Result<Vec<_>>>()?;
-    let mut layers = InMemory(layers);
-    pipeline::quantize(model, samples, recipe, observer, &mut layers)?;
-    Ok(layers.0)
+    let mut sink = InMemory { model, layers };
+    pipeline::quantize(model, samples, recipe, observer, &mut sink)?;
+    Ok(sink.layers)
 }
 
-/// Takes each module to its place in the layers.
-struct InMemory(Vec<DecoderLayer>);
+/// Takes each module and each changed tensor to its place in the layers.
+struct InMemory<'a> {
+    model: &'a ModelSource,
+    layers: Vec<DecoderLayer>,
+}
 
-impl LayerSink for InMemory {
+impl LayerSink for InMemory<'_> {
+    fn tensor(&mut self, tensor: &ChangedTensor) -> Result<()> {
+        let layer = &mut self.layers[tensor.layer_idx];
+        let source = self.model.layer_source(tensor.layer_idx);
+        source.put(layer, tensor.part, &tensor.values)
+    }
+
     fn module(&mut self, module: &Module, weight: &QuantizedWeight) -> Result<()> {
-        let layer = &mut self.0[module.layer_idx];
+        let layer = &mut self.layers[module.layer_idx];
         let linear = layer.linear(module.slot)?;
         let linear = linear.with_weight(weight.dequantize())?;
         layer.replace(module.slot, linear);

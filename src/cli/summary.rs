@@ -5,11 +5,12 @@ use std::collections::BTreeMap;
 use vlmq::importance::Safeguarded;
 use vlmq::report::{Deviation, ModuleReport, RunReport};
 
-const STAGES: [&str; 7] = [
+const STAGES: [&str; 8] = [
     "load",
     "forward",
     "importance",
     "statistics",
+    "search",
     "factor",
     "solve",
     "write",
@@ -54,13 +55,19 @@ fn losses(modules: &[ModuleReport]) -> String {
 
 /// Where the seconds went, by layer and stage.
 fn profile(report: &RunReport) -> String {
+    // Few methods search.
+    let is_shown = |s: &&str| *s != "search" || report.seconds.contains_key(*s);
+    let stages: Vec<&str> = STAGES.into_iter().filter(is_shown).collect();
     let line = |name: &str, seconds: &BTreeMap<String, f64>| {
-        let cells = STAGES.map(|stage| seconds.get(stage).copied().unwrap_or(0.0));
-        let cells = cells.map(|seconds| format!("{seconds:>11.2}"));
-        format!("{name:<8}{}\n", cells.concat())
+        let cell = |stage: &&str| format!("{:>11.2}", seconds.get(*stage).unwrap_or(&0.0));
+        let cells: String = stages.iter().map(cell).collect();
+        format!("{name:<8}{cells}\n")
     };
     let mut text = format!("{:<8}", "seconds");
-    text += &STAGES.map(|s| format!("{s:>11}")).concat();
+    text += &stages
+        .iter()
+        .map(|s| format!("{s:>11}"))
+        .collect::<String>();
     text.push('\n');
     for (layer_idx, seconds) in report.layers.iter().enumerate() {
         text += &line(&layer_idx.to_string(), seconds);
@@ -97,6 +104,7 @@ fn notes(report: &RunReport) -> Vec<String> {
                 in_features,
             } => few.push((module, *effective_sample_size, *in_features)),
             Deviation::Safeguarded { changes, .. } => guarded.push(changes),
+            Deviation::NotScaled { .. } => {}
             Deviation::Skipped { .. } => skipped += 1,
             Deviation::Unreached { .. } => unreached += 1,
             Deviation::DampingRaised {
@@ -118,6 +126,7 @@ fn notes(report: &RunReport) -> Vec<String> {
         ));
     }
     notes.extend(safeguards(&guarded));
+    notes.extend(not_scaled(&report.deviations));
     let shortest = few.iter().min_by(|a, b| {
         let tokens_per_input = |(_, n, inputs): &(&str, f64, usize)| n / *inputs as f64;
         tokens_per_input(a).total_cmp(&tokens_per_input(b))
@@ -172,6 +181,23 @@ fn safeguards(all: &[&Safeguarded]) -> Option<String> {
     ))
 }
 
+/// Of all layers in which the same is not scaled, one note.
+fn not_scaled(deviations: &[Deviation]) -> impl Iterator<Item = String> {
+    let mut alike: BTreeMap<(&str, String), usize> = BTreeMap::new();
+    for deviation in deviations {
+        if let Deviation::NotScaled {
+            modules, reason, ..
+        } = deviation
+        {
+            *alike.entry((modules, reason.to_string())).or_default() += 1;
+        }
+    }
+    let note = |((modules, reason), n)| {
+        format!("note: inputs of {modules} not scaled in {n} layers: {reason}\n")
+    };
+    alike.into_iter().map(note)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -191,6 +217,8 @@ mod tests {
             "schema": 1, "vlmq": "", "method": "", "settings": {}, "calibration": null,
             "modules": [], "seconds": {}, "peak_memory_bytes": null,
             "deviations": [alike("q"), few("a", 20.0), alike("k"), few("b", 10.0),
+                {"kind": "not_scaled", "layer_idx": 0, "modules": "o", "reason": "grouped_queries"},
+                {"kind": "not_scaled", "layer_idx": 1, "modules": "o", "reason": "grouped_queries"},
                 {"kind": "idle_rule", "pattern": "x"}],
         });
         let report: RunReport = serde_json::from_value(report).unwrap();
@@ -199,6 +227,8 @@ mod tests {
             [
                 "note: the rule \"x\" matched no module\n",
                 "note: layer 0: tokens weigh alike in q, k: nothing is quantized before them\n",
+                "note: inputs of o not scaled in 2 layers: several heads of queries share their \
+                 values\n",
                 "note: 2 of 0 modules have fewer tokens than inputs and rest on damping, b most \
                  (10 for 100): more samples would help\n",
             ]

@@ -64,10 +64,12 @@ pub struct EvalItem {
 }
 
 /// An image that several questions may share. The tower is never quantized, so its features are
-/// computed once for all models of a comparison.
+/// computed once for all models of a comparison that have the tower of the first; towers of turned
+/// models are others.
 struct EvalImage {
     input: Arc<VisionInput>,
-    features: OnceLock<ImageFeatures>,
+    /// With the digest of the tower.
+    features: OnceLock<(String, ImageFeatures)>,
 }
 
 /// The questions, those with the same images together as they stand in the file.
@@ -114,11 +116,14 @@ impl EvalItem {
     /// As [`LoadedModel::image_features`].
     pub fn features(&self, model: &LoadedModel) -> Result<Vec<ImageFeatures>> {
         let one = |image: &Arc<EvalImage>| {
-            if let Some(features) = image.features.get() {
+            let kept = image.features.get();
+            if let Some((_, features)) = kept.filter(|(tower, _)| tower == model.tower_digest()) {
                 return Ok(features.clone());
             }
             let features = model.image_features(&image.input)?;
-            Ok(image.features.get_or_init(|| features).clone())
+            let tower = || model.tower_digest().to_owned();
+            image.features.get_or_init(|| (tower(), features.clone()));
+            Ok(features)
         };
         self.images.iter().map(one).collect()
     }

@@ -28,11 +28,13 @@ pub mod backward;
 mod draw;
 mod factors;
 mod linear_loss;
+mod modality;
 mod safeguards;
 mod settings;
 mod weights;
 
 pub use factors::{FullPass, SampleFactors, SampleInLayer};
+pub use modality::ModalityRatios;
 pub use safeguards::{Safeguarded, Safeguards};
 pub use settings::{
     Granularity, ImportanceLoss, ImportanceModules, ImportanceSettings, ImportanceSource, TokenNorm,

@@ -37,7 +37,7 @@ pub(super) struct Sample {
     /// File and line or row, for messages.
     pub(super) origin: String,
     pub(super) classes: Vec<TokenClass>,
-    context: TokenContext,
+    pub(super) context: TokenContext,
     /// What the first layers' outputs have added to them, in both streams.
     deepstack: Vec<HiddenState>,
     /// U: the residual stream that the next addition goes to, `[n_tokens, hidden]`.

@@ -7,6 +7,8 @@
 //!   [`SolverSettings::alpha`] it also corrects the drift of its inputs ([`Target`]), and with
 //!   [`SolverSettings::sweeps`] it goes over codes and scales again ([`mod@refine`]).
 //!
+//! [`scale`] and [`search_limits`] are what AWQ searches for before it rounds to nearest.
+//!
 //! [`mod@reference`] is the same method written from its definition, which [`gptq()`] is tested
 //! against. Token weights (VLMQ) live in the statistics alone; no solver knows of them.
 
@@ -15,14 +17,17 @@ mod factor;
 mod gain;
 pub mod gptq;
 mod grid;
+mod limit;
 mod loss;
 pub mod reference;
 mod refine;
 mod rtn;
+pub mod scale;
 mod triangle;
 
 pub use factor::Factor;
 pub use gptq::gptq;
+pub use limit::{limited, search_limits};
 pub use loss::layer_loss;
 pub use rtn::rtn;
 

@@ -435,3 +435,64 @@ fn nobody_has_to_listen_to_the_end() {
     assert!(child.wait().unwrap().success());
     assert!(home.output().join("config.json").exists());
 }
+
+/// AWQ changes norms, tells which, and nothing else than the linears beside them; and where codes
+/// are fine, the model stays what it was, as no fold could leave it that is not undone elsewhere.
+#[test]
+fn awq_folds_its_scales_into_norms() {
+    let home = Home::new(Spelling::USUAL);
+    let mut command = vlmq();
+    command.arg("quantize").arg(home.model());
+    command.arg("--calibration").arg(home.data());
+    command.arg("--output").arg(home.output());
+    command.args(["--samples", "4", "--group-size", "32", "--bits", "3"]);
+    let run = command
+        .args(["--method", "awq", "--json"])
+        .output()
+        .unwrap();
+    assert!(run.status.success(), "{}", text(&run.stderr));
+    let report = json(&run.stdout)["report"].take();
+    let named = |key: &str| -> Vec<String> {
+        let entries = report[key].as_array().unwrap().iter();
+        entries
+            .map(|c| c["name"].as_str().unwrap().to_owned())
+            .collect()
+    };
+    let changed = named("changed");
+    assert!(!changed.is_empty());
+    let (source, written) = (read_tensors(&home.model()), read_tensors(&home.output()));
+    for (name, tensor) in &source {
+        if let Some(found) = written.get(name) {
+            assert_eq!(changed.contains(name), found != tensor, "{name}");
+            assert_eq!((found.dtype, &found.shape), (tensor.dtype, &tensor.shape));
+            assert!(found == tensor || name.contains("layernorm"), "{name}");
+        }
+    }
+    // Grouped queries leave three searches in each layer.
+    assert_eq!(
+        report["scales"].as_array().unwrap().len(),
+        N_MODULES / 7 * 3
+    );
+    let deviations = report["deviations"].as_array().unwrap();
+    let not_scaled = deviations.iter().filter(|d| d["kind"] == "not_scaled");
+    assert_eq!(not_scaled.count(), N_MODULES / 7);
+    assert_usable(&home, &home.output());
+}
+
+#[test]
+fn awq_keeps_the_function_of_the_model() {
+    let home = Home::new(Spelling::USUAL);
+    let sweep = home.path().join("sweep.toml");
+    let toml = "model = 'model'\ncalibration = 'data'\ntasks = 'data/questions.jsonl'\n\
+                samples = 3\nseeds = [0]\nmethods = ['rtn', 'awq']\n\
+                bits = [8]\ngroup_sizes = [32]\n";
+    std::fs::write(&sweep, toml).unwrap();
+    let mut command = vlmq();
+    command.arg("compare").arg(&sweep).arg("--json");
+    let run = command.arg("--output").arg(home.path().join("rows.jsonl"));
+    let run = run.output().unwrap();
+    assert!(run.status.success(), "{}", text(&run.stderr));
+    let rows = json(&run.stdout)["rows"].take();
+    let kl = |i: usize| rows[i]["tasks"]["questions"]["kl"].as_f64().unwrap();
+    assert!(kl(2) < 2.0 * kl(1), "{} {}", kl(2), kl(1));
+}
