@@ -180,6 +180,7 @@ impl Variant {
         let mut recipe = Recipe::new(self.method.parse()?, scheme);
         let settings = settings.iter().chain(&self.set);
         settings.into_iter().try_for_each(|s| recipe.set(s))?;
+        recipe.check()?;
         Ok(recipe)
     }
 }

@@ -420,6 +420,56 @@ fn a_sweep_is_resumed() {
     );
 }
 
+/// Variants run under their own names, and each is set beside the baseline seed by seed.
+#[test]
+fn a_sweep_has_variants() {
+    let home = Home::new(Spelling::USUAL);
+    let sweep = home.path().join("sweep.toml");
+    let compare = |variants: &str| {
+        let toml = format!(
+            "model = 'model'\ncalibration = 'data'\ntasks = 'data/questions.jsonl'\n\
+             samples = 3\nskip = 1\nlimit = 2\nseeds = [0, 1]\nmethods = ['gptq']\n\
+             bits = [3]\ngroup_sizes = [-1]\n{variants}"
+        );
+        std::fs::write(&sweep, toml).unwrap();
+        let rows = home.path().join("rows.jsonl");
+        let _ = std::fs::remove_file(&rows);
+        let mut command = vlmq();
+        command.arg("compare").arg(&sweep);
+        command.arg("--output").arg(&rows).arg("--json");
+        command.output().unwrap()
+    };
+    let variant = |name: &str, set: &str| {
+        format!("[[variant]]\nname = '{name}'\nmethod = 'gptaq'\nset = [{set}]\n")
+    };
+    let run = compare(&variant("shifted", "'target=least_squares', 'clip=mse'"));
+    assert!(run.status.success(), "{}", text(&run.stderr));
+    let found = json(&run.stdout);
+    let rows = found["rows"].as_array().unwrap();
+    let named = |name: &str| rows.iter().filter(move |r| r["method"] == name);
+    assert_eq!((named("gptq").count(), named("shifted").count()), (2, 2));
+    assert!(named("shifted").all(|r| r["group_size"].is_null() && r["bits"] == 3));
+    assert_eq!(rows[1]["tasks"]["questions"]["n"], 2);
+    let pair = &found["paired"][0];
+    assert_eq!(
+        (&pair["method"], &pair["baseline"]),
+        (&"shifted".into(), &"gptq".into())
+    );
+    assert_eq!(pair["n_pairs"], 2);
+    assert!(
+        pair["kl_ratio"]["bounds"]
+            .as_array()
+            .is_some_and(|b| b.len() == 2)
+    );
+    let refused = |variants: &str, why: &str| {
+        let run = compare(variants);
+        assert_eq!(run.status.code(), Some(2));
+        assert!(text(&run.stderr).contains(why), "{}", text(&run.stderr));
+    };
+    refused(&variant("gptq", ""), "another one has this name");
+    refused(&variant("swept", "'sweeps=1'"), "target=least_squares");
+}
+
 /// As in `vlmq … | head`: the work is done whether or not somebody reads on.
 #[test]
 fn nobody_has_to_listen_to_the_end() {
