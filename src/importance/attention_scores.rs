@@ -16,8 +16,9 @@ pub(super) fn received(trace: &Attention, min: f64) -> Result<Vec<f32>> {
     let highest = sums.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     let scaled = |sum: &f64| match highest > lowest {
         true => min + (1.0 - min) * (sum - lowest) / (highest - lowest),
-        // All alike, or none finite: the sum says which.
-        false => sum / sum,
+        // All alike; a sum that is no number is not hidden.
+        false if sum.is_finite() => 1.0,
+        false => f64::NAN,
     };
     let scaled: Vec<f64> = sums.iter().map(scaled).collect();
     let mean = scaled.iter().sum::<f64>() / scaled.len() as f64;
