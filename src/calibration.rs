@@ -56,6 +56,8 @@ impl CalibrationSet {
 pub struct CalibrationSample {
     /// File and line or row, for messages.
     pub origin: String,
+    /// Token ids, those of images included.
+    pub input_ids: Vec<u32>,
     /// One class per token.
     pub classes: Vec<TokenClass>,
     /// Where its tokens stand.
@@ -71,6 +73,9 @@ impl CalibrationSample {
         digest.update(&(self.classes.len() as u64).to_le_bytes());
         let classes: Vec<u8> = self.classes.iter().map(|class| *class as u8).collect();
         digest.update(&classes);
+        for id in &self.input_ids {
+            digest.update(&id.to_le_bytes());
+        }
         for group in self.context.groups() {
             digest.update(&group.to_le_bytes());
         }
@@ -153,6 +158,7 @@ fn place(
         embeddings: place(&embedded.rows)?,
         deepstack: deepstack.collect::<Result<_>>()?,
         classes: input.classes,
+        input_ids: input.input_ids,
     })
 }
 

@@ -17,7 +17,7 @@ mod stage;
 mod streams;
 
 use crate::calibration::CalibrationSet;
-use crate::importance::{ImportanceSettings, LayerImportance};
+use crate::importance::{ImportanceLoss, ImportanceSettings, LayerImportance, end_loss};
 use crate::model::decoder::DecoderLayer;
 use crate::model::layer_source::LayerSource;
 use crate::model::projection::{Projection, Slot};
@@ -122,6 +122,11 @@ pub fn quantize(
     let modules = model.modules();
     let schemes = modules.iter().filter_map(|m| recipe.scheme_of(&m.name));
     let with_full = recipe.needs_full_stream(&schemes.collect::<Vec<Scheme>>());
+    let end_loss = recipe
+        .importance
+        .filter(|i| i.loss == ImportanceLoss::Answer);
+    let end_loss = end_loss.map(|i| end_loss::importance(model, &calibration, i, observer));
+    let end_loss = end_loss.transpose()?;
     let mut streams = Streams::new(calibration, model.decoder(), with_full)?;
     let n_layers = model.decoder().n_layers;
     let mut outcomes = Vec::new();
@@ -134,6 +139,7 @@ pub fn quantize(
             layer_idx,
             modules: model.layer_modules(layer_idx),
             source: model.layer_source(layer_idx),
+            end_loss: end_loss.as_ref().and_then(|layers| layers.get(layer_idx)),
             outcome: LayerOutcome::default(),
         };
         let finished = sink.finished(layer_idx)?;
@@ -158,6 +164,8 @@ struct Run<'a> {
     layer_idx: usize,
     modules: Vec<Module>,
     source: LayerSource<'a>,
+    /// Importance by the loss at the end of the model, which was there before the first layer.
+    end_loss: Option<&'a LayerImportance>,
     outcome: LayerOutcome,
 }
 
@@ -204,10 +212,12 @@ impl Run<'_> {
     }
 
     fn calibrated_layer(&mut self, streams: &mut Streams, sink: &mut dyn LayerSink) -> Result<()> {
-        let (mut pair, importance) = self.begin(streams, self.recipe.importance)?;
+        let local = self.recipe.importance.filter(|_| self.end_loss.is_none());
+        let (mut pair, importance) = self.begin(streams, local)?;
+        let importance = importance.as_ref().or(self.end_loss);
         for stage in Stage::ALL {
             self.enter(stage, &mut pair, streams)?;
-            let shared = self.shared(stage, importance.as_ref());
+            let shared = self.shared(stage, importance);
             let dtype = self.recipe.statistics_dtype;
             for some in shared.chunks(GROUPS_AT_ONCE) {
                 let statistics = self.timed("statistics", |_| {

@@ -148,7 +148,8 @@ impl Recipe {
 
     /// Whether the full-precision stream must be followed for any of `schemes`.
     pub fn needs_full_stream(&self, schemes: &[Scheme]) -> bool {
-        self.importance.is_some() || schemes.iter().any(|s| self.alpha(*s) != 0.0)
+        let is_local = |i: ImportanceSettings| i.loss != ImportanceLoss::Answer;
+        self.importance.is_some_and(is_local) || schemes.iter().any(|s| self.alpha(*s) != 0.0)
     }
 
     /// Turns one setting, as `--set key=value` does.
@@ -201,7 +202,8 @@ impl Recipe {
                 self.importance_settings(&invalid)?.loss = match value {
                     "attention" => ImportanceLoss::Attention,
                     "layer" => ImportanceLoss::Layer,
-                    _ => return Err(word("attention, layer")),
+                    "answer" => ImportanceLoss::Answer,
+                    _ => return Err(word("attention, layer, answer")),
                 }
             }
             _ => {

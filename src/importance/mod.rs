@@ -9,9 +9,13 @@
 //! vanishes) gets uniform weights, which is the plain Hessian; the report says where. A weight of
 //! zero for every token never reaches a solver.
 //!
+//! The loss may also be the one at the end of the model ([`end_loss`]), which vanishes nowhere.
+//!
 //! Source: arXiv:2508.03351 §3.2, eqs. of the importance factor; the first-layer rule is ours.
 
 pub mod backward;
+pub mod end_loss;
+pub mod walk;
 mod weights;
 
 pub use weights::{

@@ -1,6 +1,8 @@
 //! From gradients to token weights.
 
-use crate::importance::backward::{self, AttentionGradients, AttentionPass, MlpGradients};
+use crate::importance::backward::{
+    self, AttentionGradients, AttentionPass, LayerGradients, MlpGradients,
+};
 use crate::model::projection::Projection;
 use crate::{Error, Result};
 use candle_core::Tensor;
@@ -30,6 +32,9 @@ pub enum ImportanceLoss {
     Attention,
     /// The layer's output: weights for the MLP's linears too. Not in the paper.
     Layer,
+    /// The cross-entropy of the answers at the end of the model ([`super::end_loss`]): weights for
+    /// all linears of all layers. Not in the paper.
+    Answer,
 }
 
 /// How token weights are made.
@@ -94,7 +99,10 @@ impl ImportanceSettings {
     pub fn sample_factors(&self, pass: &AttentionPass, y_full: &Tensor) -> Result<SampleFactors> {
         let (layer, y) = (pass.layer(), &pass.y);
         let (residual, output, mlp) = match self.loss {
-            ImportanceLoss::Attention => ((y - y_full)?, y_full.clone(), None),
+            // The answers' loss is not one of a layer, and asks for no factors here.
+            ImportanceLoss::Attention | ImportanceLoss::Answer => {
+                ((y - y_full)?, y_full.clone(), None)
+            }
             ImportanceLoss::Layer => {
                 let out =
                     |y: &Tensor| layer.after_mlp(y, &layer.down_input(&layer.gate_up_input(y)?)?);
@@ -116,6 +124,22 @@ impl ImportanceSettings {
             factors: factors.collect::<Result<_>>()?,
             residual_energy: energy(&residual)?,
             output_energy: energy(&output)?,
+        })
+    }
+}
+
+impl SampleFactors {
+    /// The factors of one sample by a loss that has no residual.
+    ///
+    /// # Errors
+    /// A tensor error.
+    pub fn of_gradients(norm: TokenNorm, layer: &LayerGradients) -> Result<Self> {
+        let factors = gradients(&layer.attention, Some(&layer.mlp)).into_iter();
+        let factors = factors.map(|(projection, g)| Ok((projection, norm.per_token(g)?)));
+        Ok(Self {
+            factors: factors.collect::<Result<_>>()?,
+            residual_energy: 1.0,
+            output_energy: 1.0,
         })
     }
 }
