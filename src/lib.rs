@@ -66,6 +66,7 @@ pub mod run;
 pub mod solver;
 pub mod statistics;
 pub mod sweep;
+pub mod tuning;
 
 pub use error::{Error, Result};
 pub use matrix::Matrix;

@@ -5,6 +5,7 @@ use crate::importance::{ImportanceLoss, ImportanceSettings, TokenNorm};
 use crate::plan::{ScaleDtype, Scheme};
 use crate::solver::{Clip, SolverSettings};
 use crate::statistics::StatisticsDtype;
+use crate::tuning::TuningSettings;
 use crate::{Error, Result};
 use regex::Regex;
 use serde::{Deserialize, Serialize};
@@ -105,6 +106,8 @@ pub struct Recipe {
     pub importance: Option<ImportanceSettings>,
     /// What inputs are rounded to for the statistics.
     pub statistics_dtype: StatisticsDtype,
+    /// How scales are tuned after the last layer, as set; see [`Recipe::tuning`].
+    tuning: TuningSettings,
     scheme: Scheme,
     alpha: Option<f32>,
     rules: Vec<Rule>,
@@ -119,6 +122,7 @@ impl Recipe {
             solver: SolverSettings::default(),
             importance: method.importance(),
             statistics_dtype: StatisticsDtype::default(),
+            tuning: TuningSettings::default(),
             alpha: None,
             rules: Vec::new(),
         }
@@ -139,6 +143,12 @@ impl Recipe {
     /// α for a module of this number format.
     pub fn alpha(&self, scheme: Scheme) -> f32 {
         self.alpha.unwrap_or(self.method.alpha(scheme.bits()))
+    }
+
+    /// How scales are tuned after the last layer, where they are.
+    pub fn tuning(&self) -> Option<TuningSettings> {
+        let is_on = self.tuning.steps > 0 && self.needs_calibration();
+        is_on.then_some(self.tuning)
     }
 
     /// Whether samples are needed.
@@ -206,10 +216,16 @@ impl Recipe {
                     _ => return Err(word("attention, layer, answer")),
                 }
             }
+            _ if self.tuning.set(key, value).map_err(invalid)? => {
+                if !self.needs_calibration() {
+                    return Err(invalid(format!("{} needs no samples", self.method.name())));
+                }
+            }
             _ => {
                 let keys = "dampening_frac, col_block, alpha, act_order, clip, statistics_dtype, \
                             importance_power, importance_norm, importance_loss";
-                return Err(invalid(format!("unknown key; there are {keys}")));
+                let tuning = TuningSettings::KEYS;
+                return Err(invalid(format!("unknown key; there are {keys}, {tuning}")));
             }
         }
         Ok(())
@@ -340,6 +356,11 @@ mod tests {
             "importance_power=1.5",
             "importance_norm=rms",
             "importance_loss=layer",
+            "importance_loss=answer",
+            "tune_steps=100",
+            "tune_batch=4",
+            "tune_rate=0.01",
+            "tune_loss=all",
         ] {
             r.set(good).unwrap();
         }
@@ -353,10 +374,16 @@ mod tests {
             "statistics_dtype=int8",
             "percdamp=0.1",
             "act_order=1",
+            "tune_steps=-1",
+            "tune_rate=0",
+            "tune_loss=none",
         ] {
             assert!(matches!(r.set(bad), Err(Error::Invalid { .. })), "{bad}");
         }
         assert!(recipe(Method::Gptq, 3).set("importance_power=2").is_err());
+        assert_eq!(r.tuning().map(|t| (t.steps, t.batch)), Some((100, 4)));
+        assert!(recipe(Method::Gptq, 3).tuning().is_none());
+        assert!(recipe(Method::Rtn, 3).set("tune_steps=1").is_err());
     }
 
     #[test]

@@ -18,6 +18,7 @@ use crate::recipe::Recipe;
 use crate::report::{
     CalibrationReport, Deviation, REPORT_FILE, RunReport, SCHEMA, peak_memory_bytes,
 };
+use crate::tuning::{self, TuningReport};
 use crate::{Error, QuantizedWeight, Result};
 use candle_core::Device;
 use serde::Serialize;
@@ -117,8 +118,10 @@ pub fn quantize_folder(
         exporter,
         journal,
         layer: None,
+        kept: recipe.tuning().map(|_| Vec::new()),
     };
     let layers = pipeline::quantize(model, set, recipe, observer, &mut sink)?;
+    let tuning = sink.tune(recipe, choice, options.memory_bytes, observer)?;
     let mut report = RunReport {
         schema: SCHEMA,
         vlmq: env!("CARGO_PKG_VERSION").into(),
@@ -129,10 +132,12 @@ pub fn quantize_folder(
         modules: Vec::new(),
         deviations: idle_rules(model, recipe),
         layers: Vec::new(),
+        tuning: None,
         seconds,
         peak_memory_bytes: None,
     };
     layers.into_iter().for_each(|layer| report.add_layer(layer));
+    report.add_tuning(tuning);
     let total = began.elapsed().as_secs_f64();
     report.seconds.insert("total".into(), total);
     report.peak_memory_bytes = peak_memory_bytes();
@@ -152,6 +157,42 @@ struct Journaled<'a> {
     journal: Journal,
     /// The layer at work.
     layer: Option<LayerWriter>,
+    /// All modules, where their scales are going to be tuned before they go to the folder.
+    kept: Option<Vec<(Module, QuantizedWeight)>>,
+}
+
+impl Journaled<'_> {
+    fn export(&mut self, module: &Module, weight: &QuantizedWeight) -> Result<()> {
+        match &mut self.kept {
+            Some(kept) => {
+                kept.push((module.clone(), weight.clone()));
+                Ok(())
+            }
+            None => self.exporter.write_module(&module.name, weight),
+        }
+    }
+
+    /// Tunes the scales of all modules, where the recipe says so, and writes them. The samples,
+    /// which the layers used up, are made again; the journal keeps the untuned layers, so a run that
+    /// is ended here comes back to here.
+    fn tune(
+        &mut self,
+        recipe: &Recipe,
+        choice: Option<&SampleChoice>,
+        memory_bytes: u64,
+        observer: &dyn Observer,
+    ) -> Result<Option<TuningReport>> {
+        let (Some(settings), Some(weights)) = (recipe.tuning(), self.kept.take()) else {
+            return Ok(None);
+        };
+        let dir = self.journal.dir();
+        let set = load_samples(self.model, recipe, choice, memory_bytes, dir, observer)?;
+        let tuned = tuning::tune(self.model, &set, weights, settings, observer)?;
+        for (module, weight) in &tuned.weights {
+            self.exporter.write_module(&module.name, weight)?;
+        }
+        Ok(Some(tuned.report))
+    }
 }
 
 impl LayerSink for Journaled<'_> {
@@ -160,8 +201,14 @@ impl LayerSink for Journaled<'_> {
         let Some(layer) = self.journal.finished(layer_idx, digest)? else {
             return Ok(None);
         };
+        let modules = self.model.layer_modules(layer_idx);
         for (name, weight) in &layer.weights {
-            self.exporter.write_module(name, weight)?;
+            let module = modules.iter().find(|module| module.name == *name);
+            let module = module.ok_or_else(|| Error::Missing {
+                what: name.clone(),
+                place: format!("layer {layer_idx} of the model"),
+            })?;
+            self.export(module, weight)?;
         }
         Ok(Some(layer))
     }
@@ -175,7 +222,7 @@ impl LayerSink for Journaled<'_> {
             }
         };
         layer.module(&module.name, weight)?;
-        self.exporter.write_module(&module.name, weight)
+        self.export(module, weight)
     }
 
     fn layer(&mut self, layer_idx: usize, outcome: &LayerOutcome) -> Result<()> {
@@ -287,6 +334,7 @@ fn settings(recipe: &Recipe) -> serde_json::Value {
         "clip": recipe.solver.clip,
         "statistics_dtype": recipe.statistics_dtype,
         "col_block": recipe.solver.col_block,
+        "tuning": recipe.tuning(),
     })
 }
 

@@ -16,6 +16,7 @@ use crate::plan::{ScaleDtype, Scheme};
 use crate::processor::MAX_TEXT_TOKENS;
 use crate::recipe::{Method, Recipe};
 use crate::run::{SampleChoice, load_samples};
+use crate::tuning::{self, TuningReport};
 use crate::{Error, QuantizedWeight, Result};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -117,8 +118,11 @@ pub struct SweepRow {
     pub seed: Option<u64>,
     /// Scores by task.
     pub tasks: BTreeMap<String, TaskScore>,
-    /// Seconds that quantizing took, samples prepared.
+    /// Seconds that quantizing took, samples prepared and scales tuned.
     pub seconds: f64,
+    /// What tuning did, where scales were tuned.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tuning: Option<TuningReport>,
 }
 
 impl SweepRow {
@@ -136,6 +140,7 @@ impl SweepRow {
             seed,
             tasks,
             seconds,
+            tuning: None,
         }
     }
 
@@ -189,6 +194,7 @@ pub fn score_original(model: &LoadedModel, tasks: &[Task]) -> Result<(SweepRow, 
         seed: None,
         tasks: BTreeMap::new(),
         seconds: 0.0,
+        tuning: None,
     };
     let mut references = Vec::new();
     for task in tasks {
@@ -292,33 +298,63 @@ pub fn compare_with_reference(
     ))
 }
 
-/// Quantizes in memory: the decoder layers as a reader of the written folder would have them.
+/// What [`quantize_in_memory`] makes.
+#[derive(Debug)]
+pub struct QuantizedLayers {
+    /// The decoder layers as a reader of the written folder would have them.
+    pub layers: Vec<DecoderLayer>,
+    /// What tuning did, where scales were tuned.
+    pub tuning: Option<TuningReport>,
+}
+
+/// Quantizes in memory.
 ///
 /// # Errors
-/// Those of [`pipeline::quantize`].
+/// Those of [`pipeline::quantize`] and [`tuning::tune`].
 pub fn quantize_in_memory(
     model: &ModelSource,
     recipe: &Recipe,
     choice: Option<&SampleChoice>,
     observer: &dyn Observer,
-) -> Result<Vec<DecoderLayer>> {
+) -> Result<QuantizedLayers> {
     let n_layers = model.decoder().n_layers;
     let layers = (0..n_layers)
         .map(|i| model.load_layer(i))
         .collect::<Result<Vec<_>>>()?;
     let dir = std::env::temp_dir();
-    let samples = load_samples(model, recipe, choice, u64::MAX, &dir, observer)?;
-    let mut layers = InMemory(layers);
-    pipeline::quantize(model, samples, recipe, observer, &mut layers)?;
-    Ok(layers.0)
+    let samples = || load_samples(model, recipe, choice, u64::MAX, &dir, observer);
+    let mut sink = InMemory {
+        layers,
+        kept: recipe.tuning().map(|_| Vec::new()),
+    };
+    pipeline::quantize(model, samples()?, recipe, observer, &mut sink)?;
+    let mut tuning = None;
+    if let (Some(settings), Some(weights)) = (recipe.tuning(), sink.kept.take()) {
+        // The samples were used up: they are made again.
+        let tuned = tuning::tune(model, &samples()?, weights, settings, observer)?;
+        for (module, weight) in &tuned.weights {
+            sink.module(module, weight)?;
+        }
+        tuning = Some(tuned.report);
+    }
+    let layers = sink.layers;
+    Ok(QuantizedLayers { layers, tuning })
 }
 
 /// Takes each module to its place in the layers.
-struct InMemory(Vec<DecoderLayer>);
+struct InMemory {
+    layers: Vec<DecoderLayer>,
+    /// All modules, where their scales are going to be tuned.
+    kept: Option<Vec<(Module, QuantizedWeight)>>,
+}
 
 impl LayerSink for InMemory {
     fn module(&mut self, module: &Module, weight: &QuantizedWeight) -> Result<()> {
-        let layer = &mut self.0[module.layer_idx];
+        if let Some(kept) = &mut self.kept {
+            kept.push((module.clone(), weight.clone()));
+            return Ok(());
+        }
+        let layer = &mut self.layers[module.layer_idx];
         let linear = layer.linear(module.slot)?;
         let linear = linear.with_weight(weight.dequantize())?;
         layer.replace(module.slot, linear);

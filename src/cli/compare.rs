@@ -69,11 +69,12 @@ fn measure(sweep: &Sweep, output: &PathBuf) -> anyhow::Result<Vec<SweepRow>> {
         });
         let began = Instant::now();
         let within = WithinRun(&progress);
-        let layers = quantize_in_memory(&model, &recipe, choice.as_ref(), &within)?;
+        let quantized = quantize_in_memory(&model, &recipe, choice.as_ref(), &within)?;
         let seconds = began.elapsed().as_secs_f64();
-        loaded.set_layers(layers)?;
+        loaded.set_layers(quantized.layers)?;
         let scores = score_tasks(&loaded, &tasks, &references)?;
-        let row = SweepRow::new(&recipe, seed, scores, seconds);
+        let mut row = SweepRow::new(&recipe, seed, scores, seconds);
+        row.tuning = quantized.tuning;
         add_row(output, &mut rows, row)?;
     }
     progress.finish();
