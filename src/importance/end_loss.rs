@@ -11,10 +11,12 @@
 //! (MBQ) takes the same gradients by modality. Differs: sums over tokens where they average.
 
 use crate::calibration::CalibrationSet;
-use crate::importance::walk::{Sequence, Walk, answer_places, together};
+use crate::importance::backward::LayerGradients;
+use crate::importance::walk::{Layers, Sequence, Walk, answer_places, together};
 use crate::importance::{ImportanceSettings, LayerImportance, SampleFactors};
 use crate::model::{Head, ModelSource};
 use crate::pipeline::Observer;
+use crate::processor::ModelInput;
 use crate::{Error, Result};
 use candle_core::{D, Tensor};
 use candle_nn::ops::log_softmax;
@@ -114,6 +116,24 @@ pub fn answer_loss(head: &Head, x: &Tensor, input_ids: &[u32], places: &[u32]) -
         sum: loss.sum,
         gradient: spread(x, places, &loss.gradient)?,
     })
+}
+
+/// The cross-entropy of one sequence's answer under `layers`, and its gradients in every layer.
+///
+/// # Errors
+/// Those of `layers`; a tensor error if shapes disagree.
+pub fn answer_gradients(
+    layers: &dyn Layers,
+    head: &Head,
+    sequence: Sequence,
+    input: &ModelInput,
+) -> Result<(f64, Vec<LayerGradients>)> {
+    let sequences = [sequence];
+    let walk = Walk::forward(layers, &sequences)?;
+    let places = answer_places(&input.classes);
+    let loss = answer_loss(head, &walk.outputs[0], &input.input_ids, &places)?;
+    let layers = walk.backward(vec![loss.gradient], |_, _, own| Ok(own.clone()))?;
+    Ok((loss.sum, layers.into_iter().flatten().collect()))
 }
 
 /// The factors of all layers from one way there and back through the full-precision model.
