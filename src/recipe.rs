@@ -361,6 +361,7 @@ mod tests {
             "tune_batch=4",
             "tune_rate=0.01",
             "tune_loss=all",
+            "tune_samples=512",
         ] {
             r.set(good).unwrap();
         }
@@ -377,6 +378,7 @@ mod tests {
             "tune_steps=-1",
             "tune_rate=0",
             "tune_loss=none",
+            "tune_samples=1",
         ] {
             assert!(matches!(r.set(bad), Err(Error::Invalid { .. })), "{bad}");
         }

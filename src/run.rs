@@ -186,6 +186,8 @@ impl Journaled<'_> {
             return Ok(None);
         };
         let dir = self.journal.dir();
+        let choice = choice.map(|choice| settings.choice(choice));
+        let choice = choice.as_ref();
         let set = load_samples(self.model, recipe, choice, memory_bytes, dir, observer)?;
         let tuned = tuning::tune(self.model, &set, weights, settings, observer)?;
         for (module, weight) in &tuned.weights {

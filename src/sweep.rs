@@ -322,16 +322,17 @@ pub fn quantize_in_memory(
         .map(|i| model.load_layer(i))
         .collect::<Result<Vec<_>>>()?;
     let dir = std::env::temp_dir();
-    let samples = || load_samples(model, recipe, choice, u64::MAX, &dir, observer);
+    let samples = |choice| load_samples(model, recipe, choice, u64::MAX, &dir, observer);
     let mut sink = InMemory {
         layers,
         kept: recipe.tuning().map(|_| Vec::new()),
     };
-    pipeline::quantize(model, samples()?, recipe, observer, &mut sink)?;
+    pipeline::quantize(model, samples(choice)?, recipe, observer, &mut sink)?;
     let mut tuning = None;
     if let (Some(settings), Some(weights)) = (recipe.tuning(), sink.kept.take()) {
         // The samples were used up: they are made again.
-        let tuned = tuning::tune(model, &samples()?, weights, settings, observer)?;
+        let set = samples(choice.map(|choice| settings.choice(choice)).as_ref())?;
+        let tuned = tuning::tune(model, &set, weights, settings, observer)?;
         for (module, weight) in &tuned.weights {
             sink.module(module, weight)?;
         }

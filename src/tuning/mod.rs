@@ -8,6 +8,9 @@
 //! is a relative change. Every pass goes through the scales as they are stored (rounded to bf16 or
 //! f16), the masters in f32 behind them.
 //!
+//! Few samples are learnt by heart: answers are short, and there are many scales. More than the
+//! layers were solved with can be had for this alone ([`TuningSettings::samples`]).
+//!
 //! One in eight samples takes no part; the scales are kept that were best on these, the untuned
 //! ones included. All sums are in the order of samples: same scales for any number of threads.
 //!
@@ -27,6 +30,7 @@ use crate::importance::walk::{self, Sequence, Walk, answer_places, together};
 use crate::model::{Head, ModelSource, Module};
 use crate::pipeline::Observer;
 use crate::processor::TokenClass;
+use crate::run::SampleChoice;
 use crate::{Error, QuantizedWeight, Result};
 use candle_core::Tensor;
 use rand::SeedableRng;
@@ -66,6 +70,8 @@ pub struct TuningSettings {
     pub rate: f64,
     /// Where the models are compared.
     pub loss: TuningLoss,
+    /// Samples, where they are to be more than the layers were solved with.
+    pub samples: Option<usize>,
 }
 
 impl Default for TuningSettings {
@@ -73,15 +79,16 @@ impl Default for TuningSettings {
         Self {
             steps: 0,
             batch: 8,
-            rate: 0.005,
+            rate: 0.002,
             loss: TuningLoss::Answer,
+            samples: None,
         }
     }
 }
 
 impl TuningSettings {
     /// The keys of [`TuningSettings::set`].
-    pub const KEYS: &str = "tune_steps, tune_batch, tune_rate, tune_loss";
+    pub const KEYS: &str = "tune_steps, tune_batch, tune_rate, tune_loss, tune_samples";
 
     /// Turns a setting by its name after `--set`; `Ok(false)` if it is none of these.
     ///
@@ -95,6 +102,7 @@ impl TuningSettings {
         match key {
             "tune_steps" => self.steps = count(0, 1_000_000)?,
             "tune_batch" => self.batch = count(1, 65536)?,
+            "tune_samples" => self.samples = Some(count(2, 1_000_000)?),
             "tune_rate" => {
                 self.rate = match value.parse::<f64>() {
                     Ok(x) if x > 0.0 && x <= 1.0 => x,
@@ -111,6 +119,14 @@ impl TuningSettings {
             _ => return Ok(false),
         }
         Ok(true)
+    }
+
+    /// The samples to tune on: those of a run, and more of them by the same seed.
+    pub fn choice(&self, run: &SampleChoice) -> SampleChoice {
+        SampleChoice {
+            n_samples: self.samples.unwrap_or(run.n_samples),
+            ..run.clone()
+        }
     }
 
     /// The rate of a step.
@@ -145,9 +161,9 @@ pub struct TuningReport {
     pub n_samples: usize,
     /// Samples that decided what is kept.
     pub n_held_out: usize,
-    /// On the former, before.
+    /// On as many of the former as the latter are, before.
     pub loss_before: f64,
-    /// On the former, with the scales that are kept.
+    /// On these of the former, with the scales that are kept.
     pub loss_after: f64,
     /// On the latter, before.
     pub held_out_before: f64,
@@ -185,7 +201,8 @@ pub fn tune(
     let comparison = Comparison::new(model, set, settings.loss, observer)?;
     let (train, held_out) = comparison.parts()?;
     let mut student = Student::new(model, weights);
-    let before = [&train, &held_out].map(|part| comparison.loss(&student, part));
+    let judged = &train[..train.len().min(held_out.len())];
+    let before = [judged, &held_out].map(|part| comparison.loss(&student, part));
     let [loss_before, held_out_before] = numbers(before)?;
     let mut best = (held_out_before, 0, student.thetas());
     let every = settings.steps.div_ceil(CHECKS).max(1);
@@ -209,7 +226,7 @@ pub fn tune(
     student.restore(&thetas)?;
     let loss_after = match best_step {
         0 => loss_before,
-        _ => comparison.loss(&student, &train)?,
+        _ => comparison.loss(&student, judged)?,
     };
     Ok(Tuned {
         weights: student.into_weights(),

@@ -54,6 +54,7 @@ fn settings(steps: usize, rate: f64) -> TuningSettings {
         batch: 3,
         rate,
         loss: TuningLoss::Answer,
+        samples: None,
     }
 }
 
