@@ -78,8 +78,8 @@ impl Default for TuningSettings {
     fn default() -> Self {
         Self {
             steps: 0,
-            batch: 8,
-            rate: 0.002,
+            batch: 16,
+            rate: 0.0007,
             loss: TuningLoss::Answer,
             samples: None,
         }
