@@ -38,6 +38,35 @@ impl CalibrationSet {
         }
     }
 
+    /// The same samples once more, in memory: a run uses its set up.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if states lie in a file that cannot be read.
+    pub fn copied(&self) -> Result<Self> {
+        let store = Store::in_memory(self.store.device());
+        let copied = |state: &HiddenState| {
+            let mut copy = store.place(state.n_rows(), state.width())?;
+            copy.set(&store, 0, &state.all(&self.store)?)?;
+            Ok(copy)
+        };
+        let samples = self.samples.iter().map(|sample| {
+            let deepstack = sample.deepstack.iter().map(&copied);
+            Ok(CalibrationSample {
+                origin: sample.origin.clone(),
+                input_ids: sample.input_ids.clone(),
+                classes: sample.classes.clone(),
+                context: sample.context.clone(),
+                embeddings: copied(&sample.embeddings)?,
+                deepstack: deepstack.collect::<Result<_>>()?,
+            })
+        });
+        Ok(Self {
+            samples: samples.collect::<Result<_>>()?,
+            store,
+            seconds: self.seconds,
+        })
+    }
+
     /// A digest of everything that a layer will see of the samples.
     ///
     /// # Errors

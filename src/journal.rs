@@ -180,6 +180,7 @@ impl Journal {
         }
         Ok(Some(FinishedLayer {
             weights: file.weights,
+            tensors: file.tensors,
             outcome: file.record,
         }))
     }

@@ -66,6 +66,7 @@ pub mod run;
 pub mod solver;
 pub mod statistics;
 pub mod sweep;
+pub mod transform;
 pub mod tuning;
 
 pub use error::{Error, Result};

@@ -4,7 +4,7 @@ use crate::model::attention::block_len;
 use crate::model::vision::VisionSize;
 use crate::model::{DecoderConfig, ModelSource, Projection, Slot};
 use crate::pipeline::{BATCH_TOKENS, GROUPS_AT_ONCE};
-use crate::recipe::Recipe;
+use crate::recipe::{Method, Recipe};
 use crate::report::peak_memory_bytes;
 use serde::Serialize;
 
@@ -94,9 +94,11 @@ pub fn plan_memory(model: &ModelSource, recipe: &Recipe, n_tokens: &[usize]) -> 
         with_cross: schemes.iter().any(|s| recipe.alpha(*s) != 0.0),
         with_importance: recipe.importance.is_some(),
         with_mlp_loss: recipe.importance.is_some_and(|i| i.needs_mlp()),
+        with_rounded: recipe.importance.is_some_and(|i| i.needs_rounded()),
         longest: n_tokens.iter().copied().max().unwrap_or(0) as u64,
         batch: n_tokens.iter().sum::<usize>().min(BATCH_TOKENS) as u64,
         n_deepstack: model.vision().n_deepstack(),
+        with_scales: recipe.method == Method::Awq,
         n_threads: rayon::current_num_threads().min(n_tokens.len().max(1)) as u64,
     };
     let streams = n_tokens.iter().sum::<usize>() as u64 * step.stream_width() * F32;
@@ -137,6 +139,8 @@ struct Step<'a> {
     with_cross: bool,
     with_importance: bool,
     with_mlp_loss: bool,
+    /// A layer twice, once rounded.
+    with_rounded: bool,
     /// Tokens of the longest sample.
     longest: u64,
     /// Tokens of a batch.
@@ -144,6 +148,8 @@ struct Step<'a> {
     n_threads: u64,
     /// Layers after which the tower adds something.
     n_deepstack: usize,
+    /// Whether scales are searched for, without statistics.
+    with_scales: bool,
 }
 
 impl Step<'_> {
@@ -196,8 +202,11 @@ impl Step<'_> {
     fn attention(&self) -> u64 {
         let linears = match self.with_mlp_loss {
             true => self.of_attention() + self.worst(|mlp| self.of_mlp(mlp, &Projection::ALL[4..])),
+            // The linears being tried, beside those that are.
+            false if self.with_scales => 2 * self.of_attention(),
             false => self.of_attention(),
         };
+        let linears = if self.with_rounded { 2 } else { 1 } * linears;
         // Scores, masked scores and probabilities; on the way back also their gradients.
         let maps = if self.with_importance { 4 } else { 3 };
         let maps = maps + u64::from(self.config.score_cap.is_some());
@@ -219,6 +228,9 @@ impl Step<'_> {
     }
 
     fn narrow(&self) -> u64 {
+        if self.with_scales {
+            return 0;
+        }
         let hidden = self.config.hidden_size;
         let n_weightings = if self.with_importance { 3 } else { 1 };
         let qkv = self.weights(&Projection::ATTENTION[..3], None);
@@ -239,12 +251,21 @@ impl Step<'_> {
 
     fn mlp(&self) -> u64 {
         let linears = self.worst(|mlp| self.of_mlp(mlp, &[Projection::Gate, Projection::Up]));
+        if self.with_scales {
+            // All three as they were; gate and up as they are tried, one of them on its way.
+            let down = self.worst(|mlp| self.of_mlp(mlp, &[Projection::Down]));
+            let rows = 6 * self.batch * self.config.widest_mlp() as u64 * F32;
+            return 3 * linears + down + self.n_threads * rows;
+        }
         let copies = if self.with_full { 2 } else { 1 };
         let activations = 4 * self.batch * self.config.widest_mlp() as u64 * F32;
         copies * linears + self.n_threads * activations
     }
 
     fn wide(&self) -> u64 {
+        if self.with_scales {
+            return 0;
+        }
         self.worst(|mlp| {
             let down = self.weights(&[Projection::Down], mlp.expert);
             let solved = self.of_mlp(mlp, &[Projection::Down]) - down;

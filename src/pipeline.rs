@@ -13,29 +13,33 @@
 //! Source: arXiv:2508.03351 §3; the order of stages is GPTQ's true-sequential one.
 
 mod inputs;
+mod outputs;
+mod scaled;
 mod stage;
 mod streams;
 
 use crate::calibration::CalibrationSet;
-use crate::importance::{ImportanceLoss, ImportanceSettings, LayerImportance, end_loss};
+use crate::importance::{ImportanceSettings, LayerImportance, end_loss};
+use crate::model::changed::ChangedTensor;
 use crate::model::decoder::DecoderLayer;
 use crate::model::layer_source::LayerSource;
+use crate::model::linear::matrix_from_tensor;
 use crate::model::projection::{Projection, Slot};
 use crate::model::source::{ModelSource, Module};
 use crate::plan::Scheme;
 use crate::recipe::Recipe;
-use crate::report::{Deviation, ModuleReport, log};
+use crate::report::{ChangeReport, Deviation, ModuleReport, ScaleReport, log};
 use crate::solver::{Factor, gptq, rtn};
-use crate::statistics::Statistics;
 use crate::{Error, QuantizedWeight, Result};
-use inputs::Shared;
+use inputs::{Shared, Summed};
+pub use scaled::ScaleSearch;
 use serde::{Deserialize, Serialize};
 use stage::Stage;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Instant;
 pub use streams::BATCH_TOKENS;
-use streams::Streams;
+use streams::{Streams, Weighing};
 
 /// What happens around a run.
 pub trait Observer: Sync {
@@ -61,6 +65,12 @@ impl Observer for Unobserved {
 pub struct LayerOutcome {
     /// One entry per module, in solving order.
     pub modules: Vec<ModuleReport>,
+    /// Scales that were searched for.
+    #[serde(default)]
+    pub scales: Vec<ScaleReport>,
+    /// Plain tensors that are not the source's.
+    #[serde(default)]
+    pub changed: Vec<ChangeReport>,
     /// Everything that went another way than planned.
     pub deviations: Vec<Deviation>,
     /// Wall time per stage in seconds.
@@ -71,6 +81,8 @@ pub struct LayerOutcome {
 pub struct FinishedLayer {
     /// Modules by name, in solving order.
     pub weights: Vec<(String, QuantizedWeight)>,
+    /// Plain tensors that are not the source's, by name.
+    pub tensors: Vec<(String, Vec<f32>)>,
     /// What it had to tell.
     pub outcome: LayerOutcome,
 }
@@ -90,6 +102,12 @@ pub trait LayerSink {
     /// # Errors
     /// The sink's own, which end the run.
     fn module(&mut self, module: &Module, weight: &QuantizedWeight) -> Result<()>;
+
+    /// Takes a plain tensor that is not the source's.
+    ///
+    /// # Errors
+    /// The sink's own, which end the run.
+    fn tensor(&mut self, tensor: &ChangedTensor) -> Result<()>;
 
     /// All modules of a layer were taken.
     ///
@@ -113,6 +131,27 @@ pub fn quantize(
     observer: &dyn Observer,
     sink: &mut dyn LayerSink,
 ) -> Result<Vec<LayerOutcome>> {
+    let search = ScaleSearch::of(recipe);
+    quantize_with(model, calibration, recipe, search.as_ref(), observer, sink)
+}
+
+/// As [`quantize`], with scales of input channels searched for as `search` says, and linears
+/// rounded to nearest then; without it as the recipe's method does it.
+///
+/// # Errors
+/// As [`quantize`], and those of [`ScaleSearch::check`].
+pub fn quantize_with(
+    model: &ModelSource,
+    calibration: CalibrationSet,
+    recipe: &Recipe,
+    search: Option<&ScaleSearch>,
+    observer: &dyn Observer,
+    sink: &mut dyn LayerSink,
+) -> Result<Vec<LayerOutcome>> {
+    recipe.check()?;
+    if let Some(search) = search {
+        search.check(model)?;
+    }
     if recipe.needs_calibration() && calibration.samples.is_empty() {
         return Err(Error::Invalid {
             what: "calibration".into(),
@@ -122,9 +161,7 @@ pub fn quantize(
     let modules = model.modules();
     let schemes = modules.iter().filter_map(|m| recipe.scheme_of(&m.name));
     let with_full = recipe.needs_full_stream(&schemes.collect::<Vec<Scheme>>());
-    let end_loss = recipe
-        .importance
-        .filter(|i| i.loss == ImportanceLoss::Answer);
+    let end_loss = recipe.importance.filter(ImportanceSettings::is_end_loss);
     let end_loss = end_loss.map(|i| end_loss::importance(model, &calibration, i, observer));
     let end_loss = end_loss.transpose()?;
     let mut streams = Streams::new(calibration, model.decoder(), with_full)?;
@@ -144,11 +181,20 @@ pub fn quantize(
         };
         let finished = sink.finished(layer_idx)?;
         let was_finished = finished.is_some();
-        match (finished, recipe.needs_calibration()) {
-            (Some(finished), true) => run.finished_layer(finished, &mut streams)?,
-            (Some(finished), false) => run.outcome = finished.outcome,
-            (None, true) => run.calibrated_layer(&mut streams, sink)?,
-            (None, false) => run.nearest_layer(sink)?,
+        match (finished, search) {
+            (Some(finished), Some(_)) => {
+                run.pass_layer(&mut streams)?;
+                run.outcome = finished.outcome;
+            }
+            (None, Some(search)) => run.scaled_layer(&mut streams, sink, search)?,
+            (Some(finished), None) if recipe.needs_calibration() => {
+                run.finished_layer(finished, &mut streams)?;
+            }
+            (Some(finished), None) => run.outcome = finished.outcome,
+            (None, None) if recipe.needs_calibration() => {
+                run.calibrated_layer(&mut streams, sink)?;
+            }
+            (None, None) => run.nearest_layer(sink)?,
         }
         log::layer(layer_idx, &run.outcome, was_finished);
         outcomes.push(run.outcome);
@@ -179,14 +225,6 @@ struct Pair {
 /// Statistics that are summed up in one walk over the samples: all of a dense layer's, some of a
 /// mixture's, whose experts may be more than memory has room for.
 pub(crate) const GROUPS_AT_ONCE: usize = 16;
-
-/// Linears that are solved with the same statistics.
-struct Group<'a> {
-    modules: &'a [Module],
-    statistics: Statistics,
-    /// Share of Σω by token class, where tokens are weighted.
-    weight_share: Option<BTreeMap<String, f64>>,
-}
 
 impl Run<'_> {
     /// Takes both streams through a layer that is solved already: the same products of the same
@@ -220,17 +258,11 @@ impl Run<'_> {
             let shared = self.shared(stage, importance);
             let dtype = self.recipe.statistics_dtype;
             for some in shared.chunks(GROUPS_AT_ONCE) {
-                let statistics = self.timed("statistics", |_| {
+                let sums = self.timed("statistics", |_| {
                     streams.accumulate(stage, &pair.full, some, dtype)
                 })?;
-                for (group, statistics) in some.iter().zip(statistics) {
-                    let weights = group.weights.as_deref();
-                    let group = Group {
-                        modules: &group.modules,
-                        statistics,
-                        weight_share: weights.map(|w| streams.weight_share(w)),
-                    };
-                    self.solve_group(group, &mut pair.quantized, sink)?;
+                for (group, summed) in some.iter().zip(sums) {
+                    self.solve_group(&group.modules, summed, &mut pair.quantized, sink)?;
                 }
             }
         }
@@ -244,12 +276,10 @@ impl Run<'_> {
         streams: &mut Streams,
         importance: Option<ImportanceSettings>,
     ) -> Result<(Pair, Option<LayerImportance>)> {
-        let needed = match (streams.with_full(), importance) {
-            (false, _) => Vec::new(),
-            (true, Some(settings)) if settings.needs_mlp() => {
-                self.modules.iter().map(|m| m.slot).collect()
-            }
-            (true, _) => Projection::ATTENTION.map(Slot::from).to_vec(),
+        let needed = match importance {
+            Some(settings) if settings.needs_mlp() => self.modules.iter().map(|m| m.slot).collect(),
+            None if !streams.with_full() => Vec::new(),
+            _ => Projection::ATTENTION.map(Slot::from).to_vec(),
         };
         let mut full = self.timed("load", |run| {
             let mut full = run.source.norms()?;
@@ -261,10 +291,39 @@ impl Run<'_> {
         } else {
             "forward"
         };
-        let importance = self.timed(stage, |_| streams.begin_layer(&full, importance))?;
+        let importance = self.timed(stage, |run| {
+            let weighing = importance.map(|settings| run.weighing(settings, &full, &needed));
+            streams.begin_layer(&full, weighing.transpose()?.as_ref())
+        })?;
         full.release_all();
         let quantized = full.clone();
         Ok((Pair { full, quantized }, importance))
+    }
+
+    /// What weighing tokens takes beside the streams and the layer.
+    fn weighing(
+        &self,
+        settings: ImportanceSettings,
+        full: &DecoderLayer,
+        linears: &[Slot],
+    ) -> Result<Weighing> {
+        let rounded = settings.needs_rounded().then(|| {
+            let mut rounded = full.clone();
+            for module in self.modules.iter().filter(|m| linears.contains(&m.slot)) {
+                if let Some(scheme) = self.recipe.scheme_of(&module.name) {
+                    let linear = full.linear(module.slot)?;
+                    let w = matrix_from_tensor(linear.weight())?;
+                    let w = rtn(&module.name, &w, scheme, self.recipe.solver.clip)?;
+                    rounded.replace(module.slot, linear.with_weight(w.dequantize())?);
+                }
+            }
+            Ok::<_, Error>(rounded)
+        });
+        Ok(Weighing {
+            settings,
+            layer_idx: self.layer_idx,
+            rounded: rounded.transpose()?,
+        })
     }
 
     /// Walks both streams to a stage. What was not quantized goes as it was.
@@ -335,15 +394,14 @@ impl Run<'_> {
             let Some(scheme) = self.scheme_or_skip(&module) else {
                 continue;
             };
-            let projection = module.slot.projection;
-            let weights = weights.entry(projection);
-            let weights = weights.or_insert_with(|| self.weights_of(projection, importance));
+            let weights = weights.entry(module.slot.projection);
+            let weights = weights.or_insert_with(|| self.weights_of(&module, importance));
             let weights = weights.clone();
             let with_cross = self.recipe.alpha(scheme) != 0.0;
             // Those of an expert follow one another.
             let expert = module.slot.expert;
             let mut own = all.iter_mut().rev().take_while(|s| s.expert() == expert);
-            let alike = own.find(|s| s.weights.is_none() && weights.is_none());
+            let alike = own.find(|s| s.weights == weights);
             match alike {
                 Some(shared) => {
                     shared.modules.push(module);
@@ -359,14 +417,23 @@ impl Run<'_> {
         all
     }
 
-    /// Token weights of all linears with this role, and a note where they should be but are not.
+    /// Token weights of all linears with this one's role, and a note where they should be but are
+    /// not, or where safeguards had a part in them.
     fn weights_of(
         &mut self,
-        projection: Projection,
+        module: &Module,
         importance: Option<&LayerImportance>,
     ) -> Option<Arc<Vec<Vec<f32>>>> {
-        match importance?.token_weights(projection) {
-            Ok(weights) => weights.map(Arc::new),
+        let projection = module.slot.projection;
+        match importance?.token_weights(projection, module.shape[1]) {
+            Ok(found) => {
+                let found = found?;
+                if let Some(changes) = found.safeguarded {
+                    let entry = Deviation::safeguarded(self.layer_idx, projection, changes);
+                    self.outcome.deviations.push(entry);
+                }
+                Some(Arc::new(found.weights))
+            }
             Err(reason) => {
                 let entry = Deviation::uniform(self.layer_idx, projection, reason);
                 self.outcome.deviations.push(entry);
@@ -377,21 +444,26 @@ impl Run<'_> {
 
     fn solve_group(
         &mut self,
-        group: Group,
+        modules: &[Module],
+        summed: Summed,
         quantized: &mut DecoderLayer,
         sink: &mut dyn LayerSink,
     ) -> Result<()> {
-        let Some(first) = group.modules.first() else {
+        let Some(first) = modules.first() else {
             return Ok(());
         };
-        if first.slot.expert.is_some() && group.statistics.weight_sum() == 0.0 {
-            return self.round_unreached(group.modules, quantized, sink);
+        let Summed {
+            statistics,
+            weight_share,
+        } = summed;
+        if first.slot.expert.is_some() && statistics.weight_sum() == 0.0 {
+            return self.round_unreached(modules, quantized, sink);
         }
-        let effective_sample_size = group.statistics.effective_sample_size();
+        let effective_sample_size = statistics.effective_sample_size();
         let factor = self.timed("factor", |run| {
-            Factor::new(&first.name, group.statistics, &run.recipe.solver)
+            Factor::new(&first.name, statistics, &run.recipe.solver)
         })?;
-        for module in group.modules {
+        for module in modules {
             self.check_cancelled()?;
             let Some(scheme) = self.recipe.scheme_of(&module.name) else {
                 continue;
@@ -412,7 +484,7 @@ impl Run<'_> {
                 alpha: Some(settings.alpha),
                 n_dead_columns: Some(factor.n_dead_columns),
                 effective_sample_size: Some(effective_sample_size),
-                weight_share: group.weight_share.clone(),
+                weight_share: weight_share.clone().map(|share| share.by_name()),
                 ..blank_report(module, Some(scheme))
             });
         }

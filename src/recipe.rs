@@ -1,9 +1,13 @@
 //! What is to be done to which module: a method, a number format, exceptions by name, and every
 //! setting that may be turned. A recipe is whole and checked before any work begins.
 
-use crate::importance::{ImportanceLoss, ImportanceSettings, TokenNorm};
+mod importance;
+mod solver;
+mod value;
+
+use crate::importance::ImportanceSettings;
 use crate::plan::{ScaleDtype, Scheme};
-use crate::solver::{Clip, SolverSettings};
+use crate::solver::SolverSettings;
 use crate::statistics::StatisticsDtype;
 use crate::tuning::TuningSettings;
 use crate::{Error, Result};
@@ -11,6 +15,12 @@ use regex::Regex;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 use std::str::FromStr;
+use value::{number, word};
+
+const DTYPES: [(&str, StatisticsDtype); 2] = [
+    ("f32", StatisticsDtype::F32),
+    ("bf16", StatisticsDtype::Bf16),
+];
 
 /// How codes are found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -18,6 +28,8 @@ use std::str::FromStr;
 pub enum Method {
     /// Round to nearest, without calibration.
     Rtn,
+    /// Round to nearest after input channels are scaled and weights limited (arXiv:2306.00978).
+    Awq,
     /// Every token alike (arXiv:2210.17323).
     Gptq,
     /// Every token alike, corrected for the drift of the inputs (arXiv:2504.02692).
@@ -30,8 +42,9 @@ pub enum Method {
 
 impl Method {
     /// All of them, from the simplest on.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Rtn,
+        Self::Awq,
         Self::Gptq,
         Self::Gptaq,
         Self::VlmqV1,
@@ -42,6 +55,7 @@ impl Method {
     pub fn name(self) -> &'static str {
         match self {
             Self::Rtn => "rtn",
+            Self::Awq => "awq",
             Self::Gptq => "gptq",
             Self::Gptaq => "gptaq",
             Self::VlmqV1 => "vlmq-v1",
@@ -50,22 +64,17 @@ impl Method {
     }
 
     fn importance(self) -> Option<ImportanceSettings> {
-        let settings = |power| ImportanceSettings {
-            power,
-            norm: TokenNorm::MeanAbs,
-            loss: ImportanceLoss::Attention,
-        };
         match self {
-            Self::Rtn | Self::Gptq | Self::Gptaq => None,
-            Self::VlmqV1 => Some(settings(1.0)),
-            Self::VlmqV2 => Some(settings(2.0)),
+            Self::Rtn | Self::Awq | Self::Gptq | Self::Gptaq => None,
+            Self::VlmqV1 => Some(ImportanceSettings::paper(1.0)),
+            Self::VlmqV2 => Some(ImportanceSettings::paper(2.0)),
         }
     }
 
     /// GPTAQ's published α, except where the paper falls back to GPTQ: at 2 bits.
     fn alpha(self, bits: u8) -> f32 {
         match self {
-            Self::Rtn | Self::Gptq => 0.0,
+            Self::Rtn | Self::Awq | Self::Gptq => 0.0,
             Self::Gptaq => 0.25,
             Self::VlmqV1 | Self::VlmqV2 if bits <= 2 => 0.0,
             Self::VlmqV1 | Self::VlmqV2 => 0.25,
@@ -82,7 +91,9 @@ impl FromStr for Method {
         }
         let known = Self::ALL.into_iter().find(|method| method.name() == name);
         known.ok_or_else(|| Error::Unsupported {
-            what: format!("method {name:?}; rtn, gptq, gptaq, vlmq-v1 and vlmq-v2 are implemented"),
+            what: format!(
+                "method {name:?}; rtn, awq, gptq, gptaq, vlmq-v1 and vlmq-v2 are implemented"
+            ),
         })
     }
 }
@@ -158,8 +169,9 @@ impl Recipe {
 
     /// Whether the full-precision stream must be followed for any of `schemes`.
     pub fn needs_full_stream(&self, schemes: &[Scheme]) -> bool {
-        let is_local = |i: ImportanceSettings| i.loss != ImportanceLoss::Answer;
-        self.importance.is_some_and(is_local) || schemes.iter().any(|s| self.alpha(*s) != 0.0)
+        let importance = self.importance.as_ref();
+        importance.is_some_and(ImportanceSettings::needs_full_stream)
+            || schemes.iter().any(|s| self.alpha(*s) != 0.0)
     }
 
     /// Turns one setting, as `--set key=value` does.
@@ -174,69 +186,52 @@ impl Recipe {
         let (key, value) = assignment
             .split_once('=')
             .ok_or_else(|| invalid("key=value expected".into()))?;
-        let number = |low: f64, high: f64| match value.parse::<f64>() {
-            Ok(x) if x >= low && x <= high => Ok(x),
-            _ => Err(invalid(format!("a number from {low} to {high} expected"))),
+        let outcome = match key {
+            "alpha" => Some(number(value, 0.0, 1.0).map(|x| self.alpha = Some(x as f32))),
+            "statistics_dtype" => Some(word(value, &DTYPES).map(|w| self.statistics_dtype = w)),
+            _ if key.starts_with("importance_") => {
+                let why = format!("{} gives every token the same weight", self.method.name());
+                let settings = self.importance.as_mut().ok_or_else(|| invalid(why))?;
+                importance::set(settings, key, value)
+            }
+            _ if key.starts_with("tune_") && !self.needs_calibration() => {
+                Some(Err(format!("{} needs no samples", self.method.name())))
+            }
+            _ if key.starts_with("tune_") => self.tuning.set(key, value),
+            _ => solver::set(&mut self.solver, key, value),
         };
-        let word = |allowed: &str| invalid(format!("one of {allowed} expected"));
-        match key {
-            "dampening_frac" => self.solver.dampening_frac = number(0.0, 10.0)?,
-            "col_block" => self.solver.col_block = number(1.0, 65536.0)? as usize,
-            "alpha" => self.alpha = Some(number(0.0, 1.0)? as f32),
-            "act_order" => {
-                self.solver.act_order = value.parse().map_err(|_| word("true, false"))?;
-            }
-            "clip" => {
-                self.solver.clip = match value {
-                    "none" => Clip::None,
-                    "mse" => Clip::Mse,
-                    _ => return Err(word("none, mse")),
-                }
-            }
-            "statistics_dtype" => {
-                self.statistics_dtype = match value {
-                    "f32" => StatisticsDtype::F32,
-                    "bf16" => StatisticsDtype::Bf16,
-                    _ => return Err(word("f32, bf16")),
-                }
-            }
-            "importance_power" => self.importance_settings(&invalid)?.power = number(0.0, 8.0)?,
-            "importance_norm" => {
-                self.importance_settings(&invalid)?.norm = match value {
-                    "mean_abs" => TokenNorm::MeanAbs,
-                    "rms" => TokenNorm::Rms,
-                    _ => return Err(word("mean_abs, rms")),
-                }
-            }
-            "importance_loss" => {
-                self.importance_settings(&invalid)?.loss = match value {
-                    "attention" => ImportanceLoss::Attention,
-                    "layer" => ImportanceLoss::Layer,
-                    "answer" => ImportanceLoss::Answer,
-                    _ => return Err(word("attention, layer, answer")),
-                }
-            }
-            _ if self.tuning.set(key, value).map_err(invalid)? => {
-                if !self.needs_calibration() {
-                    return Err(invalid(format!("{} needs no samples", self.method.name())));
-                }
-            }
-            _ => {
-                let keys = "dampening_frac, col_block, alpha, act_order, clip, statistics_dtype, \
-                            importance_power, importance_norm, importance_loss";
-                let tuning = TuningSettings::KEYS;
-                return Err(invalid(format!("unknown key; there are {keys}, {tuning}")));
-            }
-        }
-        Ok(())
+        let unknown = || {
+            let keys = [solver::KEYS, importance::KEYS, TuningSettings::KEYS].join(", ");
+            Err(format!(
+                "unknown key; there are alpha, statistics_dtype, {keys}"
+            ))
+        };
+        outcome.unwrap_or_else(unknown).map_err(invalid)
     }
 
-    fn importance_settings(
-        &mut self,
-        invalid: &dyn Fn(String) -> Error,
-    ) -> Result<&mut ImportanceSettings> {
-        let why = format!("{} gives every token the same weight", self.method.name());
-        self.importance.as_mut().ok_or_else(|| invalid(why))
+    /// Whether settings go together, which no single one can tell.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] naming those that do not.
+    pub fn check(&self) -> Result<()> {
+        let schemes = self.rules.iter().filter_map(|rule| rule.scheme);
+        for scheme in schemes.chain([self.scheme]) {
+            let alpha = self.alpha(scheme);
+            let solver = SolverSettings {
+                alpha,
+                ..self.solver.clone()
+            };
+            solver.check()?;
+        }
+        if self.method == Method::Awq && self.tuning().is_some() {
+            return Err(Error::Invalid {
+                what: "tune_steps".into(),
+                why: "awq changes other tensors too, and tuning takes these as they were".into(),
+            });
+        }
+        self.importance
+            .as_ref()
+            .map_or(Ok(()), ImportanceSettings::check)
     }
 
     /// Adds the rules of a recipe file:
@@ -351,6 +346,11 @@ mod tests {
             "alpha=1",
             "act_order=false",
             "clip=mse",
+            "clip=weighted",
+            "target=least_squares",
+            "sweeps=2",
+            "refit_scales=false",
+            "unit_gain=true",
             "col_block=64",
             "statistics_dtype=bf16",
             "importance_power=1.5",
@@ -372,6 +372,8 @@ mod tests {
             "alpha=2",
             "alpha=nan",
             "clip=l2",
+            "target=qronos",
+            "sweeps=-1",
             "statistics_dtype=int8",
             "percdamp=0.1",
             "act_order=1",
@@ -386,6 +388,9 @@ mod tests {
         assert_eq!(r.tuning().map(|t| (t.steps, t.batch)), Some((100, 4)));
         assert!(recipe(Method::Gptq, 3).tuning().is_none());
         assert!(recipe(Method::Rtn, 3).set("tune_steps=1").is_err());
+        let mut awq = recipe(Method::Awq, 3);
+        awq.set("tune_steps=1").unwrap();
+        assert!(matches!(awq.check(), Err(Error::Invalid { .. })));
     }
 
     #[test]

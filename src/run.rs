@@ -12,8 +12,8 @@ use crate::families::open_processor;
 use crate::hidden_states::Store;
 use crate::journal::{Fingerprint, Journal, LayerWriter, Resume};
 use crate::memory::plan_memory;
-use crate::model::{ModelSource, Module};
-use crate::pipeline::{self, FinishedLayer, LayerOutcome, LayerSink, Observer};
+use crate::model::{ChangedTensor, ModelSource, Module};
+use crate::pipeline::{self, FinishedLayer, LayerOutcome, LayerSink, Observer, ScaleSearch};
 use crate::recipe::Recipe;
 use crate::report::{
     CalibrationReport, Deviation, REPORT_FILE, RunReport, SCHEMA, peak_memory_bytes,
@@ -52,8 +52,13 @@ pub struct RunOptions {
 ///
 /// # Errors
 /// [`Error::Invalid`] naming every module whose columns its group size does not divide;
-/// [`Error::Invalid`] if no module is left.
+/// [`Error::Invalid`] if no module is left; [`Error::Unsupported`] for a method that this model
+/// cannot be quantized with.
 pub fn module_plan(model: &ModelSource, recipe: &Recipe) -> Result<Vec<ModulePlan>> {
+    recipe.check()?;
+    if let Some(search) = ScaleSearch::of(recipe) {
+        search.check(model)?;
+    }
     let mut plan = Vec::new();
     let mut problems: Vec<Error> = Vec::new();
     for module in model.modules() {
@@ -129,12 +134,9 @@ pub fn quantize_folder(
         settings: settings(recipe),
         calibration,
         n_resumed_layers,
-        modules: Vec::new(),
         deviations: idle_rules(model, recipe),
-        layers: Vec::new(),
-        tuning: None,
         seconds,
-        peak_memory_bytes: None,
+        ..RunReport::default()
     };
     layers.into_iter().for_each(|layer| report.add_layer(layer));
     report.add_tuning(tuning);
@@ -197,6 +199,19 @@ impl Journaled<'_> {
     }
 }
 
+impl Journaled<'_> {
+    /// The file of the layer at work.
+    fn layer_writer(&mut self, layer_idx: usize) -> Result<&mut LayerWriter> {
+        match &mut self.layer {
+            Some(layer) => Ok(layer),
+            none => {
+                let path = self.journal.layer_path(layer_idx);
+                Ok(none.insert(LayerWriter::create(path)?))
+            }
+        }
+    }
+}
+
 impl LayerSink for Journaled<'_> {
     fn finished(&mut self, layer_idx: usize) -> Result<Option<FinishedLayer>> {
         let digest = || self.model.layer_digest(layer_idx);
@@ -212,19 +227,22 @@ impl LayerSink for Journaled<'_> {
             })?;
             self.export(module, weight)?;
         }
+        for (name, values) in &layer.tensors {
+            self.exporter.write_tensor(name, values)?;
+        }
         Ok(Some(layer))
     }
 
     fn module(&mut self, module: &Module, weight: &QuantizedWeight) -> Result<()> {
-        let layer = match &mut self.layer {
-            Some(layer) => layer,
-            None => {
-                let path = self.journal.layer_path(module.layer_idx);
-                self.layer.insert(LayerWriter::create(path)?)
-            }
-        };
+        let layer = self.layer_writer(module.layer_idx)?;
         layer.module(&module.name, weight)?;
         self.export(module, weight)
+    }
+
+    fn tensor(&mut self, tensor: &ChangedTensor) -> Result<()> {
+        let layer = self.layer_writer(tensor.layer_idx)?;
+        layer.tensor(&tensor.name, &tensor.values);
+        self.exporter.write_tensor(&tensor.name, &tensor.values)
     }
 
     fn layer(&mut self, layer_idx: usize, outcome: &LayerOutcome) -> Result<()> {
@@ -300,6 +318,11 @@ pub fn load_samples(
     })?;
     let processor = open_processor(model.checkpoint().dir())?;
     let chosen: Vec<&Sample> = choice.set.choose(choice.n_samples, choice.seed)?;
+    if let Some(tuning) = recipe.tuning() {
+        // All that scales will be tuned on must be there before the first layer.
+        let all = tuning.choice(choice);
+        all.set.choose(all.n_samples, all.seed)?;
+    }
     let max_tokens = choice.max_tokens;
     let n_tokens = calibration::count_tokens(&processor, &chosen, max_tokens)?;
     let plan = plan_memory(model, recipe, &n_tokens);
@@ -333,7 +356,10 @@ fn settings(recipe: &Recipe) -> serde_json::Value {
         "importance": recipe.importance,
         "dampening_frac": recipe.solver.dampening_frac,
         "act_order": recipe.solver.act_order,
+        "target": recipe.solver.target,
         "clip": recipe.solver.clip,
+        "sweeps": recipe.solver.sweeps,
+        "refit_scales": recipe.solver.refit_scales,
         "statistics_dtype": recipe.statistics_dtype,
         "col_block": recipe.solver.col_block,
         "tuning": recipe.tuning(),

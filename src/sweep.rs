@@ -4,22 +4,25 @@
 //! hidden states on every text, image features, and the samples of each seed. Its models live in
 //! memory; nothing is written.
 
+pub mod paired;
+
+use crate::calibration::CalibrationSet;
 use crate::eval::{
     AnswerScore, Divergence, EvalItem, Reference, Task, TaskItems, TextReference, TextScore,
     perplexity, score_answers, score_texts,
 };
 use crate::model::LoadedModel;
 use crate::model::decoder::DecoderLayer;
-use crate::model::{ModelSource, Module};
+use crate::model::{ChangedTensor, ModelSource, Module};
 use crate::pipeline::{self, LayerSink, Observer};
 use crate::plan::{ScaleDtype, Scheme};
 use crate::processor::MAX_TEXT_TOKENS;
-use crate::recipe::{Method, Recipe};
+use crate::recipe::Recipe;
 use crate::run::{SampleChoice, load_samples};
 use crate::tuning::{self, TuningReport};
 use crate::{Error, QuantizedWeight, Result};
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 /// What to run; paths are relative to the file that it is read from.
@@ -38,19 +41,53 @@ pub struct Sweep {
     /// Seeds of the choice of samples; methods without calibration run once.
     pub seeds: Vec<u64>,
     /// Methods by their names on the command line.
+    #[serde(default)]
     pub methods: Vec<String>,
+    /// Methods with settings of their own, under a name of their own.
+    #[serde(default, rename = "variant")]
+    pub variants: Vec<Variant>,
     /// Bits per weight.
     pub bits: Vec<u8>,
-    /// Columns that share a scale.
-    pub group_sizes: Vec<usize>,
-    /// Settings as after `--set`, for all methods that know them.
+    /// Columns that share a scale; −1 for one scale per row.
+    pub group_sizes: Vec<i64>,
+    /// Method or variant that all others are compared with; the first one if absent.
+    pub baseline: Option<String>,
+    /// Settings as after `--set`, for all runs.
     #[serde(default)]
     pub set: Vec<String>,
+    /// Questions or texts of each task that are left out before the first: what is tuned on some is
+    /// reported on others.
+    #[serde(default)]
+    pub skip: usize,
     /// Questions or texts of each task.
     pub limit: Option<usize>,
     /// Raw texts, samples and tasks, are read in pieces of at most so many tokens.
     #[serde(default = "default_max_tokens")]
     pub max_tokens: usize,
+}
+
+/// A method with settings, by a name that rows bear.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Variant {
+    /// Name.
+    pub name: String,
+    /// Method by its name on the command line.
+    pub method: String,
+    /// Settings as after `--set`.
+    #[serde(default)]
+    pub set: Vec<String>,
+}
+
+/// One run of a sweep.
+#[derive(Clone, Debug)]
+pub struct SweepRun {
+    /// Name of its method or variant.
+    pub name: String,
+    /// What it does.
+    pub recipe: Recipe,
+    /// Seed of the samples; `None` for a run without calibration.
+    pub seed: Option<u64>,
 }
 
 fn default_max_tokens() -> usize {
@@ -77,38 +114,82 @@ impl Sweep {
         Ok(sweep)
     }
 
-    /// All runs, the cheapest statistics first; `None` is the seed of a run without calibration.
+    /// All runs, seed by seed, so that whoever goes through them needs the samples of one seed at a
+    /// time; first those without calibration.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for a method that does not exist, [`Error::Invalid`] for a format.
-    pub fn runs(&self, scale_dtype: ScaleDtype) -> Result<Vec<(Recipe, Option<u64>)>> {
+    /// [`Error::Unsupported`] for a method that does not exist, [`Error::Invalid`] for a format, a
+    /// setting, or a name that two variants have.
+    pub fn runs(&self, scale_dtype: ScaleDtype) -> Result<Vec<SweepRun>> {
         let mut runs = Vec::new();
-        for name in &self.methods {
-            let method: Method = name.parse()?;
+        for variant in self.all_variants()? {
             for (&bits, &group) in self
                 .bits
                 .iter()
                 .flat_map(|b| self.group_sizes.iter().map(move |g| (b, g)))
             {
-                let scheme = Scheme::new(bits, Some(group), false, scale_dtype)?;
-                let mut recipe = Recipe::new(method, scheme);
-                for assignment in &self.set {
-                    recipe.set(assignment)?;
-                }
+                let recipe = variant.recipe(bits, group, &self.set, scale_dtype)?;
+                let run = |seed| SweepRun {
+                    name: variant.name.clone(),
+                    recipe: recipe.clone(),
+                    seed,
+                };
                 match recipe.needs_calibration() {
-                    true => runs.extend(self.seeds.iter().map(|s| (recipe.clone(), Some(*s)))),
-                    false => runs.push((recipe, None)),
+                    true => runs.extend(self.seeds.iter().map(|seed| run(Some(*seed)))),
+                    false => runs.push(run(None)),
                 }
             }
         }
+        runs.sort_by_key(|run| run.seed);
         Ok(runs)
+    }
+
+    fn all_variants(&self) -> Result<Vec<Variant>> {
+        let plain = self.methods.iter().map(|name| Variant {
+            name: name.clone(),
+            method: name.clone(),
+            set: Vec::new(),
+        });
+        let all: Vec<Variant> = plain.chain(self.variants.iter().cloned()).collect();
+        let mut names = BTreeSet::from(["original"]);
+        match all.iter().find(|variant| !names.insert(&variant.name)) {
+            None => Ok(all),
+            Some(twice) => Err(Error::Invalid {
+                what: format!("variant {:?}", twice.name),
+                why: "another one has this name; rows are told apart by it".into(),
+            }),
+        }
+    }
+}
+
+impl Variant {
+    fn recipe(
+        &self,
+        bits: u8,
+        group_size: i64,
+        settings: &[String],
+        scale_dtype: ScaleDtype,
+    ) -> Result<Recipe> {
+        let group_size = match group_size {
+            -1 => None,
+            n => Some(usize::try_from(n).map_err(|_| Error::Invalid {
+                what: format!("group size {n}"),
+                why: "a number of columns, or -1 for one scale per row, expected".into(),
+            })?),
+        };
+        let scheme = Scheme::new(bits, group_size, false, scale_dtype)?;
+        let mut recipe = Recipe::new(self.method.parse()?, scheme);
+        let settings = settings.iter().chain(&self.set);
+        settings.into_iter().try_for_each(|s| recipe.set(s))?;
+        recipe.check()?;
+        Ok(recipe)
     }
 }
 
 /// One line of a sweep's result.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct SweepRow {
-    /// Method by its name, or `original`.
+    /// Method or variant by its name, or `original`.
     pub method: String,
     /// Bits per weight; absent for the original.
     pub bits: Option<u8>,
@@ -127,29 +208,35 @@ pub struct SweepRow {
 
 impl SweepRow {
     /// The line of a run.
-    pub fn new(
-        recipe: &Recipe,
-        seed: Option<u64>,
-        tasks: BTreeMap<String, TaskScore>,
-        seconds: f64,
-    ) -> Self {
+    pub fn new(run: &SweepRun, tasks: BTreeMap<String, TaskScore>, seconds: f64) -> Self {
         Self {
-            method: recipe.method.name().into(),
-            bits: Some(recipe.scheme().bits()),
-            group_size: recipe.scheme().group_size(),
-            seed,
+            method: run.name.clone(),
+            bits: Some(run.recipe.scheme().bits()),
+            group_size: run.recipe.scheme().group_size(),
+            seed: run.seed,
             tasks,
             seconds,
             tuning: None,
         }
     }
 
+    /// Mean accuracy over tasks with questions, in percent.
+    pub fn mean_accuracy(&self) -> Option<f64> {
+        let values: Vec<f64> = self.tasks.values().filter_map(|t| t.accuracy).collect();
+        (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64)
+    }
+
+    /// Mean KL over tasks, in nats.
+    pub fn mean_kl(&self) -> f64 {
+        self.tasks.values().map(|t| t.kl).sum::<f64>() / self.tasks.len().max(1) as f64
+    }
+
     /// Whether this is the line of such a run.
-    pub fn is_of(&self, recipe: &Recipe, seed: Option<u64>) -> bool {
-        self.method == recipe.method.name()
-            && self.bits == Some(recipe.scheme().bits())
-            && self.group_size == recipe.scheme().group_size()
-            && self.seed == seed
+    pub fn is_of(&self, run: &SweepRun) -> bool {
+        self.method == run.name
+            && self.bits == Some(run.recipe.scheme().bits())
+            && self.group_size == run.recipe.scheme().group_size()
+            && self.seed == run.seed
     }
 }
 
@@ -298,6 +385,72 @@ pub fn compare_with_reference(
     ))
 }
 
+/// The samples of one run.
+#[derive(Debug)]
+pub struct RunSamples {
+    /// Those that layers are solved with, which a run uses up.
+    pub layers: CalibrationSet,
+    /// Those that scales are tuned on, where they are tuned.
+    pub tuning: Option<CalibrationSet>,
+}
+
+/// The samples of one seed, brought to the first layer once for all runs with that seed.
+#[derive(Default)]
+pub struct PreparedSamples {
+    seed: u64,
+    /// By how many were chosen.
+    sets: BTreeMap<usize, CalibrationSet>,
+}
+
+impl PreparedSamples {
+    /// The samples of a run; those of the run before if it had the same seed.
+    ///
+    /// # Errors
+    /// As [`load_samples`].
+    pub fn of(
+        &mut self,
+        model: &ModelSource,
+        run: &SweepRun,
+        choice: impl Fn(u64) -> SampleChoice,
+        observer: &dyn Observer,
+    ) -> Result<RunSamples> {
+        let Some(seed) = run.seed else {
+            return Ok(RunSamples {
+                layers: CalibrationSet::none(),
+                tuning: None,
+            });
+        };
+        let choice = choice(seed);
+        let tuning = run.recipe.tuning().map(|settings| settings.choice(&choice));
+        let tuning = tuning.map(|more| self.copy(model, &run.recipe, &more, observer));
+        Ok(RunSamples {
+            tuning: tuning.transpose()?,
+            layers: self.copy(model, &run.recipe, &choice, observer)?,
+        })
+    }
+
+    fn copy(
+        &mut self,
+        model: &ModelSource,
+        recipe: &Recipe,
+        choice: &SampleChoice,
+        observer: &dyn Observer,
+    ) -> Result<CalibrationSet> {
+        if self.seed != choice.seed {
+            self.sets.clear();
+            self.seed = choice.seed;
+        }
+        if let Some(set) = self.sets.get(&choice.n_samples) {
+            return set.copied();
+        }
+        let dir = std::env::temp_dir();
+        let set = load_samples(model, recipe, Some(choice), u64::MAX, &dir, observer)?;
+        let copy = set.copied();
+        self.sets.insert(choice.n_samples, set);
+        copy
+    }
+}
+
 /// What [`quantize_in_memory`] makes.
 #[derive(Debug)]
 pub struct QuantizedLayers {
@@ -310,28 +463,30 @@ pub struct QuantizedLayers {
 /// Quantizes in memory.
 ///
 /// # Errors
-/// Those of [`pipeline::quantize`] and [`tuning::tune`].
+/// Those of [`pipeline::quantize`] and [`tuning::tune`]; [`Error::Missing`] without samples for
+/// the latter.
 pub fn quantize_in_memory(
     model: &ModelSource,
     recipe: &Recipe,
-    choice: Option<&SampleChoice>,
+    samples: RunSamples,
     observer: &dyn Observer,
 ) -> Result<QuantizedLayers> {
     let n_layers = model.decoder().n_layers;
     let layers = (0..n_layers)
         .map(|i| model.load_layer(i))
         .collect::<Result<Vec<_>>>()?;
-    let dir = std::env::temp_dir();
-    let samples = |choice| load_samples(model, recipe, choice, u64::MAX, &dir, observer);
     let mut sink = InMemory {
+        model,
         layers,
         kept: recipe.tuning().map(|_| Vec::new()),
     };
-    pipeline::quantize(model, samples(choice)?, recipe, observer, &mut sink)?;
+    pipeline::quantize(model, samples.layers, recipe, observer, &mut sink)?;
     let mut tuning = None;
     if let (Some(settings), Some(weights)) = (recipe.tuning(), sink.kept.take()) {
-        // The samples were used up: they are made again.
-        let set = samples(choice.map(|choice| settings.choice(choice)).as_ref())?;
+        let set = samples.tuning.ok_or_else(|| Error::Missing {
+            what: "samples to tune scales on".into(),
+            place: "those of the run".into(),
+        })?;
         let tuned = tuning::tune(model, &set, weights, settings, observer)?;
         for (module, weight) in &tuned.weights {
             sink.module(module, weight)?;
@@ -342,14 +497,21 @@ pub fn quantize_in_memory(
     Ok(QuantizedLayers { layers, tuning })
 }
 
-/// Takes each module to its place in the layers.
-struct InMemory {
+/// Takes each module and each changed tensor to its place in the layers.
+struct InMemory<'a> {
+    model: &'a ModelSource,
     layers: Vec<DecoderLayer>,
     /// All modules, where their scales are going to be tuned.
     kept: Option<Vec<(Module, QuantizedWeight)>>,
 }
 
-impl LayerSink for InMemory {
+impl LayerSink for InMemory<'_> {
+    fn tensor(&mut self, tensor: &ChangedTensor) -> Result<()> {
+        let layer = &mut self.layers[tensor.layer_idx];
+        let source = self.model.layer_source(tensor.layer_idx);
+        source.put(layer, tensor.part, &tensor.values)
+    }
+
     fn module(&mut self, module: &Module, weight: &QuantizedWeight) -> Result<()> {
         if let Some(kept) = &mut self.kept {
             kept.push((module.clone(), weight.clone()));

@@ -52,7 +52,7 @@ def read(path):
 
 def table(rows, name, form):
     print("| bits, group | " + " | ".join(METHODS) + " |\n" + "|---" * (len(METHODS) + 1) + "|")
-    for bits, group in sorted({key[1:3] for key in rows if key[1]}, key=lambda at: (-at[0], at[1])):
+    for bits, group in sorted({key[1:3] for key in rows if key[1]}, key=lambda at: (-at[0], at[1] or 0)):
         cells = []
         for method in METHODS:
             found = [r[name] for key, r in rows.items() if key[:3] == (method, bits, group)]

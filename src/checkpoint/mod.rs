@@ -234,9 +234,17 @@ impl Checkpoint {
     /// # Errors
     /// As [`Checkpoint::bytes`].
     pub fn digest(&self, prefix: &str) -> Result<String> {
+        self.digest_of(|name| name.starts_with(prefix))
+    }
+
+    /// As [`Checkpoint::digest`], of all tensors whose names `is_meant`.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::bytes`].
+    pub fn digest_of(&self, is_meant: impl Fn(&str) -> bool) -> Result<String> {
         let mut digest = blake3::Hasher::new();
         let tensors = self.tensors.iter();
-        for (name, info) in tensors.filter(|(name, _)| name.starts_with(prefix)) {
+        for (name, info) in tensors.filter(|(name, _)| is_meant(name)) {
             digest.update(format!("{name} {} {:?};", info.dtype.name(), info.shape).as_bytes());
             for piece in self.pieces(name)? {
                 digest.update(&piece?);

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use vlmq::Error;
 use vlmq::eval::{
-    Accuracy, Divergence, EvalItem, Prediction, Task, TaskItems, TextItem, TextReference,
+    Accuracy, Divergence, EvalItem, Prediction, Task, TaskItems, TaskRows, TextItem, TextReference,
     TextScore, answer_all, open_tasks, perplexity, score_texts,
 };
 use vlmq::families::open_processor;
@@ -24,6 +24,9 @@ pub struct Args {
     /// File of questions or of raw texts, or a folder of such files
     #[arg(long, value_name = "FILE_OR_FOLDER")]
     task: PathBuf,
+    /// Questions or texts of each task left out before the first
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    skip: usize,
     /// Questions or texts of each task
     #[arg(long, value_name = "N")]
     limit: Option<usize>,
@@ -46,7 +49,11 @@ pub fn run(args: &Args, as_json: bool) -> anyhow::Result<ExitCode> {
         .into());
     }
     let processor = open_processor(&args.model.model)?;
-    let tasks = open_tasks(&args.task, &processor, args.limit, args.max_tokens)?;
+    let rows = TaskRows {
+        skip: args.skip,
+        limit: args.limit,
+    };
+    let tasks = open_tasks(&args.task, &processor, rows, args.max_tokens)?;
     let model = LoadedModel::load(open_model(&args.model.model)?)?;
     let reference = args.reference.as_deref().map(open_model).transpose()?;
     let evaluation = Evaluation {

@@ -9,6 +9,7 @@ mod log;
 mod progress;
 mod prompt;
 mod quantize;
+mod rotate;
 mod summary;
 mod trace;
 
@@ -49,6 +50,8 @@ enum Command {
     Inspect(inspect::Args),
     /// Quantize a model into a new folder
     Quantize(quantize::Args),
+    /// Turn a model's residual stream by an orthogonal matrix, its function kept, into a new folder
+    Rotate(rotate::Args),
     /// Answer the questions of a task and count right answers
     Eval(eval::Args),
     /// Run methods, formats and seeds on one model and make a table
@@ -105,6 +108,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
     match cli.command {
         Command::Inspect(args) => inspect::run(&args, cli.json),
         Command::Quantize(args) => quantize::run(&args, cli.json),
+        Command::Rotate(args) => rotate::run(&args, cli.json),
         Command::Eval(args) => eval::run(&args, cli.json),
         Command::Compare(args) => compare::run(&args, cli.json),
         Command::Generate(args) => generate::run(&args, cli.json),

@@ -2,14 +2,16 @@
 //! than planned.
 
 use std::collections::BTreeMap;
+use vlmq::importance::Safeguarded;
 use vlmq::report::{Deviation, ModuleReport, RunReport};
 use vlmq::tuning::TuningReport;
 
-const STAGES: [&str; 7] = [
+const STAGES: [&str; 8] = [
     "load",
     "forward",
     "importance",
     "statistics",
+    "search",
     "factor",
     "solve",
     "write",
@@ -55,13 +57,19 @@ fn losses(modules: &[ModuleReport]) -> String {
 
 /// Where the seconds went, by layer and stage.
 fn profile(report: &RunReport) -> String {
+    // Few methods search.
+    let is_shown = |s: &&str| *s != "search" || report.seconds.contains_key(*s);
+    let stages: Vec<&str> = STAGES.into_iter().filter(is_shown).collect();
     let line = |name: &str, seconds: &BTreeMap<String, f64>| {
-        let cells = STAGES.map(|stage| seconds.get(stage).copied().unwrap_or(0.0));
-        let cells = cells.map(|seconds| format!("{seconds:>11.2}"));
-        format!("{name:<8}{}\n", cells.concat())
+        let cell = |stage: &&str| format!("{:>11.2}", seconds.get(*stage).unwrap_or(&0.0));
+        let cells: String = stages.iter().map(cell).collect();
+        format!("{name:<8}{cells}\n")
     };
     let mut text = format!("{:<8}", "seconds");
-    text += &STAGES.map(|s| format!("{s:>11}")).concat();
+    text += &stages
+        .iter()
+        .map(|s| format!("{s:>11}"))
+        .collect::<String>();
     text.push('\n');
     for (layer_idx, seconds) in report.layers.iter().enumerate() {
         text += &line(&layer_idx.to_string(), seconds);
@@ -94,6 +102,7 @@ fn notes(report: &RunReport) -> Vec<String> {
     let mut notes = Vec::new();
     let mut alike: BTreeMap<(usize, String), Vec<&str>> = BTreeMap::new();
     let mut few: Vec<(&str, f64, usize)> = Vec::new();
+    let mut guarded: Vec<&Safeguarded> = Vec::new();
     let (mut skipped, mut unreached) = (0, 0);
     for deviation in &report.deviations {
         match deviation {
@@ -110,6 +119,8 @@ fn notes(report: &RunReport) -> Vec<String> {
                 effective_sample_size,
                 in_features,
             } => few.push((module, *effective_sample_size, *in_features)),
+            Deviation::Safeguarded { changes, .. } => guarded.push(changes),
+            Deviation::NotScaled { .. } => {}
             Deviation::Skipped { .. } => skipped += 1,
             Deviation::Unreached { .. } => unreached += 1,
             Deviation::DampingRaised {
@@ -133,6 +144,8 @@ fn notes(report: &RunReport) -> Vec<String> {
             "note: layer {layer_idx}: tokens weigh alike in {names}: {reason}\n"
         ));
     }
+    notes.extend(safeguards(&guarded));
+    notes.extend(not_scaled(&report.deviations));
     let shortest = few.iter().min_by(|a, b| {
         let tokens_per_input = |(_, n, inputs): &(&str, f64, usize)| n / *inputs as f64;
         tokens_per_input(a).total_cmp(&tokens_per_input(b))
@@ -167,6 +180,43 @@ fn notes(report: &RunReport) -> Vec<String> {
     notes
 }
 
+/// What safeguards did, over all linears that they had a part in.
+fn safeguards(all: &[&Safeguarded]) -> Option<String> {
+    let tempering = all.iter().map(|s| s.tempering).reduce(f64::max)?;
+    let is_short = |s: &&&Safeguarded| {
+        s.wanted
+            .is_some_and(|w| s.effective_sample_size < w * 0.999)
+    };
+    let short = match all.iter().filter(is_short).count() {
+        0 => String::new(),
+        n => format!(", too few tokens in {n}"),
+    };
+    Some(format!(
+        "note: safeguards on the token weights of {} linears: {} factors clipped, {} raised, equal \
+         weights mixed in up to {tempering:.3}{short}\n",
+        all.len(),
+        all.iter().map(|s| s.n_clipped).sum::<usize>(),
+        all.iter().map(|s| s.n_raised).sum::<usize>(),
+    ))
+}
+
+/// Of all layers in which the same is not scaled, one note.
+fn not_scaled(deviations: &[Deviation]) -> impl Iterator<Item = String> {
+    let mut alike: BTreeMap<(&str, String), usize> = BTreeMap::new();
+    for deviation in deviations {
+        if let Deviation::NotScaled {
+            modules, reason, ..
+        } = deviation
+        {
+            *alike.entry((modules, reason.to_string())).or_default() += 1;
+        }
+    }
+    let note = |((modules, reason), n)| {
+        format!("note: inputs of {modules} not scaled in {n} layers: {reason}\n")
+    };
+    alike.into_iter().map(note)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -186,6 +236,8 @@ mod tests {
             "schema": 1, "vlmq": "", "method": "", "settings": {}, "calibration": null,
             "modules": [], "seconds": {}, "peak_memory_bytes": null,
             "deviations": [alike("q"), few("a", 20.0), alike("k"), few("b", 10.0),
+                {"kind": "not_scaled", "layer_idx": 0, "modules": "o", "reason": "grouped_queries"},
+                {"kind": "not_scaled", "layer_idx": 1, "modules": "o", "reason": "grouped_queries"},
                 {"kind": "idle_rule", "pattern": "x"}],
         });
         let report: RunReport = serde_json::from_value(report).unwrap();
@@ -194,6 +246,8 @@ mod tests {
             [
                 "note: the rule \"x\" matched no module\n",
                 "note: layer 0: tokens weigh alike in q, k: nothing is quantized before them\n",
+                "note: inputs of o not scaled in 2 layers: several heads of queries share their \
+                 values\n",
                 "note: 2 of 0 modules have fewer tokens than inputs and rest on damping, b most \
                  (10 for 100): more samples would help\n",
             ]

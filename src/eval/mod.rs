@@ -10,7 +10,7 @@ mod task;
 mod text;
 
 pub use score::{AnswerScore, Divergence, Reference, score_answers};
-pub use task::{EvalItem, Task, TaskItems, open_tasks};
+pub use task::{EvalItem, Task, TaskItems, TaskRows, open_tasks};
 pub use text::{TextItem, TextReference, TextScore, perplexity, score_texts};
 
 use crate::model::LoadedModel;

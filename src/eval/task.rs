@@ -64,10 +64,12 @@ pub struct EvalItem {
 }
 
 /// An image that several questions may share. The tower is never quantized, so its features are
-/// computed once for all models of a comparison.
+/// computed once for all models of a comparison that have the tower of the first; towers of turned
+/// models are others.
 struct EvalImage {
     input: Arc<VisionInput>,
-    features: OnceLock<ImageFeatures>,
+    /// With the digest of the tower.
+    features: OnceLock<(String, ImageFeatures)>,
 }
 
 /// The questions, those with the same images together as they stand in the file.
@@ -114,18 +116,37 @@ impl EvalItem {
     /// As [`LoadedModel::image_features`].
     pub fn features(&self, model: &LoadedModel) -> Result<Vec<ImageFeatures>> {
         let one = |image: &Arc<EvalImage>| {
-            if let Some(features) = image.features.get() {
+            let kept = image.features.get();
+            if let Some((_, features)) = kept.filter(|(tower, _)| tower == model.tower_digest()) {
                 return Ok(features.clone());
             }
             let features = model.image_features(&image.input)?;
-            Ok(image.features.get_or_init(|| features).clone())
+            let tower = || model.tower_digest().to_owned();
+            image.features.get_or_init(|| (tower(), features.clone()));
+            Ok(features)
         };
         self.images.iter().map(one).collect()
     }
 }
 
-/// The tasks of a file, or of all files of a folder in order of name; `limit` rows of each. Raw
-/// texts are read in pieces of at most `max_tokens`.
+/// Which rows of a task are taken.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TaskRows {
+    /// Rows left out before the first.
+    pub skip: usize,
+    /// At most so many; absent: all.
+    pub limit: Option<usize>,
+}
+
+impl TaskRows {
+    fn cut<T>(self, rows: &mut Vec<T>) {
+        rows.drain(..self.skip.min(rows.len()));
+        rows.truncate(self.limit.unwrap_or(usize::MAX));
+    }
+}
+
+/// The tasks of a file, or of all files of a folder in order of name; of each those of
+/// `rows`. Raw texts are read in pieces of at most `max_tokens`.
 ///
 /// # Errors
 /// The readers' and the processor's; [`Error::Missing`] for a folder without files of data;
@@ -133,13 +154,13 @@ impl EvalItem {
 pub fn open_tasks(
     path: &Path,
     processor: &Processor,
-    limit: Option<usize>,
+    rows: TaskRows,
     max_tokens: usize,
 ) -> Result<Vec<Task>> {
     let files = task_files(path)?;
     files
         .iter()
-        .map(|file| open_task(file, processor, limit, max_tokens))
+        .map(|file| open_task(file, processor, rows, max_tokens))
         .collect()
 }
 
@@ -169,19 +190,18 @@ fn task_files(path: &Path) -> Result<Vec<PathBuf>> {
 fn open_task(
     path: &Path,
     processor: &Processor,
-    limit: Option<usize>,
+    rows: TaskRows,
     max_tokens: usize,
 ) -> Result<Task> {
-    let limit = limit.unwrap_or(usize::MAX);
     let items = match open_rows(path)? {
         Rows::Questions(mut questions) => {
-            questions.truncate(limit);
+            rows.cut(&mut questions);
             let images = Mutex::new(HashMap::new());
             let items = questions.par_iter().map(|q| encode(q, processor, &images));
             TaskItems::Questions(items.collect::<Result<_>>()?)
         }
         Rows::Texts(mut texts) => {
-            texts.truncate(limit);
+            rows.cut(&mut texts);
             let items = texts
                 .par_iter()
                 .map(|t| TextItem::new(t, processor, max_tokens));

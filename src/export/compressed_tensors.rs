@@ -17,7 +17,7 @@
 mod config;
 mod verify;
 
-pub use verify::{Verified, verify, verify_against, verify_module};
+pub use verify::{Verified, verify, verify_against, verify_changed, verify_module};
 
 use super::ModulePlan;
 use crate::checkpoint::write::{MAX_SHARD_BYTES, ShardedWriter, TensorSpec};
@@ -39,6 +39,8 @@ pub struct Exported {
     pub n_quantized: usize,
     /// Tensors copied unchanged.
     pub n_copied: usize,
+    /// Names of the plain tensors that were written with other values than the source's.
+    pub changed: Vec<String>,
     /// Bytes of all tensors.
     pub tensor_bytes: u64,
     /// Names of the files copied unchanged.
@@ -55,6 +57,8 @@ pub struct Exporter<'a> {
     schemes: BTreeMap<String, Scheme>,
     /// Digest of the dequantized weight of each module written so far.
     digests: BTreeMap<String, blake3::Hash>,
+    /// Digest of the bytes of each plain tensor that is not the source's.
+    changed: BTreeMap<String, blake3::Hash>,
     config_text: String,
     ignore: Vec<String>,
 }
@@ -98,6 +102,7 @@ impl<'a> Exporter<'a> {
             writer,
             schemes,
             digests: BTreeMap::new(),
+            changed: BTreeMap::new(),
             config_text,
             ignore,
         })
@@ -150,6 +155,47 @@ impl<'a> Exporter<'a> {
         Ok(())
     }
 
+    /// Writes a plain tensor with other `values` than the source's, in its shape and type, once.
+    ///
+    /// # Errors
+    /// [`Error::Missing`] if the output has no plain tensor of this name, [`Error::Shape`] for
+    /// another number of values, [`Error::Unsupported`] if the source's type is not a 16 or 32-bit
+    /// float, [`Error::Invalid`] for values that are not finite or that this type would round,
+    /// [`Error::Io`].
+    pub fn write_tensor(&mut self, name: &str, values: &[f32]) -> Result<()> {
+        let is_plain = replaced_by(self.source, &self.schemes, name).is_none();
+        let info = self.source.info(name).filter(|_| is_plain);
+        let info = info.ok_or_else(|| Error::Missing {
+            what: format!("plain tensor {name}"),
+            place: "the plan of this export".into(),
+        })?;
+        if info.shape.iter().product::<usize>() != values.len() {
+            return Err(Error::Shape {
+                module: name.to_owned(),
+                expected: info.shape.clone(),
+                found: vec![values.len()],
+            });
+        }
+        let bytes = info.dtype.bytes_from_f32(values);
+        let bytes = bytes.ok_or_else(|| Error::Unsupported {
+            what: format!("{name}: changed values in {}", info.dtype.name()),
+        })?;
+        let stored = info.dtype.f32_from_bytes(&bytes).unwrap_or_default();
+        let is_exact = |(value, stored): (&f32, &f32)| value.is_finite() && value == stored;
+        if !values.iter().zip(&stored).all(is_exact) {
+            return Err(Error::Invalid {
+                what: name.to_owned(),
+                why: format!(
+                    "its new values are not finite numbers of {}",
+                    info.dtype.name()
+                ),
+            });
+        }
+        self.writer.write(name, &bytes)?;
+        self.changed.insert(name.to_owned(), blake3::hash(&bytes));
+        Ok(())
+    }
+
     /// Adds a file of our own, such as a report.
     ///
     /// # Errors
@@ -165,7 +211,11 @@ impl<'a> Exporter<'a> {
     /// if the folder read back differs from what was meant. Nothing is left behind then.
     pub fn finish(mut self) -> Result<Exported> {
         let mut n_copied = 0;
-        for name in self.source.names() {
+        for name in self
+            .source
+            .names()
+            .filter(|n| !self.changed.contains_key(*n))
+        {
             match replaced_by(self.source, &self.schemes, name) {
                 None => {
                     if self.writer.is_open(name) {
@@ -188,7 +238,7 @@ impl<'a> Exporter<'a> {
             .write_file(CONFIG_FILE, self.config_text.as_bytes())?;
         let side_files = copy_side_files(self.source, &self.pending)?;
         let written = Checkpoint::open(self.pending.path())?;
-        verify_against(&written, self.source)?;
+        verify_changed(&written, self.source, &self.changed)?;
         for (name, expected) in &self.digests {
             if digest(&written.packed_module(name)?) != *expected {
                 let why = "read back, its weight differs from what was written";
@@ -200,6 +250,7 @@ impl<'a> Exporter<'a> {
         Ok(Exported {
             n_quantized: self.schemes.len(),
             n_copied,
+            changed: self.changed.into_keys().collect(),
             tensor_bytes,
             side_files,
             ignore: self.ignore,
@@ -366,7 +417,8 @@ fn digest(weight: &QuantizedWeight) -> blake3::Hash {
     hasher.finalize()
 }
 
-fn copy_side_files(source: &Checkpoint, pending: &PendingFolder) -> Result<Vec<String>> {
+/// Copies every file beside the weights but `config.json`, and names them.
+pub(crate) fn copy_side_files(source: &Checkpoint, pending: &PendingFolder) -> Result<Vec<String>> {
     let mut copied = Vec::new();
     for path in source.side_files()? {
         let name = path.file_name().unwrap_or_default();

@@ -168,8 +168,8 @@ pub fn importance(
             (total, n_places) = (total + loss.sum, n_places + places.len());
             gradients.push(loss.gradient);
         }
-        let factors = walk.backward(gradients, |_, _, gradients| {
-            SampleFactors::of_gradients(settings.norm, gradients)
+        let factors = walk.backward(gradients, |[_, index], _, gradients| {
+            SampleFactors::of_gradients(settings.norm, &samples[index].classes, gradients)
         })?;
         for (all, own) in layers.iter_mut().zip(factors) {
             all.extend(own);

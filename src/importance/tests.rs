@@ -3,12 +3,14 @@
 
 mod case;
 mod naive;
+mod sources;
 
 use self::case::{Case, rows};
 use self::naive::{Nudge, Rows};
 use super::backward::{self, AttentionGradients, MlpGradients};
 use super::*;
 use crate::model::attention::{Attention, Mask};
+use crate::model::decoder::DecoderLayer;
 use crate::model::decoder_config::{
     Activation, Ahead, DecoderConfig, LocalAttention, NormScale, RopeAxes, RopeScaling,
 };
@@ -316,18 +318,25 @@ fn small_token_errors_change_the_loss_to_first_order() {
     }
 }
 
-fn settings(power: f64) -> ImportanceSettings {
-    ImportanceSettings {
-        power,
-        norm: TokenNorm::MeanAbs,
-        loss: ImportanceLoss::Attention,
-    }
+fn importance_of(
+    case: &Case,
+    settings: ImportanceSettings,
+    quantized: &Tensor,
+    rounded: Option<&DecoderLayer>,
+) -> LayerImportance {
+    let (full, classes) = (case.full_pass(), case.classes());
+    let sample = case.sample(quantized, &full, rounded, &classes);
+    let factors = settings.sample_factors(&sample);
+    LayerImportance::new(settings, vec![factors.unwrap()]).unwrap()
 }
 
 fn importance(case: &Case, power: f64, quantized: &Tensor) -> LayerImportance {
-    let (pass, target) = (case.pass(quantized), case.pass(&case.full).y);
-    let factors = settings(power).sample_factors(&pass, &target);
-    LayerImportance::new(settings(power), vec![factors.unwrap()]).unwrap()
+    importance_of(case, ImportanceSettings::paper(power), quantized, None)
+}
+
+fn weights(all: &LayerImportance, projection: Projection) -> Option<Vec<f32>> {
+    let found = all.token_weights(projection, 8).unwrap()?;
+    Some(found.weights.concat())
 }
 
 #[test]
@@ -336,15 +345,15 @@ fn weights_are_powers_of_factors_with_mean_one() {
     let first = importance(&case, 1.0, &case.quantized);
     let second = importance(&case, 2.0, &case.quantized);
     for projection in [Projection::Q, Projection::K, Projection::V, Projection::O] {
-        let g = first.token_weights(projection).unwrap().unwrap().concat();
-        let g2 = second.token_weights(projection).unwrap().unwrap().concat();
+        let g = weights(&first, projection).unwrap();
+        let g2 = weights(&second, projection).unwrap();
         let mean = g.iter().sum::<f32>() / g.len() as f32;
         assert!((mean - 1.0).abs() < 1e-5, "{mean}");
         for (g, g2) in g.iter().zip(&g2) {
             assert!((g * g - g2).abs() <= 1e-5 * g2.max(1.0));
         }
     }
-    assert!(first.token_weights(Projection::Gate).unwrap().is_none());
+    assert!(first.token_weights(Projection::Gate, 8).unwrap().is_none());
 }
 
 #[test]
@@ -352,7 +361,7 @@ fn a_layer_without_residual_gets_uniform_weights() {
     let case = golden();
     let same = importance(&case, 2.0, &case.full);
     assert_eq!(
-        same.token_weights(Projection::Q),
+        same.token_weights(Projection::Q, 8),
         Err(Uniform::VanishingResidual)
     );
 }
@@ -362,5 +371,8 @@ fn an_overflowing_gradient_gives_uniform_weights() {
     let case = golden();
     let far = (&case.quantized * 2e38).unwrap();
     let wild = importance(&case, 2.0, &far);
-    assert_eq!(wild.token_weights(Projection::O), Err(Uniform::NotFinite));
+    assert_eq!(
+        wild.token_weights(Projection::O, 8),
+        Err(Uniform::NotFinite)
+    );
 }

@@ -137,27 +137,29 @@ impl<'a> Walk<'a> {
         })
     }
 
-    /// Carries `gradients = ∂L/∂outputs` back. Of each layer and sequence `see` is shown the pass
-    /// and the gradients; what it makes of them is given by layer, then by sequence.
+    /// Carries `gradients = ∂L/∂outputs` back. Of each layer and sequence `see` is shown the place
+    /// `[layer, sequence]`, the pass and the gradients; what it makes of them is given by layer,
+    /// then by sequence.
     ///
     /// # Errors
     /// As [`outputs`]; those of `see`.
     pub fn backward<T: Send>(
         self,
         mut gradients: Vec<Tensor>,
-        see: impl Fn(usize, &AttentionPass, &LayerGradients) -> Result<T> + Sync,
+        see: impl Fn([usize; 2], &AttentionPass, &LayerGradients) -> Result<T> + Sync,
     ) -> Result<Vec<Vec<T>>> {
         let mut seen = Vec::new();
         for (layer_idx, inputs) in self.inputs.into_iter().enumerate().rev() {
             let layer = self.layers.layer(layer_idx)?;
-            let one = |((x, d_out), sequence): ((&Tensor, &Tensor), &Sequence)| {
-                // What the tower adds to the output does not depend on it: d_out passes by.
-                let pass = AttentionPass::new(&layer, &sequence.context, x)?;
-                let gradients = backward::layer(&pass, d_out)?;
-                Ok((see(layer_idx, &pass, &gradients)?, gradients.x))
-            };
+            let one =
+                |(index, ((x, d_out), sequence)): (usize, ((&Tensor, &Tensor), &Sequence))| {
+                    // What the tower adds to the output does not depend on it: d_out passes by.
+                    let pass = AttentionPass::new(&layer, &sequence.context, x)?;
+                    let gradients = backward::layer(&pass, d_out)?;
+                    Ok((see([layer_idx, index], &pass, &gradients)?, gradients.x))
+                };
             let parts = inputs.par_iter().zip(&gradients).zip(self.sequences);
-            let done = parts.map(one).collect::<Result<Vec<_>>>()?;
+            let done = parts.enumerate().map(one).collect::<Result<Vec<_>>>()?;
             let own: Vec<T>;
             (own, gradients) = done.into_iter().unzip();
             seen.push(own);

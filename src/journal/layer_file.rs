@@ -3,6 +3,7 @@
 //! ```text
 //! "vlmqlayr", version        8 + 4 bytes
 //! of each module in turn:    codes as one bitstream of 32-bit words, zero points, scales in f32
+//! of each changed tensor:    its values in f32
 //! footer, its length         JSON, 8 bytes
 //! BLAKE3 of all before       32 bytes
 //! ```
@@ -19,7 +20,7 @@ use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 const MAGIC: &[u8; 8] = b"vlmqlayr";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const START: usize = MAGIC.len() + 4;
 const DIGEST: usize = blake3::OUT_LEN;
 
@@ -39,7 +40,15 @@ struct Footer<R> {
     /// Digest of the layer's weights in the source.
     source: String,
     modules: Vec<Entry>,
+    tensors: Vec<Plain>,
     record: R,
+}
+
+/// A plain tensor that is not the source's.
+#[derive(Serialize, Deserialize)]
+struct Plain {
+    name: String,
+    len: usize,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -56,6 +65,8 @@ pub struct LayerWriter {
     file: BufWriter<File>,
     digest: blake3::Hasher,
     modules: Vec<Entry>,
+    /// Changed tensors, which come after all modules.
+    tensors: Vec<(String, Vec<f32>)>,
 }
 
 impl LayerWriter {
@@ -72,6 +83,7 @@ impl LayerWriter {
             file: BufWriter::new(file),
             digest: blake3::Hasher::new(),
             modules: Vec::new(),
+            tensors: Vec::new(),
         };
         writer.put(MAGIC)?;
         writer.put(&VERSION.to_le_bytes())?;
@@ -98,15 +110,28 @@ impl LayerWriter {
         Ok(())
     }
 
+    /// Adds a plain tensor that is not the source's; it stays in memory until the file ends.
+    pub fn tensor(&mut self, name: &str, values: &[f32]) {
+        self.tensors.push((name.to_owned(), values.to_vec()));
+    }
+
     /// Ends the file, puts it on disk and gives it its name: from here on the layer is safe.
     ///
     /// # Errors
     /// [`Error::Io`].
     pub fn finish(mut self, layer_idx: usize, source: &str, record: &impl Serialize) -> Result<()> {
+        let mut tensors = Vec::new();
+        for (name, values) in std::mem::take(&mut self.tensors) {
+            let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+            self.put(&bytes)?;
+            let len = values.len();
+            tensors.push(Plain { name, len });
+        }
         let footer = serde_json::to_vec(&Footer {
             layer_idx,
             source: source.to_owned(),
             modules: std::mem::take(&mut self.modules),
+            tensors,
             record,
         });
         let footer = footer.expect("a record has only text keys");
@@ -133,6 +158,8 @@ pub(super) struct LayerFile<R> {
     pub(super) source: String,
     /// Modules by name, in solving order.
     pub(super) weights: Vec<(String, QuantizedWeight)>,
+    /// Plain tensors that are not the source's, by name.
+    pub(super) tensors: Vec<(String, Vec<f32>)>,
     /// What else is known of it.
     pub(super) record: R,
 }
@@ -197,10 +224,20 @@ fn parse<R: DeserializeOwned>(
         let weight = entry.weight(&mut data).map_err(|e| e.to_string())?;
         weights.push((entry.name, weight));
     }
+    let mut tensors = Vec::new();
+    for Plain { name, len } in footer.tensors {
+        let n_bytes = len.checked_mul(4).filter(|n| *n <= data.len());
+        let n_bytes = n_bytes.ok_or_else(|| format!("{name} is longer than the file"))?;
+        let (values, rest) = data.split_at(n_bytes);
+        data = rest;
+        let values = values.as_chunks::<4>().0.iter();
+        tensors.push((name, values.map(|b| f32::from_le_bytes(*b)).collect()));
+    }
     match data.len() {
         0 => Ok(LayerFile {
             source: footer.source,
             weights,
+            tensors,
             record: footer.record,
         }),
         n => Err(format!("{n} bytes of data are left over")),
@@ -263,7 +300,7 @@ mod tests {
     fn file(scheme: &str, shape: &str) -> Vec<u8> {
         let footer = format!(
             r#"{{"layer_idx":0,"source":"","record":null,
-                "modules":[{{"name":"m","scheme":{scheme},"shape":{shape}}}]}}"#
+                "modules":[{{"name":"m","scheme":{scheme},"shape":{shape}}}],"tensors":[]}}"#
         );
         let data = [0; 5];
         let start = [&MAGIC[..], &VERSION.to_le_bytes(), &data];

@@ -30,6 +30,8 @@ fn finish(journal: &Journal, layer_idx: usize, weights: &[(&str, QuantizedWeight
     for (name, weight) in weights {
         writer.module(name, weight).unwrap();
     }
+    writer.tensor("norm", &[1.5, layer_idx as f32]);
+    writer.tensor("bias", &[]);
     let mut outcome = LayerOutcome::default();
     outcome.seconds.insert("solve".into(), 1.5);
     writer.finish(layer_idx, "source", &outcome).unwrap();
@@ -66,6 +68,11 @@ fn layers_read_back_as_they_were() {
         ("b".to_owned(), weight(4, true, 2)),
     ];
     assert_eq!(first.weights, expected);
+    let expected = [
+        ("norm".to_owned(), vec![1.5, 0.0]),
+        ("bias".to_owned(), Vec::new()),
+    ];
+    assert_eq!(first.tensors, expected);
     assert_eq!(first.outcome.seconds["solve"], 1.5);
     assert!(journal.finished(2, source).unwrap().is_none());
     journal.discard().unwrap();

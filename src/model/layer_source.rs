@@ -2,6 +2,7 @@
 
 use crate::checkpoint::Checkpoint;
 use crate::model::attention::Scoring;
+use crate::model::changed::LayerPart;
 use crate::model::decoder::DecoderLayer;
 use crate::model::decoder_config::DecoderConfig;
 use crate::model::experts::Router;
@@ -9,8 +10,11 @@ use crate::model::linear::{Linear, load_tensor, tensor_from_matrix};
 use crate::model::norm::RmsNorm;
 use crate::model::projection::{Slot, slots};
 use crate::{Matrix, Result};
-use candle_core::Device;
+use candle_core::{Device, Tensor};
 use std::collections::BTreeMap;
+
+/// Name of the norm before attention.
+const BEFORE_ATTENTION: &str = "input_layernorm";
 
 /// Where the parts of one layer are read from, each when it is needed: of a 32B model, the linears
 /// of one layer have 2 GB in f32.
@@ -42,17 +46,12 @@ impl LayerSource<'_> {
         let when = |is_there: bool, name: &str, dim: usize| is_there.then(|| norm(name, dim));
         let (hidden, head_dim) = (config.hidden_size, config.head_dim);
         let sandwich = config.sandwich_norms;
-        // A sandwiched layer calls the norm before its MLP by another name.
-        let before_mlp = match sandwich {
-            true => "pre_feedforward_layernorm",
-            false => "post_attention_layernorm",
-        };
         Ok(DecoderLayer {
             linears: BTreeMap::new(),
             router: self.router()?,
-            before_attention: norm("input_layernorm", hidden)?,
+            before_attention: norm(BEFORE_ATTENTION, hidden)?,
             after_attention: when(sandwich, "post_attention_layernorm", hidden).transpose()?,
-            before_mlp: norm(before_mlp, hidden)?,
+            before_mlp: norm(self.norm_before_mlp(), hidden)?,
             after_mlp: when(sandwich, "post_feedforward_layernorm", hidden).transpose()?,
             queries: when(config.qk_norm, "self_attn.q_norm", head_dim).transpose()?,
             keys: when(config.qk_norm, "self_attn.k_norm", head_dim).transpose()?,
@@ -130,6 +129,55 @@ impl LayerSource<'_> {
         });
         let weight = tensor_from_matrix(weight, self.device)?;
         Ok(Linear::new(weight, bias.transpose()?))
+    }
+
+    /// A sandwiched layer calls the norm before its MLP by another name.
+    fn norm_before_mlp(&self) -> &'static str {
+        match self.config.sandwich_norms {
+            true => "pre_feedforward_layernorm",
+            false => "post_attention_layernorm",
+        }
+    }
+
+    /// Checkpoint name of a part.
+    pub fn part_name(&self, part: LayerPart) -> String {
+        match part {
+            LayerPart::BeforeAttention => format!("{}.{BEFORE_ATTENTION}.weight", self.prefix),
+            LayerPart::BeforeMlp => format!("{}.{}.weight", self.prefix, self.norm_before_mlp()),
+            LayerPart::Bias(slot) => format!("{}.bias", self.name(slot)),
+        }
+    }
+
+    /// Values of a part as the checkpoint has them.
+    ///
+    /// # Errors
+    /// As [`LayerSource::norms`].
+    pub fn part(&self, part: LayerPart) -> Result<Vec<f32>> {
+        let len = match part {
+            LayerPart::BeforeAttention | LayerPart::BeforeMlp => self.config.hidden_size,
+            LayerPart::Bias(slot) => slot.shape(self.config)[0],
+        };
+        self.checkpoint.load(&self.part_name(part), &[len])
+    }
+
+    /// Puts a part with other values into `layer`, of a linear only if `layer` holds it.
+    ///
+    /// # Errors
+    /// A tensor error if the device refuses the memory.
+    pub fn put(&self, layer: &mut DecoderLayer, part: LayerPart, values: &[f32]) -> Result<()> {
+        let tensor = Tensor::from_slice(values, values.len(), self.device)?;
+        match part {
+            LayerPart::BeforeAttention => {
+                layer.before_attention = RmsNorm::of_weight(tensor, self.config)?;
+            }
+            LayerPart::BeforeMlp => layer.before_mlp = RmsNorm::of_weight(tensor, self.config)?,
+            LayerPart::Bias(slot) => {
+                if let Some(linear) = layer.linears.get_mut(&slot) {
+                    *linear = Linear::new(linear.weight().clone(), Some(tensor));
+                }
+            }
+        }
+        Ok(())
     }
 
     fn name(&self, slot: Slot) -> String {

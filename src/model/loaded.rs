@@ -16,6 +16,7 @@ use std::ops::Range;
 pub struct LoadedModel {
     source: ModelSource,
     tower: Box<dyn VisionTower>,
+    tower_digest: String,
     layers: Vec<DecoderLayer>,
     head: Head,
 }
@@ -46,6 +47,7 @@ impl LoadedModel {
         let layers = (0..source.decoder().n_layers).map(|i| source.load_layer(i));
         Ok(Self {
             tower: source.load_tower()?,
+            tower_digest: source.tower_digest()?,
             layers: layers.collect::<Result<_>>()?,
             head: source.load_head()?,
             source,
@@ -71,6 +73,11 @@ impl LoadedModel {
         }
         self.layers = layers;
         Ok(())
+    }
+
+    /// What tells towers apart: models with the same one make the same of an image.
+    pub fn tower_digest(&self) -> &str {
+        &self.tower_digest
     }
 
     /// The features of one image.

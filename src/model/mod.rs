@@ -7,6 +7,7 @@
 
 pub mod architecture;
 pub mod attention;
+pub mod changed;
 pub mod config;
 pub mod context;
 pub mod decoder;
@@ -24,6 +25,7 @@ pub mod source;
 pub mod vision;
 
 pub use architecture::Architecture;
+pub use changed::{ChangedTensor, LayerPart};
 pub use context::TokenContext;
 pub use decoder::DecoderLayer;
 pub use decoder_config::DecoderConfig;

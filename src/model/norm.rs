@@ -28,6 +28,14 @@ impl RmsNorm {
         device: &Device,
     ) -> Result<Self> {
         let weight = load_tensor(checkpoint, name, &[dim], device)?;
+        Self::of_weight(weight, config)
+    }
+
+    /// A decoder's norm with this `weight [dim]`, as a checkpoint has it.
+    ///
+    /// # Errors
+    /// A tensor error if the device refuses the memory.
+    pub fn of_weight(weight: Tensor, config: &DecoderConfig) -> Result<Self> {
         let scale = match config.norm_scale {
             NormScale::Weight => weight,
             NormScale::OnePlusWeight => (weight + 1.0)?,

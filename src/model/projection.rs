@@ -96,7 +96,8 @@ impl Slot {
         }
     }
 
-    pub(super) fn has_bias(self, config: &DecoderConfig) -> bool {
+    /// Whether it has a bias.
+    pub fn has_bias(self, config: &DecoderConfig) -> bool {
         match self.projection {
             Projection::Q | Projection::K | Projection::V => config.qkv_bias,
             Projection::O => config.o_bias,

@@ -4,7 +4,7 @@
 //! only the rows that a prompt needs.
 
 use crate::checkpoint::Checkpoint;
-use crate::model::architecture::{Architecture, PositionRule};
+use crate::model::architecture::{Architecture, Names, PositionRule};
 use crate::model::context::TokenContext;
 use crate::model::decoder::DecoderLayer;
 use crate::model::decoder_config::{Ahead, DecoderConfig};
@@ -168,6 +168,18 @@ impl ModelSource {
             .digest(&format!("{}.", self.layer_prefix(layer_idx)))
     }
 
+    /// A digest of all tensors that are not the decoder's: those of the tower, with what joins it
+    /// to the decoder.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::digest`].
+    pub fn tower_digest(&self) -> Result<String> {
+        let Names { decoder, head } = self.names();
+        let parts = ["layers.", "embed_tokens.", "norm."].map(|part| format!("{decoder}.{part}"));
+        let is_decoder = |name: &str| name == head || parts.iter().any(|p| name.starts_with(p));
+        self.checkpoint.digest_of(|name| !is_decoder(name))
+    }
+
     /// Loads the final norm and the head.
     ///
     /// # Errors
@@ -316,6 +328,11 @@ impl ModelSource {
     pub fn context_of_text(&self, positions: &Positions) -> Result<TokenContext> {
         let groups = vec![0; positions.ids[0].len()];
         TokenContext::new(self.decoder(), &positions.ids, groups, &self.device)
+    }
+
+    /// Names of the decoder's parts.
+    pub fn names(&self) -> &Names {
+        &self.architecture.names
     }
 
     fn embedding_name(&self) -> String {

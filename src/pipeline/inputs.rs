@@ -11,9 +11,11 @@ use crate::model::decoder::DecoderLayer;
 use crate::model::experts::Routing;
 use crate::model::linear::matrix_from_tensor;
 use crate::model::source::Module;
+use crate::processor::TokenClass;
 use crate::statistics::{Statistics, StatisticsDtype};
 use crate::{Error, Matrix, Result};
 use candle_core::Tensor;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 /// Linears whose statistics are the same; at least one.
@@ -22,6 +24,35 @@ pub(super) struct Shared {
     /// `[sample][token]`; `None` weighs all alike.
     pub(super) weights: Option<Arc<Vec<Vec<f32>>>>,
     pub(super) with_cross: bool,
+}
+
+/// What linears see, summed up.
+pub(super) struct Summed {
+    pub(super) statistics: Statistics,
+    /// Where tokens are weighted.
+    pub(super) weight_share: Option<WeightShare>,
+}
+
+/// Σω by token class.
+#[derive(Clone, Debug, Default)]
+pub(super) struct WeightShare {
+    sums: BTreeMap<String, f64>,
+}
+
+impl WeightShare {
+    fn add(&mut self, classes: &[TokenClass], weights: &[f32]) {
+        for (class, weight) in classes.iter().zip(weights) {
+            let name = format!("{class:?}").to_lowercase();
+            *self.sums.entry(name).or_default() += f64::from(*weight);
+        }
+    }
+
+    /// The share of each class, by its name in lower case.
+    pub(super) fn by_name(self) -> BTreeMap<String, f64> {
+        let total: f64 = self.sums.values().sum();
+        let shares = self.sums.into_iter();
+        shares.map(|(name, sum)| (name, sum / total)).collect()
+    }
 }
 
 impl Shared {
@@ -46,11 +77,12 @@ impl Streams {
         norms: &DecoderLayer,
         shared: &[Shared],
         dtype: StatisticsDtype,
-    ) -> Result<Vec<Statistics>> {
-        let empty = |group: &Shared| {
-            Statistics::new(group.in_features(), group.with_cross).rounded_to(dtype)
+    ) -> Result<Vec<Summed>> {
+        let empty = |group: &Shared| Summed {
+            statistics: Statistics::new(group.in_features(), group.with_cross).rounded_to(dtype),
+            weight_share: group.weights.as_ref().map(|_| WeightShare::default()),
         };
-        let mut all: Vec<Statistics> = shared.iter().map(empty).collect();
+        let mut all: Vec<Summed> = shared.iter().map(empty).collect();
         let Some(first) = shared.first() else {
             return Ok(all);
         };
@@ -63,10 +95,10 @@ impl Streams {
                     // Of an expert's rows nobody could say which tokens they are.
                     inputs.check_finite(first.name()).map_err(named)?;
                 }
-                for (group, statistics) in shared.iter().zip(&mut all) {
+                for (group, summed) in shared.iter().zip(&mut all) {
                     let weights = group.weights.as_ref();
                     let weights = weights.map(|w| weights_of(batch, &piece, w));
-                    inputs.add_to(statistics, group, weights).map_err(named)?;
+                    inputs.add_to(summed, group, weights).map_err(named)?;
                 }
             }
         }
@@ -78,6 +110,7 @@ impl Streams {
 struct Inputs {
     u: Matrix,
     f: Option<Matrix>,
+    classes: Vec<TokenClass>,
     routing: Option<Choices>,
 }
 
@@ -131,21 +164,30 @@ impl Inputs {
                 (gather(batch, piece, store, |s| &s.input)?, f, routing)
             }
         };
-        Ok(Self { u, f, routing })
+        let classes = batch.iter().map(|s| &s.classes[piece.rows(s)]);
+        Ok(Self {
+            u,
+            f,
+            classes: classes.collect::<Vec<_>>().concat(),
+            routing,
+        })
     }
 
-    fn add_to(
-        &self,
-        statistics: &mut Statistics,
-        group: &Shared,
-        weights: Option<Vec<f32>>,
-    ) -> Result<()> {
+    fn add_to(&self, summed: &mut Summed, group: &Shared, weights: Option<Vec<f32>>) -> Result<()> {
+        let statistics = &mut summed.statistics;
+        let mut count = |classes: &[TokenClass], weights: &Option<Vec<f32>>| {
+            if let (Some(share), Some(weights)) = (&mut summed.weight_share, weights) {
+                share.add(classes, weights);
+            }
+        };
         let f = self.f.as_ref().filter(|_| group.with_cross);
         match (&self.routing, group.expert()) {
             (Some(choices), Some(expert)) => {
                 let tokens: Vec<_> = choices.quantized.of_expert(expert).collect();
                 let of_token = |w: Vec<f32>| tokens.iter().map(|&(t, _)| w[t]).collect();
                 let weights: Option<Vec<f32>> = weights.map(of_token);
+                let classes: Vec<_> = tokens.iter().map(|&(t, _)| self.classes[t]).collect();
+                count(&classes, &weights);
                 let width = group.in_features();
                 let u = choices.rows(&self.u, &tokens, width)?;
                 let f = f
@@ -153,7 +195,10 @@ impl Inputs {
                     .transpose()?;
                 statistics.add(group.name(), &u, f.as_ref(), weights.as_deref())
             }
-            _ => statistics.add(group.name(), &self.u, f, weights.as_deref()),
+            _ => {
+                count(&self.classes, &weights);
+                statistics.add(group.name(), &self.u, f, weights.as_deref())
+            }
         }
     }
 
@@ -286,6 +331,7 @@ mod tests {
             f: Some(Matrix::from_fn(3, width, |row, col| {
                 (100 + 10 * row + col) as f32
             })),
+            classes: vec![TokenClass::Vision, TokenClass::Answer, TokenClass::Vision],
             routing: Some(Choices {
                 quantized,
                 full: Some(full),
@@ -311,12 +357,35 @@ mod tests {
         }
     }
 
-    fn added(inputs: &Inputs, expert: usize, projection: Projection) -> Statistics {
-        let mut found = Statistics::new(2, true);
+    fn summed(inputs: &Inputs, expert: usize, projection: Projection) -> Summed {
+        let mut found = Summed {
+            statistics: Statistics::new(2, true),
+            weight_share: Some(WeightShare::default()),
+        };
         let group = group(expert, projection);
         let weights = vec![1.0, 2.0, 3.0];
         inputs.add_to(&mut found, &group, Some(weights)).unwrap();
         found
+    }
+
+    fn added(inputs: &Inputs, expert: usize, projection: Projection) -> Statistics {
+        summed(inputs, expert, projection).statistics
+    }
+
+    #[test]
+    fn an_experts_share_is_of_the_tokens_that_are_sent_to_it() {
+        let inputs = inputs(false, 2);
+        let shares = |expert| {
+            let share = summed(&inputs, expert, Projection::Gate).weight_share;
+            share.unwrap().by_name().into_iter().collect::<Vec<_>>()
+        };
+        let of = |class: &str, share: f64| (class.to_owned(), share);
+        assert_eq!(shares(0), [of("vision", 1.0)]);
+        assert_eq!(
+            shares(1),
+            [of("answer", 2.0 / 3.0), of("vision", 1.0 / 3.0)]
+        );
+        assert_eq!(shares(2), [of("answer", 0.4), of("vision", 0.6)]);
     }
 
     fn expected(rows: &[([f32; 2], [f32; 2], f32)]) -> Statistics {

@@ -8,8 +8,9 @@
 use super::stage::Stage;
 use crate::calibration::{CalibrationSample, CalibrationSet};
 use crate::hidden_states::{HiddenState, Store};
-use crate::importance::backward::AttentionPass;
-use crate::importance::{ImportanceSettings, LayerImportance, SampleFactors};
+use crate::importance::{
+    FullPass, ImportanceSettings, LayerImportance, SampleFactors, SampleInLayer,
+};
 use crate::model::context::TokenContext;
 use crate::model::decoder::DecoderLayer;
 use crate::model::decoder_config::DecoderConfig;
@@ -18,7 +19,6 @@ use crate::processor::TokenClass;
 use crate::{Error, Matrix, Result};
 use candle_core::Tensor;
 use rayon::prelude::*;
-use std::collections::BTreeMap;
 use std::ops::Range;
 
 /// Tokens that one matrix product takes: enough for full speed, few enough to stay small.
@@ -36,8 +36,8 @@ pub(super) struct Sample {
     pub(super) index: usize,
     /// File and line or row, for messages.
     pub(super) origin: String,
-    classes: Vec<TokenClass>,
-    context: TokenContext,
+    pub(super) classes: Vec<TokenClass>,
+    pub(super) context: TokenContext,
     /// What the first layers' outputs have added to them, in both streams.
     deepstack: Vec<HiddenState>,
     /// U: the residual stream that the next addition goes to, `[n_tokens, hidden]`.
@@ -54,6 +54,14 @@ pub(super) struct FullStream {
     pub(super) input: HiddenState,
     /// Residual stream after attention.
     pub(super) y: HiddenState,
+}
+
+/// How tokens are weighed in one layer.
+pub(super) struct Weighing {
+    pub(super) settings: ImportanceSettings,
+    pub(super) layer_idx: usize,
+    /// The layer with weights rounded to nearest, where factors are made of that.
+    pub(super) rounded: Option<DecoderLayer>,
 }
 
 impl Streams {
@@ -126,24 +134,25 @@ impl Streams {
         self.with_full
     }
 
-    /// Takes F through the layer's attention, and with `importance` the gradients of U's residual.
-    /// `full` holds the linears of attention, and all others if `importance` asks for the whole
-    /// layer's loss.
+    /// Takes F through the layer's attention, and with `weighing` gives the importance of U's
+    /// tokens. `full` holds the linears of attention, and all others if the MLP is asked for.
     pub(super) fn begin_layer(
         &mut self,
         full: &DecoderLayer,
-        importance: Option<ImportanceSettings>,
+        weighing: Option<&Weighing>,
     ) -> Result<Option<LayerImportance>> {
-        if !self.with_full {
+        if !self.with_full && weighing.is_none() {
             return Ok(None);
         }
         let store = &self.store;
         let samples = self.batches.par_iter_mut().flatten();
-        let factors = samples.map(|sample| sample.begin_layer(store, full, importance));
+        let factors = samples.map(|sample| sample.begin_layer(store, full, weighing));
         let factors: Vec<_> = factors.collect::<Result<_>>()?;
         let factors: Option<Vec<_>> = factors.into_iter().collect();
-        match (importance, factors) {
-            (Some(settings), Some(factors)) => LayerImportance::new(settings, factors).map(Some),
+        match (weighing, factors) {
+            (Some(weighing), Some(factors)) => {
+                LayerImportance::new(weighing.settings, factors).map(Some)
+            }
             _ => Ok(None),
         }
     }
@@ -212,21 +221,6 @@ impl Streams {
             Ok(())
         })
     }
-
-    /// Share of Σω by token class.
-    pub(super) fn weight_share(&self, weights: &[Vec<f32>]) -> BTreeMap<String, f64> {
-        let mut share = BTreeMap::new();
-        let mut total = 0.0;
-        for sample in self.batches.iter().flatten() {
-            for (class, weight) in sample.classes.iter().zip(&weights[sample.index]) {
-                let name = format!("{class:?}").to_lowercase();
-                *share.entry(name).or_insert(0.0) += f64::from(*weight);
-                total += f64::from(*weight);
-            }
-        }
-        share.values_mut().for_each(|s| *s /= total);
-        share
-    }
 }
 
 impl Sample {
@@ -234,22 +228,44 @@ impl Sample {
         &mut self,
         store: &Store,
         full: &DecoderLayer,
-        importance: Option<ImportanceSettings>,
+        weighing: Option<&Weighing>,
     ) -> Result<Option<SampleFactors>> {
-        let Some(stream) = &mut self.full else {
+        let full_pass = match &mut self.full {
+            Some(stream) => Some(stream.begin_layer(store, full, &self.context)?),
+            None => None,
+        };
+        let Some(weighing) = weighing else {
             return Ok(None);
         };
-        let x = stream.residual.all(store)?;
-        let a = full.attention(&full.qkv_input(&x)?, &self.context)?.output;
-        let y_full = full.after_attention(&x, &a)?;
-        stream.input.set(store, 0, &a)?;
-        stream.y.set(store, 0, &y_full)?;
-        let Some(settings) = importance else {
-            return Ok(None);
+        let sample = SampleInLayer {
+            layer: full,
+            rounded: weighing.rounded.as_ref(),
+            context: &self.context,
+            x: &self.residual.all(store)?,
+            full: full_pass.as_ref(),
+            classes: &self.classes,
+            layer_idx: weighing.layer_idx,
+            sample_idx: self.index,
         };
+        weighing.settings.sample_factors(&sample).map(Some)
+    }
+}
+
+impl FullStream {
+    /// Takes one sample through attention.
+    fn begin_layer(
+        &mut self,
+        store: &Store,
+        layer: &DecoderLayer,
+        context: &TokenContext,
+    ) -> Result<FullPass> {
         let x = self.residual.all(store)?;
-        let pass = AttentionPass::new(full, &self.context, &x)?;
-        settings.sample_factors(&pass, &y_full).map(Some)
+        let n1 = layer.qkv_input(&x)?;
+        let a = layer.attention(&n1, context)?.output;
+        let y = layer.after_attention(&x, &a)?;
+        self.input.set(store, 0, &a)?;
+        self.y.set(store, 0, &y)?;
+        Ok(FullPass { n1, a, y })
     }
 }
 

@@ -6,7 +6,7 @@ mod memory;
 
 pub use memory::{free_memory_bytes, peak_memory_bytes};
 
-use crate::importance::Uniform;
+use crate::importance::{Safeguarded, Uniform};
 use crate::model::Projection;
 use crate::pipeline::LayerOutcome;
 use crate::plan::Scheme;
@@ -21,7 +21,7 @@ pub const SCHEMA: u32 = 1;
 pub const REPORT_FILE: &str = "vlmq_report.json";
 
 /// A whole run.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct RunReport {
     /// Version of this form.
     pub schema: u32,
@@ -38,6 +38,12 @@ pub struct RunReport {
     pub n_resumed_layers: usize,
     /// One entry per module, in solving order.
     pub modules: Vec<ModuleReport>,
+    /// Scales of input channels that were searched for, layer by layer.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub scales: Vec<ScaleReport>,
+    /// Plain tensors that are not the source's.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub changed: Vec<ChangeReport>,
     /// Everything that went another way than planned.
     pub deviations: Vec<Deviation>,
     /// Wall time per layer and stage in seconds, by the run that solved the layer.
@@ -58,6 +64,8 @@ impl RunReport {
     /// Adds what a layer has to tell.
     pub fn add_layer(&mut self, layer: LayerOutcome) {
         self.modules.extend(layer.modules);
+        self.scales.extend(layer.scales);
+        self.changed.extend(layer.changed);
         self.deviations.extend(layer.deviations);
         for (stage, seconds) in &layer.seconds {
             *self.seconds.entry(stage.clone()).or_default() += seconds;
@@ -114,8 +122,51 @@ pub struct ModuleReport {
     pub n_dead_columns: Option<usize>,
     /// (Σω)² / Σω² over tokens.
     pub effective_sample_size: Option<f64>,
-    /// Share of Σω by token class, where tokens are weighted.
+    /// Share of Σω by token class, where tokens are weighted; of an expert over its own tokens.
     pub weight_share: Option<BTreeMap<String, f64>>,
+}
+
+/// A search for the scales of some linears' input channels.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ScaleReport {
+    /// Layer.
+    pub layer_idx: usize,
+    /// What they are taken out of: a norm, or the rows of a linear.
+    pub source: String,
+    /// The linears whose columns they are put into.
+    pub modules: Vec<String>,
+    /// The exponent that was best.
+    pub ratio: f64,
+    /// The loss of each exponent, evenly spaced from 0, which is no scales at all.
+    pub losses: Vec<f64>,
+}
+
+/// A plain tensor that was changed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChangeReport {
+    /// Checkpoint name.
+    pub name: String,
+    /// What changed it.
+    pub by: String,
+}
+
+/// Why the inputs of some linears have no scales.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum NotScaled {
+    /// Several heads of queries read the same values, whose rows cannot be scaled for each.
+    GroupedQueries,
+    /// A rule leaves one of the linears, or the one before them, as it is.
+    LeftAsItIs,
+}
+
+impl std::fmt::Display for NotScaled {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::GroupedQueries => "several heads of queries share their values",
+            Self::LeftAsItIs => "a rule leaves a linear as it is that would have to change",
+        })
+    }
 }
 
 /// Something that went another way than planned.
@@ -140,6 +191,15 @@ pub enum Deviation {
         /// Why.
         reason: Uniform,
     },
+    /// Safeguards had a part in the weights of a layer's tokens.
+    Safeguarded {
+        /// Layer.
+        layer_idx: usize,
+        /// Role of the module.
+        projection: String,
+        /// What they did.
+        changes: Safeguarded,
+    },
     /// A rule left a module as it was.
     Skipped {
         /// Module.
@@ -153,6 +213,15 @@ pub enum Deviation {
         effective_sample_size: f64,
         /// Input features.
         in_features: usize,
+    },
+    /// The inputs of some linears were not scaled.
+    NotScaled {
+        /// Layer.
+        layer_idx: usize,
+        /// Roles of the linears.
+        modules: String,
+        /// Why.
+        reason: NotScaled,
     },
     /// No token was sent to an expert, whose weight was rounded to nearest.
     Unreached {
@@ -178,6 +247,15 @@ impl Deviation {
             layer_idx,
             projection: projection.name().to_owned(),
             reason,
+        }
+    }
+
+    /// [`Deviation::Safeguarded`] of one module.
+    pub fn safeguarded(layer_idx: usize, projection: Projection, changes: Safeguarded) -> Self {
+        Self::Safeguarded {
+            layer_idx,
+            projection: projection.name().to_owned(),
+            changes,
         }
     }
 }

@@ -14,9 +14,9 @@
 //!
 //! Source: IST-DASLab/gptq@2d65066 gptq.py; arXiv:2307.13304 §3 for R and D.
 
-use super::SolverSettings;
-use super::pull::pull;
+use super::drift::{Triangle, pull, shift};
 use super::triangle::Halves;
+use super::{SolverSettings, Target};
 use crate::statistics::Statistics;
 use crate::{Error, Matrix, Result};
 use faer::MatRef;
@@ -28,8 +28,8 @@ pub struct Factor {
     /// `[in, in]`: H undamped, in original order, on and below the diagonal; above it R, in solving
     /// order.
     square: Matrix,
-    /// P for α = 1, `[in, in]`, meaningful above the diagonal; absent without cross moments.
-    pull: Option<Matrix>,
+    /// What C was made into; absent without cross moments.
+    drift: Option<Drift>,
     /// What a squared error of one adds to the damped loss at each position, in units of H:
     /// D_q, zero for dead columns.
     pub(crate) step_losses: Vec<f64>,
@@ -42,6 +42,14 @@ pub struct Factor {
     pub dampening_steps: Vec<f64>,
     /// Columns that no token of positive weight excited. Their weights are rounded to nearest.
     pub n_dead_columns: usize,
+}
+
+/// The drift for α = 1, `[in, in]` ([`super::drift`]).
+enum Drift {
+    /// P in solving order, meaningful above the diagonal.
+    Pull(Matrix),
+    /// M in original order.
+    Shift(Matrix),
 }
 
 impl Factor {
@@ -70,10 +78,20 @@ impl Factor {
             true => 0.0,
             false => mean * f64::from(*pivot),
         };
+        let triangle = Triangle {
+            unit_upper: &square,
+            pivots: &pivots,
+            order: &order,
+            mean,
+        };
+        let drift = cross.map(|cross| match settings.target {
+            Target::Pull => Drift::Pull(pull(cross, &triangle)),
+            Target::LeastSquares => Drift::Shift(shift(cross, &triangle)),
+        });
         Ok(Self {
             step_losses: order.iter().zip(&pivots).map(step_loss).collect(),
             damping: mean * dampening_frac,
-            pull: cross.map(|cross| pull(cross, &order, mean, &square, &pivots)),
+            drift,
             order,
             square,
             act_order: settings.act_order,
@@ -98,9 +116,30 @@ impl Factor {
         &self.square.row(row)[row + 1..]
     }
 
-    /// P for α = 1, to be read above the diagonal only.
+    /// P for α = 1, to be read above the diagonal only; absent without cross moments, and if they
+    /// were made into a shift.
     pub(crate) fn pull(&self) -> Option<&Matrix> {
-        self.pull.as_ref()
+        match &self.drift {
+            Some(Drift::Pull(pull)) => Some(pull),
+            _ => None,
+        }
+    }
+
+    /// M for α = 1; absent without cross moments, and if they were made into a pull.
+    pub(crate) fn shift(&self) -> Option<&Matrix> {
+        match &self.drift {
+            Some(Drift::Shift(shift)) => Some(shift),
+            _ => None,
+        }
+    }
+
+    /// What a squared rounding error adds to the loss when all later columns have made up for it,
+    /// by original column: D, zero for dead columns.
+    pub(crate) fn column_weights(&self) -> Vec<f32> {
+        let mut weights = vec![0.0; self.order.len()];
+        let pairs = self.order.iter().zip(&self.step_losses);
+        pairs.for_each(|(column, loss)| weights[*column] = *loss as f32);
+        weights
     }
 
     /// H undamped in original order, to be read on and below the diagonal only.

@@ -25,9 +25,12 @@
 //! Intelligent-Computing-Lab-Yale/GPTAQ@883afc6 gptaq_utils.py; arXiv:2307.13304 §3, where the form
 //! without the inverse is called LDLQ.
 
+use super::drift::shifted;
 use super::factor::Factor;
-use super::grid::{Grid, Grids, steps};
+use super::gain::to_unit_gain;
+use super::grid::{Fitting, Grids, steps};
 use super::loss::{dot, live_difference, quantization_loss, weighted_energy};
+use super::refine::refine;
 use super::{Solved, SolverSettings, check_weight};
 use crate::plan::Scheme;
 use crate::statistics::Statistics;
@@ -85,26 +88,43 @@ pub fn solve(
     settings.check()?;
     let group_len = check_fit(module, w, factor.in_features(), scheme)?;
     let pull = factor.pull().filter(|_| settings.alpha > 0.0);
-    if settings.alpha > 0.0 && pull.is_none() {
+    let shift = factor.shift().filter(|_| settings.alpha > 0.0);
+    if settings.alpha > 0.0 && pull.is_none() && shift.is_none() {
         return Err(no_cross_moments(module));
     }
-    let grids = if factor.act_order {
-        Some(Grids::fit(module, w, group_len, scheme, settings.clip)?)
-    } else {
-        None
+    let shifted = shift.map(|shift| shifted(w, shift, settings.alpha));
+    let target = shifted.as_ref().unwrap_or(w);
+    let column_weights = factor.column_weights();
+    let fitting = Fitting {
+        scheme,
+        clip: settings.clip,
+        column_weights: Some(&column_weights),
+    };
+    let grids = match factor.act_order {
+        true => Some(Grids::fit(module, target, group_len, fitting)?),
+        false => None,
     };
     let problem = Problem {
-        w,
-        scheme,
+        w: target,
         settings,
         group_len,
         factor,
         pull,
+        fitting,
         grids: grids.as_ref(),
     };
-    let (weight, damped_loss) = problem.solve(module)?;
+    let (mut weight, damped_loss) = problem.solve(module)?;
+    if settings.sweeps > 0 {
+        weight = refine(module, target, weight, factor, settings)?;
+    }
+    if settings.unit_gain {
+        weight = to_unit_gain(module, target, &weight, factor.hessian_lower())?;
+    }
     Ok(Solved {
-        loss: problem.undamped_loss(&weight, damped_loss),
+        loss: match settings.sweeps == 0 && !settings.unit_gain && shift.is_none() {
+            true => problem.undamped_loss(&weight, damped_loss),
+            false => quantization_loss(w, &weight, factor.hessian_lower()),
+        },
         energy: weighted_energy(w, factor.hessian_lower()),
         weight,
         dampening_frac: factor.dampening_frac,
@@ -136,13 +156,14 @@ fn check_fit(module: &str, w: &Matrix, in_features: usize, scheme: Scheme) -> Re
 
 /// What all chunks share.
 struct Problem<'a> {
+    /// The target of every column before any is rounded.
     w: &'a Matrix,
-    scheme: Scheme,
     settings: &'a SolverSettings,
     group_len: usize,
     factor: &'a Factor,
     /// P for α = 1, if α is not zero.
     pull: Option<&'a Matrix>,
+    fitting: Fitting<'a>,
     /// Grids fitted beforehand; absent if they are fitted on the way.
     grids: Option<&'a Grids>,
 }
@@ -196,7 +217,14 @@ impl Problem<'_> {
         }
         let scales = Matrix::from_vec(module, rows, n_groups, scales)?;
         let shape = [rows, cols];
-        let weight = QuantizedWeight::new(module, self.scheme, shape, codes, scales, zero_points)?;
+        let weight = QuantizedWeight::new(
+            module,
+            self.fitting.scheme,
+            shape,
+            codes,
+            scales,
+            zero_points,
+        )?;
         Ok((weight, chunks.iter().map(|chunk| chunk.damped_loss).sum()))
     }
 
@@ -301,7 +329,7 @@ impl Chunk {
             for (value, (target, moved)) in values.iter_mut().zip(targets.zip(moved)) {
                 *value = target + moved;
             }
-            let grid = Grid::fit(&values, problem.scheme, problem.settings.clip);
+            let grid = problem.fitting.fit(&values, start);
             self.scales[group * n + row] = grid.scale;
             self.zero_points[group * n + row] = grid.zero_point.into();
         }
@@ -337,7 +365,7 @@ impl Chunk {
     fn round(&mut self, problem: &Problem<'_>, column: usize, base: usize) {
         let n = self.n_rows;
         let group = problem.factor.order[column] / problem.group_len;
-        let max_code = f32::from(problem.scheme.max_code());
+        let max_code = f32::from(problem.fitting.scheme.max_code());
         let targets = &mut self.targets[column * n..][..n];
         let shifts = &mut self.shifts[column * n..][..n];
         let scales = &self.scales[group * n..][..n];

@@ -11,6 +11,8 @@
 //!
 //! Source: IST-DASLab/gptq@2d65066 quant.py. Differs: rounded scales, the symmetric convention.
 
+mod weighted;
+
 use super::Clip;
 use crate::plan::Scheme;
 use crate::{Error, Matrix, Result};
@@ -36,16 +38,31 @@ pub(crate) struct Grids {
     pub(crate) zero_points: Vec<u8>,
 }
 
-impl Grid {
-    /// The grid of one group of finite weights.
-    pub(crate) fn fit(weights: &[f32], scheme: Scheme, clip: Clip) -> Self {
+/// How grids are fitted.
+#[derive(Clone, Copy)]
+pub(crate) struct Fitting<'a> {
+    pub(crate) scheme: Scheme,
+    pub(crate) clip: Clip,
+    /// What a squared error counts in each column, for [`Clip::Weighted`]; absent: all alike.
+    pub(crate) column_weights: Option<&'a [f32]>,
+}
+
+impl Fitting<'_> {
+    /// The grid of one group of finite weights, which begins at column `start`.
+    pub(crate) fn fit(self, weights: &[f32], start: usize) -> Grid {
         let (low, high) = range(weights);
-        match clip {
-            Clip::None => Self::of_range(low, high, scheme),
-            Clip::Mse => Self::search(weights, low, high, scheme),
+        match self.clip {
+            Clip::None => Grid::of_range(low, high, self.scheme),
+            Clip::Mse => Grid::search(weights, low, high, self.scheme),
+            Clip::Weighted => {
+                let own = self.column_weights.map(|c| &c[start..][..weights.len()]);
+                weighted::search(weights, own, self.scheme)
+            }
         }
     }
+}
 
+impl Grid {
     /// Code of `weight`: clamp(round(weight / scale) + zero_point), ties to even.
     pub(crate) fn code(self, weight: f32, max_code: u8) -> u8 {
         let zero = f32::from(self.zero_point);
@@ -125,11 +142,12 @@ impl Grids {
         module: &str,
         w: &Matrix,
         group_len: usize,
-        scheme: Scheme,
-        clip: Clip,
+        fitting: Fitting<'_>,
     ) -> Result<Self> {
-        let groups = w.data().par_chunks(group_len);
-        let grids: Vec<Grid> = groups.map(|g| Grid::fit(g, scheme, clip)).collect();
+        let n_groups = (w.cols() / group_len).max(1);
+        let groups = w.data().par_chunks(group_len).enumerate();
+        let grid = |(index, group)| fitting.fit(group, index % n_groups * group_len);
+        let grids: Vec<Grid> = groups.map(grid).collect();
         let scales = grids.iter().map(|g| g.scale).collect();
         let scales = Matrix::from_vec(module, w.rows(), w.cols() / group_len, scales)?;
         check_scales(module, &scales)?;
@@ -186,6 +204,15 @@ mod tests {
     use crate::plan::ScaleDtype;
     use proptest::prelude::*;
 
+    fn fit(weights: &[f32], scheme: Scheme, clip: Clip) -> Grid {
+        let fitting = Fitting {
+            scheme,
+            clip,
+            column_weights: None,
+        };
+        fitting.fit(weights, 0)
+    }
+
     fn any_scheme() -> impl Strategy<Value = Scheme> {
         let bits = prop::sample::select(Scheme::BITS.to_vec());
         let dtype = prop::sample::select(vec![ScaleDtype::Bf16, ScaleDtype::F16, ScaleDtype::F32]);
@@ -205,7 +232,7 @@ mod tests {
             exponent in -12i32..4,
         ) {
             let weights: Vec<f32> = weights.iter().map(|w| w * 2f32.powi(exponent)).collect();
-            let grid = Grid::fit(&weights, scheme, Clip::None);
+            let grid = fit(&weights, scheme, Clip::None);
             let max_code = scheme.max_code();
             prop_assert_eq!(scheme.scale_dtype().round(grid.scale), grid.scale);
             prop_assert_eq!(grid.code(0.0, max_code), grid.zero_point);
@@ -228,7 +255,7 @@ mod tests {
             scheme in any_scheme(),
             weights in prop::collection::vec(-3.0f32..3.0, 1..40),
         ) {
-            let grid = Grid::fit(&weights, scheme, Clip::None);
+            let grid = fit(&weights, scheme, Clip::None);
             let reach = f32::from(scheme.max_code()) * grid.scale;
             for weight in weights {
                 let error = (weight - value(grid, grid.code(weight, scheme.max_code()))).abs();
@@ -241,7 +268,7 @@ mod tests {
             scheme in any_scheme(),
             weights in prop::collection::vec(-3.0f32..3.0, 1..150),
         ) {
-            let found = Grid::fit(&weights, scheme, Clip::Mse);
+            let found = fit(&weights, scheme, Clip::Mse);
             let norm = |grid: Grid| -> f64 {
                 let distance = |w: f32| value(grid, grid.code(w, scheme.max_code())) - w;
                 weights.iter().map(|w| f64::from(distance(*w)).abs().powf(2.4)).sum()
@@ -271,7 +298,7 @@ mod tests {
             let scheme = Scheme::new(4, None, symmetric, ScaleDtype::F16).unwrap();
             for weights in [[0.0; 8], [1e-9; 8], [-1e-40; 8]] {
                 for clip in [Clip::None, Clip::Mse] {
-                    let grid = Grid::fit(&weights, scheme, clip);
+                    let grid = fit(&weights, scheme, clip);
                     let zero_point = if symmetric { 8 } else { 0 };
                     assert_eq!(
                         grid,
@@ -289,7 +316,7 @@ mod tests {
     #[test]
     fn symmetric_scale_spans_the_full_range() {
         let scheme = Scheme::new(2, None, true, ScaleDtype::F32).unwrap();
-        let grid = Grid::fit(&[-3.0, 1.0], scheme, Clip::None);
+        let grid = fit(&[-3.0, 1.0], scheme, Clip::None);
         assert_eq!(
             grid,
             Grid {

@@ -129,7 +129,7 @@ pub(super) fn dot(a: &[f32], b: &[f32]) -> f64 {
 }
 
 /// The square of H on the diagonal, both triangles filled from the lower.
-fn symmetric_corner(hessian: &Matrix, start: usize, width: usize) -> Matrix {
+pub(super) fn symmetric_corner(hessian: &Matrix, start: usize, width: usize) -> Matrix {
     Matrix::from_fn(width, width, |i, j| {
         hessian[(start + i.max(j), start + i.min(j))]
     })

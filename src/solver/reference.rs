@@ -4,13 +4,15 @@
 //! of H computed anew for every column. After column q is rounded with error e, the weights not
 //! yet rounded move to the minimiser of the damped error given what is fixed:
 //! δ = −e / (H⁻¹)_qq · (H⁻¹)_q,: with H cut down to the columns not yet rounded. GPTAQ adds
-//! w_q · α · C_q,>q (H_>q,>q)⁻¹. Cost: in⁵-ish for tiny layers, which is the point.
+//! w_q · α · C_q,>q (H_>q,>q)⁻¹; with [`Target::LeastSquares`] what is rounded is W + α W C H⁻¹ from the
+//! start. Sweeps and unit gain are left out: their tests are laws. Cost: in⁵-ish for tiny layers,
+//! which is the point.
 //!
 //! Source: arXiv:2210.17323 §3.1 eqs. 2 and 3 (there after Optimal Brain Surgeon);
 //! arXiv:2504.02692.
 
-use super::grid::Grid;
-use super::{SolverSettings, check_weight};
+use super::grid::{Fitting, Grid};
+use super::{SolverSettings, Target, check_weight};
 use crate::plan::Scheme;
 use crate::statistics::Statistics;
 use crate::{Error, Matrix, QuantizedWeight, Result};
@@ -59,12 +61,19 @@ pub fn gptq(
         let diagonal = statistics.hessian();
         order.sort_by(|a, b| diagonal[(*b, *b)].total_cmp(&diagonal[(*a, *a)]));
     }
-    let mut state = State::new(w, scheme, settings, group_len);
+    let is_pulled = settings.target == Target::Pull;
+    let pull_alpha = if is_pulled { settings.alpha } else { 0.0 };
+    let mut rows = in_f64(w);
+    if let Some(cross) = statistics.cross().filter(|_| !is_pulled) {
+        rows = least_squares(&rows, cross, &hessian, settings.alpha).ok_or(singular(0))?;
+    }
+    let column_weights = column_weights(statistics, &hessian, &order).ok_or(singular(0))?;
+    let mut state = State::new(rows, scheme, settings, group_len, &column_weights);
     for position in 0..n {
         let rest = &order[position..];
         let inverse = inverse(&sub_matrix(&hessian, rest)).ok_or(singular(rest[0]))?;
         let later = inverse_of_later(&hessian, &rest[1..]).ok_or(singular(rest[0]))?;
-        let pull = pull(statistics.cross(), rest, &later, settings.alpha);
+        let pull = pull(statistics.cross(), rest, &later, pull_alpha);
         state.round_column(rest, &inverse[0], &pull);
     }
     state.into_reference(module)
@@ -75,25 +84,33 @@ struct State<'a> {
     scheme: Scheme,
     settings: &'a SolverSettings,
     group_len: usize,
+    column_weights: &'a [f32],
     grids: Vec<Vec<Grid>>,
     codes: Vec<u8>,
     step_loss: f64,
 }
 
 impl<'a> State<'a> {
-    fn new(w: &Matrix, scheme: Scheme, settings: &'a SolverSettings, group_len: usize) -> Self {
-        let as_f64 = |row| w.row(row).iter().map(|v| f64::from(*v)).collect();
+    fn new(
+        rows: Vec<Vec<f64>>,
+        scheme: Scheme,
+        settings: &'a SolverSettings,
+        group_len: usize,
+        column_weights: &'a [f32],
+    ) -> Self {
+        let (n_rows, n_cols) = (rows.len(), column_weights.len());
         let mut state = Self {
-            rows: (0..w.rows()).map(as_f64).collect(),
+            rows,
             scheme,
             settings,
             group_len,
-            grids: vec![Vec::new(); w.rows()],
-            codes: vec![0; w.data().len()],
+            column_weights,
+            grids: vec![Vec::new(); n_rows],
+            codes: vec![0; n_rows * n_cols],
             step_loss: 0.0,
         };
         if settings.act_order {
-            for start in (0..w.cols()).step_by(group_len) {
+            for start in (0..n_cols).step_by(group_len) {
                 state.fit_group(start);
             }
         }
@@ -104,7 +121,12 @@ impl<'a> State<'a> {
         for (row, grids) in self.rows.iter().zip(&mut self.grids) {
             let group = &row[start..start + self.group_len];
             let group: Vec<f32> = group.iter().map(|v| *v as f32).collect();
-            grids.push(Grid::fit(&group, self.scheme, self.settings.clip));
+            let fitting = Fitting {
+                scheme: self.scheme,
+                clip: self.settings.clip,
+                column_weights: Some(self.column_weights),
+            };
+            grids.push(fitting.fit(&group, start));
         }
     }
 
@@ -178,6 +200,48 @@ pub(crate) fn damped(hessian: &Matrix, dampening_frac: f64) -> Option<Vec<Vec<f6
             .map(|i| (0..n).map(|j| entry(i, j)).collect())
             .collect(),
     )
+}
+
+fn in_f64(w: &Matrix) -> Vec<Vec<f64>> {
+    let as_f64 = |row| w.row(row).iter().map(|v| f64::from(*v)).collect();
+    (0..w.rows()).map(as_f64).collect()
+}
+
+/// W + α W C H⁻¹.
+fn least_squares(
+    rows: &[Vec<f64>],
+    cross: &Matrix,
+    hessian: &[Vec<f64>],
+    alpha: f32,
+) -> Option<Vec<Vec<f64>>> {
+    let inverse = inverse(hessian)?;
+    let times = |row: &[f64], column: &dyn Fn(usize, usize) -> f64| -> Vec<f64> {
+        let entry = |j| row.iter().enumerate().map(|(i, v)| v * column(i, j)).sum();
+        (0..hessian.len()).map(entry).collect()
+    };
+    let moved = |row: &Vec<f64>| {
+        let drift = times(row, &|i, j| f64::from(cross[(i, j)]));
+        let shift = times(&drift, &|i, j| inverse[i][j]);
+        let pairs = row.iter().zip(&shift);
+        pairs.map(|(w, s)| w + f64::from(alpha) * s).collect()
+    };
+    Some(rows.iter().map(moved).collect())
+}
+
+/// 1 / (H⁻¹)_qq with H cut down to q and the columns after it; zero for dead columns.
+fn column_weights(
+    statistics: &Statistics,
+    hessian: &[Vec<f64>],
+    order: &[usize],
+) -> Option<Vec<f32>> {
+    let mut weights = vec![0.0; order.len()];
+    for position in 0..order.len() {
+        let rest = &order[position..];
+        if statistics.hessian_lower()[(rest[0], rest[0])] != 0.0 {
+            weights[rest[0]] = (1.0 / inverse(&sub_matrix(hessian, rest))?[0][0]) as f32;
+        }
+    }
+    Some(weights)
 }
 
 fn sub_matrix(matrix: &[Vec<f64>], kept: &[usize]) -> Vec<Vec<f64>> {

@@ -1,7 +1,7 @@
 //! Rounding to nearest: every weight goes to the closest value of its group's grid, with no look
 //! at calibration data. The baseline, and what solvers fall back on for columns never excited.
 
-use super::grid::{Grid, Grids};
+use super::grid::{Fitting, Grid, Grids};
 use super::{Clip, check_weight};
 use crate::plan::Scheme;
 use crate::{Matrix, QuantizedWeight, Result};
@@ -17,7 +17,12 @@ use rayon::prelude::*;
 pub fn rtn(module: &str, w: &Matrix, scheme: Scheme, clip: Clip) -> Result<QuantizedWeight> {
     let group_len = scheme.group_len(module, w.cols())?;
     check_weight(module, w)?;
-    let grids = Grids::fit(module, w, group_len, scheme, clip)?;
+    let fitting = Fitting {
+        scheme,
+        clip,
+        column_weights: None,
+    };
+    let grids = Grids::fit(module, w, group_len, fitting)?;
     let mut codes = vec![0; w.data().len()];
     let groups = codes.par_chunks_mut(group_len);
     let groups = groups.zip(w.data().par_chunks(group_len)).enumerate();

@@ -1,5 +1,7 @@
 //! Laws of the solver, its reference, and the independent numpy results in `testdata/solver`.
 
+mod beyond;
+
 use super::*;
 use crate::plan::{ScaleDtype, Scheme};
 use crate::statistics::Statistics;

@@ -90,35 +90,32 @@ impl TuningSettings {
     /// The keys of [`TuningSettings::set`].
     pub const KEYS: &str = "tune_steps, tune_batch, tune_rate, tune_loss, tune_samples";
 
-    /// Turns a setting by its name after `--set`; `Ok(false)` if it is none of these.
-    ///
-    /// # Errors
-    /// What is expected instead of `value`.
-    pub fn set(&mut self, key: &str, value: &str) -> std::result::Result<bool, String> {
+    /// Turns a setting by its name after `--set`; says what is expected instead of `value`. `None`
+    /// if there is no such key.
+    pub fn set(&mut self, key: &str, value: &str) -> Option<std::result::Result<(), String>> {
         let count = |low: usize, high: usize| match value.parse::<usize>() {
             Ok(n) if (low..=high).contains(&n) => Ok(n),
             _ => Err(format!("a whole number from {low} to {high} expected")),
         };
-        match key {
-            "tune_steps" => self.steps = count(0, 1_000_000)?,
-            "tune_batch" => self.batch = count(1, 65536)?,
-            "tune_samples" => self.samples = Some(count(2, 1_000_000)?),
-            "tune_rate" => {
-                self.rate = match value.parse::<f64>() {
-                    Ok(x) if x > 0.0 && x <= 1.0 => x,
-                    _ => return Err("a number above 0, at most 1, expected".into()),
+        Some(match key {
+            "tune_steps" => count(0, 1_000_000).map(|n| self.steps = n),
+            "tune_batch" => count(1, 65536).map(|n| self.batch = n),
+            "tune_samples" => count(2, 1_000_000).map(|n| self.samples = Some(n)),
+            "tune_rate" => match value.parse::<f64>() {
+                Ok(x) if x > 0.0 && x <= 1.0 => {
+                    self.rate = x;
+                    Ok(())
                 }
+                _ => Err("a number above 0, at most 1, expected".into()),
+            },
+            "tune_loss" => match value {
+                "answer" => Ok(TuningLoss::Answer),
+                "all" => Ok(TuningLoss::All),
+                _ => Err("one of answer, all expected".into()),
             }
-            "tune_loss" => {
-                self.loss = match value {
-                    "answer" => TuningLoss::Answer,
-                    "all" => TuningLoss::All,
-                    _ => return Err("one of answer, all expected".into()),
-                }
-            }
-            _ => return Ok(false),
-        }
-        Ok(true)
+            .map(|loss| self.loss = loss),
+            _ => return None,
+        })
     }
 
     /// The samples to tune on: those of a run, and more of them by the same seed.
@@ -378,7 +375,7 @@ impl<'a> Comparison<'a> {
                 let rows = (self.divergence(index, x)?.gradient / n_places)?;
                 gradients.push(spread(x, &self.lessons[index].places, &rows)?);
             }
-            let seen = walk.backward(gradients, |layer_idx, pass, gradients| {
+            let seen = walk.backward(gradients, |[layer_idx, _], pass, gradients| {
                 student.scale_gradients(layer_idx, pass, gradients)
             })?;
             for (layer_idx, samples) in seen.iter().enumerate() {

@@ -2,6 +2,8 @@ mod bad_input;
 mod damaged_parts;
 mod flow;
 mod resume;
+mod rotation;
+mod scales;
 mod small_flow;
 mod text_flow;
 mod tiny;

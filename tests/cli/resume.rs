@@ -142,6 +142,22 @@ fn a_run_killed_at_a_hundred_moments_writes_the_same_bytes() {
     assert!(resumed > 0, "no run found a finished layer");
 }
 
+/// Norms that were changed come back with their layers.
+#[test]
+fn a_killed_awq_run_writes_the_same_bytes() {
+    let home = Home::new(Spelling::USUAL);
+    let resumed = kill(12, &home.output(), |output| {
+        let mut command = vlmq();
+        command.arg("quantize").arg(home.model());
+        command.arg("--calibration").arg(home.data());
+        command.args(["--method", "awq", "--bits", "3", "--group-size", "32"]);
+        command.args(["--samples", "6", "--json", "--output"]);
+        command.arg(output);
+        command
+    });
+    assert!(resumed > 0, "no run found a finished layer");
+}
+
 #[test]
 fn the_bundled_model_too() {
     let home = tempfile::tempdir().unwrap();

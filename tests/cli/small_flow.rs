@@ -420,6 +420,62 @@ fn a_sweep_is_resumed() {
     );
 }
 
+/// Variants run under their own names, and each is set beside the baseline seed by seed.
+#[test]
+fn a_sweep_has_variants() {
+    let home = Home::new(Spelling::USUAL);
+    let sweep = home.path().join("sweep.toml");
+    let compare = |variants: &str| {
+        let toml = format!(
+            "model = 'model'\ncalibration = 'data'\ntasks = 'data/questions.jsonl'\n\
+             samples = 3\nskip = 1\nlimit = 2\nseeds = [0, 1]\nmethods = ['gptq']\n\
+             bits = [3]\ngroup_sizes = [-1]\n{variants}"
+        );
+        std::fs::write(&sweep, toml).unwrap();
+        let rows = home.path().join("rows.jsonl");
+        let _ = std::fs::remove_file(&rows);
+        let mut command = vlmq();
+        command.arg("compare").arg(&sweep);
+        command.arg("--output").arg(&rows).arg("--json");
+        command.output().unwrap()
+    };
+    let variant = |name: &str, set: &str| {
+        format!("[[variant]]\nname = '{name}'\nmethod = 'gptaq'\nset = [{set}]\n")
+    };
+    let shifted = variant("shifted", "'target=least_squares', 'clip=mse'");
+    let tuned = variant("tuned", "'tune_steps=1', 'tune_samples=4'");
+    let run = compare(&(shifted + &tuned));
+    assert!(run.status.success(), "{}", text(&run.stderr));
+    let found = json(&run.stdout);
+    let rows = found["rows"].as_array().unwrap();
+    let named = |name: &'static str| rows.iter().filter(move |r| r["method"] == name);
+    assert_eq!((named("gptq").count(), named("shifted").count()), (2, 2));
+    assert!(named("tuned").all(|r| r["tuning"]["n_samples"].as_u64() > Some(0)));
+    assert!(named("shifted").all(|r| r["tuning"].is_null()));
+    assert!(named("shifted").all(|r| r["group_size"].is_null() && r["bits"] == 3));
+    assert_eq!(rows[1]["tasks"]["questions"]["n"], 2);
+    let pair = &found["paired"][0];
+    assert_eq!(
+        (&pair["method"], &pair["baseline"]),
+        (&"shifted".into(), &"gptq".into())
+    );
+    assert_eq!(pair["n_pairs"], 2);
+    assert!(
+        pair["kl_ratio"]["bounds"]
+            .as_array()
+            .is_some_and(|b| b.len() == 2)
+    );
+    let refused = |variants: &str, why: &str| {
+        let run = compare(variants);
+        assert_eq!(run.status.code(), Some(2));
+        assert!(text(&run.stderr).contains(why), "{}", text(&run.stderr));
+    };
+    refused(&variant("gptq", ""), "another one has this name");
+    refused(&variant("swept", "'sweeps=1'"), "target=least_squares");
+    let more = variant("more", "'tune_steps=1', 'tune_samples=99'");
+    refused(&more, "--samples 99");
+}
+
 /// As in `vlmq … | head`: the work is done whether or not somebody reads on.
 #[test]
 fn nobody_has_to_listen_to_the_end() {
@@ -434,4 +490,65 @@ fn nobody_has_to_listen_to_the_end() {
     drop((child.stdout.take(), child.stderr.take()));
     assert!(child.wait().unwrap().success());
     assert!(home.output().join("config.json").exists());
+}
+
+/// AWQ changes norms, tells which, and nothing else than the linears beside them; and where codes
+/// are fine, the model stays what it was, as no fold could leave it that is not undone elsewhere.
+#[test]
+fn awq_folds_its_scales_into_norms() {
+    let home = Home::new(Spelling::USUAL);
+    let mut command = vlmq();
+    command.arg("quantize").arg(home.model());
+    command.arg("--calibration").arg(home.data());
+    command.arg("--output").arg(home.output());
+    command.args(["--samples", "4", "--group-size", "32", "--bits", "3"]);
+    let run = command
+        .args(["--method", "awq", "--json"])
+        .output()
+        .unwrap();
+    assert!(run.status.success(), "{}", text(&run.stderr));
+    let report = json(&run.stdout)["report"].take();
+    let named = |key: &str| -> Vec<String> {
+        let entries = report[key].as_array().unwrap().iter();
+        entries
+            .map(|c| c["name"].as_str().unwrap().to_owned())
+            .collect()
+    };
+    let changed = named("changed");
+    assert!(!changed.is_empty());
+    let (source, written) = (read_tensors(&home.model()), read_tensors(&home.output()));
+    for (name, tensor) in &source {
+        if let Some(found) = written.get(name) {
+            assert_eq!(changed.contains(name), found != tensor, "{name}");
+            assert_eq!((found.dtype, &found.shape), (tensor.dtype, &tensor.shape));
+            assert!(found == tensor || name.contains("layernorm"), "{name}");
+        }
+    }
+    // Grouped queries leave three searches in each layer.
+    assert_eq!(
+        report["scales"].as_array().unwrap().len(),
+        N_MODULES / 7 * 3
+    );
+    let deviations = report["deviations"].as_array().unwrap();
+    let not_scaled = deviations.iter().filter(|d| d["kind"] == "not_scaled");
+    assert_eq!(not_scaled.count(), N_MODULES / 7);
+    assert_usable(&home, &home.output());
+}
+
+#[test]
+fn awq_keeps_the_function_of_the_model() {
+    let home = Home::new(Spelling::USUAL);
+    let sweep = home.path().join("sweep.toml");
+    let toml = "model = 'model'\ncalibration = 'data'\ntasks = 'data/questions.jsonl'\n\
+                samples = 3\nseeds = [0]\nmethods = ['rtn', 'awq']\n\
+                bits = [8]\ngroup_sizes = [32]\n";
+    std::fs::write(&sweep, toml).unwrap();
+    let mut command = vlmq();
+    command.arg("compare").arg(&sweep).arg("--json");
+    let run = command.arg("--output").arg(home.path().join("rows.jsonl"));
+    let run = run.output().unwrap();
+    assert!(run.status.success(), "{}", text(&run.stderr));
+    let rows = json(&run.stdout)["rows"].take();
+    let kl = |i: usize| rows[i]["tasks"]["questions"]["kl"].as_f64().unwrap();
+    assert!(kl(2) < 2.0 * kl(1), "{} {}", kl(2), kl(1));
 }

@@ -14,6 +14,8 @@ TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "generation_config
 # Head sizes as in the 2B and 7B models' ratios: grouped queries, three unequal rotary sections.
 SHAPES = {
     "tied": dict(hidden_size=64, heads=4, kv=2, inter=96, layers=3, section=[2, 3, 3], tie=True),
+    "ungrouped": dict(hidden_size=64, heads=4, kv=4, inter=96, layers=2, section=[2, 3, 3],
+                      tie=True),
     "untied": dict(hidden_size=96, heads=6, kv=1, inter=128, layers=2, section=[2, 2, 4], tie=False),
 }
 

@@ -452,3 +452,52 @@ proptest! {
         }
     }
 }
+
+/// The values of a plain tensor of a folder.
+fn plain(folder: &Path, name: &str) -> Vec<f32> {
+    let checkpoint = Checkpoint::open(folder).unwrap();
+    let dtype = checkpoint.info(name).unwrap().dtype;
+    dtype
+        .f32_from_bytes(&checkpoint.bytes(name).unwrap())
+        .unwrap()
+}
+
+#[test]
+fn plain_tensors_may_be_changed_and_nothing_else_of_them() {
+    const NORM: &str = "model.norm.weight";
+    let dir = tempfile::tempdir().unwrap();
+    let output = dir.path().join("out");
+    let original = source(&[Q_PROJ]);
+    let original = Checkpoint::open(original.path()).unwrap();
+    let scheme = scheme(3, Some(16), true);
+    let mut exporter = Exporter::create(&original, &plan(&[(Q_PROJ, scheme)]), &output).unwrap();
+    exporter
+        .write_module(Q_PROJ, &weight(scheme, 12, 0))
+        .unwrap();
+    let values = [0.5, -2.0, 0.0, 65536.0];
+    let q_weight = format!("{Q_PROJ}.weight");
+    let bad: [(&str, &[f32]); 6] = [
+        (NORM, &[1.0; 5]),
+        (NORM, &[1.0, 2.0, 3.0, f32::NAN]),
+        (NORM, &[1.0, 2.0, 3.0, 1.001]),
+        ("model.nowhere.weight", &values),
+        (&q_weight, &[0.0; 12 * 32]),
+        ("model.layers.0.self_attn.q_proj.weight_packed", &values),
+    ];
+    for (name, values) in bad {
+        assert!(exporter.write_tensor(name, values).is_err(), "{name}");
+    }
+    exporter.write_tensor(NORM, &values).unwrap();
+    assert!(exporter.write_tensor(NORM, &values).is_err());
+    let exported = exporter.finish().unwrap();
+    assert_eq!((exported.n_copied, exported.changed.len()), (4, 1));
+    assert_eq!(plain(&output, NORM), values);
+    let written = || Checkpoint::open(&output).unwrap();
+    assert!(verify_against(&written(), &original).is_err());
+    let bytes = written().bytes(NORM).unwrap();
+    let changed = BTreeMap::from([(NORM.to_owned(), blake3::hash(&bytes))]);
+    verify_changed(&written(), &original, &changed).unwrap();
+    overwrite(&output, NORM, |b| b[1] ^= 1);
+    let error = verify_changed(&written(), &original, &changed).unwrap_err();
+    assert!(error.to_string().contains("changed to"), "{error}");
+}

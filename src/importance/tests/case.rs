@@ -3,12 +3,14 @@
 use super::naive::{Naive, Rows, norms_of};
 use crate::checkpoint::Checkpoint;
 use crate::importance::backward::{self, AttentionGradients, AttentionPass, MlpGradients};
+use crate::importance::{FullPass, SampleInLayer};
 use crate::model::context::TokenContext;
 use crate::model::decoder::DecoderLayer;
 use crate::model::decoder_config::{DecoderConfig, NormScale};
 use crate::model::layer_source::LayerSource;
 use crate::model::linear::matrix_from_tensor;
 use crate::model::projection::{Slot, slots};
+use crate::processor::TokenClass;
 use candle_core::{Device, Tensor};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -131,6 +133,46 @@ impl Case {
 
     pub fn pass(&self, x: &Tensor) -> AttentionPass<'_> {
         AttentionPass::new(&self.layer, &self.context, x).unwrap()
+    }
+
+    /// Where F goes.
+    pub fn full_pass(&self) -> FullPass {
+        let pass = self.pass(&self.full);
+        FullPass {
+            n1: pass.n1.clone(),
+            a: pass.trace.output.clone(),
+            y: pass.y.clone(),
+        }
+    }
+
+    /// What classes the tokens are given: vision first, then a prompt, then an answer.
+    pub fn classes(&self) -> Vec<TokenClass> {
+        let n = self.images.len();
+        let class = |token: usize| match 3 * token / n {
+            0 => TokenClass::Vision,
+            1 => TokenClass::Prompt,
+            _ => TokenClass::Answer,
+        };
+        (0..n).map(class).collect()
+    }
+
+    pub fn sample<'a>(
+        &'a self,
+        x: &'a Tensor,
+        full: &'a FullPass,
+        rounded: Option<&'a DecoderLayer>,
+        classes: &'a [TokenClass],
+    ) -> SampleInLayer<'a> {
+        SampleInLayer {
+            layer: &self.layer,
+            rounded,
+            context: &self.context,
+            x,
+            full: Some(full),
+            classes,
+            layer_idx: 0,
+            sample_idx: 0,
+        }
     }
 
     fn layer_output(&self, y: &Tensor) -> Tensor {

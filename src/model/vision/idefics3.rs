@@ -8,7 +8,7 @@
 //! their copies in SmolVLM.
 
 use super::vit::{Vit, VitTower};
-use super::{ImageFeatures, VisionConfig, VisionSize, VisionTower};
+use super::{ImageFeatures, VisionConfig, VisionOutput, VisionSize, VisionTower};
 use crate::Result;
 use crate::checkpoint::Checkpoint;
 use crate::model::linear::Linear;
@@ -39,6 +39,10 @@ impl Idefics3Vision {
 impl VisionConfig for Idefics3Vision {
     fn size(&self) -> VisionSize {
         self.vit.size(self.scale_factor * self.scale_factor)
+    }
+
+    fn outputs(&self) -> Vec<VisionOutput> {
+        vec![VisionOutput::Linear(self.projection.clone())]
     }
 
     fn check_shapes(&self, checkpoint: &Checkpoint) -> Result<()> {

@@ -5,7 +5,7 @@
 //! `InternVLChatModel` in the form that its configurations call v2.
 
 use super::vit::{QkvNames, Vit, VitNames, VitTower};
-use super::{ImageFeatures, VisionConfig, VisionSize, VisionTower};
+use super::{ImageFeatures, VisionConfig, VisionOutput, VisionSize, VisionTower};
 use crate::checkpoint::Checkpoint;
 use crate::model::linear::Linear;
 use crate::model::norm::LayerNorm;
@@ -92,6 +92,10 @@ impl InternVlVision {
 impl VisionConfig for InternVlVision {
     fn size(&self) -> VisionSize {
         self.vit.size(self.merge_size * self.merge_size)
+    }
+
+    fn outputs(&self) -> Vec<VisionOutput> {
+        vec![VisionOutput::Linear(self.name(self.names.fc2))]
     }
 
     fn check_shapes(&self, checkpoint: &Checkpoint) -> Result<()> {

@@ -6,7 +6,7 @@
 //! `LlavaMultiModalProjector`, `LlavaNextModel.pack_image_features`.
 
 use super::vit::{Vit, VitTower};
-use super::{ImageFeatures, VisionConfig, VisionSize, VisionTower};
+use super::{ImageFeatures, VisionConfig, VisionOutput, VisionSize, VisionTower};
 use crate::checkpoint::Checkpoint;
 use crate::model::linear::{Linear, load_tensor};
 use crate::processor::anyres::{Packed, Packing};
@@ -44,6 +44,13 @@ pub struct TileFeatures {
 impl VisionConfig for LlavaVision {
     fn size(&self) -> VisionSize {
         self.vit.size(1)
+    }
+
+    fn outputs(&self) -> Vec<VisionOutput> {
+        let last = VisionOutput::Linear(format!("{}.linear_2", self.projector));
+        let newline = self.tiles.as_ref();
+        let newline = newline.map(|tiles| VisionOutput::Row(tiles.newline.clone()));
+        std::iter::once(last).chain(newline).collect()
     }
 
     fn check_shapes(&self, checkpoint: &Checkpoint) -> Result<()> {

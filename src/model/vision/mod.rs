@@ -45,6 +45,15 @@ pub struct VisionSize {
     pub patches_per_tile: Option<usize>,
 }
 
+/// What writes into the decoder's residual stream.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum VisionOutput {
+    /// A linear by its checkpoint name, without `.weight`.
+    Linear(String),
+    /// A tensor that is one row.
+    Row(String),
+}
+
 /// A tower as data.
 pub trait VisionConfig: Debug + Send + Sync {
     /// Its sizes.
@@ -53,6 +62,12 @@ pub trait VisionConfig: Debug + Send + Sync {
     /// Layers of the decoder after which something of the image is added.
     fn n_deepstack(&self) -> usize {
         0
+    }
+
+    /// What gives the rows that stand in the prompt, and what is added to them on the way; none
+    /// where that is not known by name.
+    fn outputs(&self) -> Vec<VisionOutput> {
+        Vec::new()
     }
 
     /// Looks at the shapes that tell the tower's sizes, so that none is believed before it is used.

@@ -9,7 +9,7 @@
 mod tower;
 
 use super::activation::VisionActivation;
-use super::{VisionConfig, VisionSize, VisionTower};
+use super::{VisionConfig, VisionOutput, VisionSize, VisionTower};
 use crate::Result;
 use crate::checkpoint::Checkpoint;
 use candle_core::Device;
@@ -99,6 +99,10 @@ impl VisionConfig for PixtralVision {
             patches_per_token: self.merge_size() * self.merge_size(),
             patches_per_tile: None,
         }
+    }
+
+    fn outputs(&self) -> Vec<VisionOutput> {
+        vec![VisionOutput::Linear(self.projector_name("linear_2"))]
     }
 
     fn check_shapes(&self, checkpoint: &Checkpoint) -> Result<()> {

@@ -10,7 +10,7 @@ mod layout;
 mod tower;
 
 use super::activation::VisionActivation;
-use super::{VisionConfig, VisionSize, VisionTower};
+use super::{VisionConfig, VisionOutput, VisionSize, VisionTower};
 use crate::checkpoint::Checkpoint;
 use crate::model::config::ConfigNode;
 use crate::model::norm::NormKind;
@@ -231,6 +231,16 @@ impl VisionConfig for QwenVision {
 
     fn n_deepstack(&self) -> usize {
         self.deepstack_layers.len()
+    }
+
+    fn outputs(&self) -> Vec<VisionOutput> {
+        let last = |merger: &str| {
+            let name = self.name(&format!("{merger}.{}", self.merger.fc2));
+            VisionOutput::Linear(name)
+        };
+        let deepstack = 0..self.deepstack_layers.len();
+        let deepstack = deepstack.map(|i| last(&format!("deepstack_merger_list.{i}")));
+        std::iter::once(last("merger")).chain(deepstack).collect()
     }
 
     fn check_shapes(&self, checkpoint: &Checkpoint) -> Result<()> {

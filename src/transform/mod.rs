@@ -1,0 +1,7 @@
+//! Changes of a model that keep its function, made before it is quantized.
+
+mod orthogonal;
+mod rotation;
+
+pub use orthogonal::{Rotation, RotationKind};
+pub use rotation::{Rotated, RotationSettings, rotate_folder};
