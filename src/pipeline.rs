@@ -131,7 +131,7 @@ pub fn quantize(
     observer: &dyn Observer,
     sink: &mut dyn LayerSink,
 ) -> Result<Vec<LayerOutcome>> {
-    let search = ScaleSearch::of(recipe);
+    let search = ScaleSearch::of(recipe, model, &calibration, observer)?;
     quantize_with(model, calibration, recipe, search.as_ref(), observer, sink)
 }
 
@@ -149,17 +149,15 @@ pub fn quantize_with(
     sink: &mut dyn LayerSink,
 ) -> Result<Vec<LayerOutcome>> {
     recipe.check()?;
-    if let Some(search) = search {
-        search.check(model)?;
-    }
+    search.map_or(Ok(()), |_| ScaleSearch::check(model))?;
     if recipe.needs_calibration() && calibration.samples.is_empty() {
         return Err(Error::Invalid {
             what: "calibration".into(),
             why: format!("{} needs samples, none given", recipe.method.name()),
         });
     }
-    let modules = model.modules();
-    let schemes = modules.iter().filter_map(|m| recipe.scheme_of(&m.name));
+    let modules = model.modules().into_iter();
+    let schemes = modules.filter_map(|m| recipe.scheme_of(&m.name));
     let with_full = recipe.needs_full_stream(&schemes.collect::<Vec<Scheme>>());
     let end_loss = recipe.importance.filter(ImportanceSettings::is_end_loss);
     let end_loss = end_loss.map(|i| end_loss::importance(model, &calibration, i, observer));

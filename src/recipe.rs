@@ -30,6 +30,9 @@ pub enum Method {
     Rtn,
     /// Round to nearest after input channels are scaled and weights limited (arXiv:2306.00978).
     Awq,
+    /// The same search, by errors of vision and of answer tokens as much as each matters to the
+    /// answers, without limits of weights (arXiv:2412.19509).
+    Mbq,
     /// Every token alike (arXiv:2210.17323).
     Gptq,
     /// Every token alike, corrected for the drift of the inputs (arXiv:2504.02692).
@@ -42,9 +45,10 @@ pub enum Method {
 
 impl Method {
     /// All of them, from the simplest on.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Rtn,
         Self::Awq,
+        Self::Mbq,
         Self::Gptq,
         Self::Gptaq,
         Self::VlmqV1,
@@ -56,6 +60,7 @@ impl Method {
         match self {
             Self::Rtn => "rtn",
             Self::Awq => "awq",
+            Self::Mbq => "mbq",
             Self::Gptq => "gptq",
             Self::Gptaq => "gptaq",
             Self::VlmqV1 => "vlmq-v1",
@@ -63,9 +68,14 @@ impl Method {
         }
     }
 
+    /// Whether scales of input channels are searched for.
+    pub fn is_scaled(self) -> bool {
+        matches!(self, Self::Awq | Self::Mbq)
+    }
+
     fn importance(self) -> Option<ImportanceSettings> {
         match self {
-            Self::Rtn | Self::Awq | Self::Gptq | Self::Gptaq => None,
+            Self::Rtn | Self::Awq | Self::Mbq | Self::Gptq | Self::Gptaq => None,
             Self::VlmqV1 => Some(ImportanceSettings::paper(1.0)),
             Self::VlmqV2 => Some(ImportanceSettings::paper(2.0)),
         }
@@ -74,7 +84,7 @@ impl Method {
     /// GPTAQ's published α, except where the paper falls back to GPTQ: at 2 bits.
     fn alpha(self, bits: u8) -> f32 {
         match self {
-            Self::Rtn | Self::Awq | Self::Gptq => 0.0,
+            Self::Rtn | Self::Awq | Self::Mbq | Self::Gptq => 0.0,
             Self::Gptaq => 0.25,
             Self::VlmqV1 | Self::VlmqV2 if bits <= 2 => 0.0,
             Self::VlmqV1 | Self::VlmqV2 => 0.25,
@@ -92,7 +102,7 @@ impl FromStr for Method {
         let known = Self::ALL.into_iter().find(|method| method.name() == name);
         known.ok_or_else(|| Error::Unsupported {
             what: format!(
-                "method {name:?}; rtn, awq, gptq, gptaq, vlmq-v1 and vlmq-v2 are implemented"
+                "method {name:?}; rtn, awq, mbq, gptq, gptaq, vlmq-v1 and vlmq-v2 are implemented"
             ),
         })
     }
@@ -223,10 +233,11 @@ impl Recipe {
             };
             solver.check()?;
         }
-        if self.method == Method::Awq && self.tuning().is_some() {
+        if self.method.is_scaled() && self.tuning().is_some() {
+            let name = self.method.name();
             return Err(Error::Invalid {
                 what: "tune_steps".into(),
-                why: "awq changes other tensors too, and tuning takes these as they were".into(),
+                why: format!("{name} changes other tensors too; tuning takes these as they were"),
             });
         }
         self.importance

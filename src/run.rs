@@ -56,8 +56,8 @@ pub struct RunOptions {
 /// cannot be quantized with.
 pub fn module_plan(model: &ModelSource, recipe: &Recipe) -> Result<Vec<ModulePlan>> {
     recipe.check()?;
-    if let Some(search) = ScaleSearch::of(recipe) {
-        search.check(model)?;
+    if recipe.method.is_scaled() {
+        ScaleSearch::check(model)?;
     }
     let mut plan = Vec::new();
     let mut problems: Vec<Error> = Vec::new();
@@ -126,7 +126,6 @@ pub fn quantize_folder(
         kept: recipe.tuning().map(|_| Vec::new()),
     };
     let layers = pipeline::quantize(model, set, recipe, observer, &mut sink)?;
-    let tuning = sink.tune(recipe, choice, options.memory_bytes, observer)?;
     let mut report = RunReport {
         schema: SCHEMA,
         vlmq: env!("CARGO_PKG_VERSION").into(),
@@ -139,7 +138,7 @@ pub fn quantize_folder(
         ..RunReport::default()
     };
     layers.into_iter().for_each(|layer| report.add_layer(layer));
-    report.add_tuning(tuning);
+    report.add_tuning(sink.tune(recipe, choice, options.memory_bytes, observer)?);
     let total = began.elapsed().as_secs_f64();
     report.seconds.insert("total".into(), total);
     report.peak_memory_bytes = peak_memory_bytes();

@@ -10,13 +10,15 @@
 //! Source: arXiv:2505.07004 (GuidedQuant), with one group of output channels; arXiv:2412.19509
 //! (MBQ) takes the same gradients by modality. Differs: sums over tokens where they average.
 
-use crate::calibration::CalibrationSet;
+use crate::calibration::{CalibrationSample, CalibrationSet};
 use crate::importance::backward::LayerGradients;
 use crate::importance::walk::{Layers, Sequence, Walk, answer_places, together};
-use crate::importance::{ImportanceSettings, LayerImportance, SampleFactors};
+use crate::importance::{
+    ImportanceSettings, LayerImportance, ModalityRatios, SampleFactors, TokenNorm,
+};
 use crate::model::{Head, ModelSource};
 use crate::pipeline::Observer;
-use crate::processor::ModelInput;
+use crate::processor::{ModelInput, TokenClass};
 use crate::{Error, Result};
 use candle_core::{D, Tensor};
 use candle_nn::ops::log_softmax;
@@ -148,9 +150,78 @@ pub fn importance(
     settings: ImportanceSettings,
     observer: &dyn Observer,
 ) -> Result<Vec<LayerImportance>> {
+    let layers = carried_back(model, set, observer, |sample, gradients| {
+        SampleFactors::of_gradients(settings.norm, &sample.classes, gradients)
+    })?;
+    let layers = layers.into_iter();
+    layers
+        .map(|samples| LayerImportance::new(settings, samples))
+        .collect()
+}
+
+/// How much an error in a vision token counts beside one in an answer token, in each layer: of each
+/// sample the mean |∂L/∂(output of o, of down)| over its vision tokens and over its answer tokens,
+/// the means of these over samples, their ratio; none below the median of all layers. Raw text is
+/// answer throughout. A sample without such tokens has no part in their mean.
+///
+/// # Errors
+/// As [`importance`]; [`Error::Invalid`] if the gradients of all answer tokens are zero and those of
+/// vision tokens are not.
+/// Source: MBQ, arXiv:2412.19509 §4.2; thu-nics/MBQ@a4d460d. Differs: a layer in which no token has
+/// a gradient gets the median.
+pub fn modality_ratios(
+    model: &ModelSource,
+    set: &CalibrationSet,
+    observer: &dyn Observer,
+) -> Result<ModalityRatios> {
+    let layers = carried_back(model, set, observer, |sample, gradients| {
+        let means = |gradient: &Tensor| -> Result<[Option<f64>; 2]> {
+            let g = TokenNorm::MeanAbs.per_token(gradient)?;
+            let mean = |is_one: fn(&TokenClass) -> bool| {
+                let own = g.iter().zip(&sample.classes).filter(|(_, c)| is_one(c));
+                let (n, sum) = own.fold((0, 0.0), |(n, sum), (g, _)| (n + 1, sum + f64::from(*g)));
+                (n > 0).then(|| sum / f64::from(n))
+            };
+            Ok([
+                mean(|class| *class == TokenClass::Vision),
+                mean(|class| matches!(class, TokenClass::Answer | TokenClass::Text)),
+            ])
+        };
+        Ok([means(&gradients.attention.o)?, means(&gradients.mlp.down)?])
+    })?;
+    let ratios = |place: usize| {
+        let layers = layers.iter();
+        layers.map(move |samples| ratio(samples.iter().map(|sample| sample[place])))
+    };
+    ModalityRatios::floored(ratios(0).collect(), ratios(1).collect())
+}
+
+/// Mean of the first over mean of the second, of what there is; nothing is 0 of whatever.
+fn ratio(samples: impl Iterator<Item = [Option<f64>; 2]>) -> f64 {
+    let mut totals = [(0.0, 0.0); 2];
+    for sample in samples {
+        for ((sum, n), value) in totals.iter_mut().zip(sample) {
+            *sum += value.unwrap_or(0.0);
+            *n += f64::from(u8::from(value.is_some()));
+        }
+    }
+    let [vision, answer] = totals.map(|(sum, n): (f64, f64)| sum / n.max(1.0));
+    match vision == 0.0 {
+        true => 0.0,
+        false => vision / answer,
+    }
+}
+
+/// What `see` makes of each sample's gradients, by layer, then by sample.
+fn carried_back<T: Send>(
+    model: &ModelSource,
+    set: &CalibrationSet,
+    observer: &dyn Observer,
+    see: impl Fn(&CalibrationSample, &LayerGradients) -> Result<T> + Sync,
+) -> Result<Vec<Vec<T>>> {
     let head = model.load_head()?;
     let n_tokens: Vec<usize> = set.samples.iter().map(|s| s.classes.len()).collect();
-    let mut layers: Vec<Vec<SampleFactors>> = Vec::new();
+    let mut layers: Vec<Vec<T>> = Vec::new();
     layers.resize_with(model.decoder().n_layers, Vec::new);
     let (mut total, mut n_places) = (0.0, 0);
     for run in together(model.decoder(), &n_tokens) {
@@ -168,18 +239,15 @@ pub fn importance(
             (total, n_places) = (total + loss.sum, n_places + places.len());
             gradients.push(loss.gradient);
         }
-        let factors = walk.backward(gradients, |[_, index], _, gradients| {
-            SampleFactors::of_gradients(settings.norm, &samples[index].classes, gradients)
+        let seen = walk.backward(gradients, |[_, index], _, gradients| {
+            see(&samples[index], gradients)
         })?;
-        for (all, own) in layers.iter_mut().zip(factors) {
+        for (all, own) in layers.iter_mut().zip(seen) {
             all.extend(own);
         }
     }
     check(total, n_places)?;
-    let layers = layers.into_iter();
-    layers
-        .map(|samples| LayerImportance::new(settings, samples))
-        .collect()
+    Ok(layers)
 }
 
 /// There is a loss, and it is a number.
@@ -187,7 +255,7 @@ fn check(total: f64, n_places: usize) -> Result<()> {
     if n_places == 0 {
         return Err(Error::Invalid {
             what: "calibration".into(),
-            why: "importance_loss=answer needs samples with answers, or raw text".into(),
+            why: "the loss of answers needs samples with answers, or raw text".into(),
         });
     }
     match total.is_finite() {
@@ -197,5 +265,20 @@ fn check(total: f64, n_places: usize) -> Result<()> {
             stage: "loss of the answers".into(),
             count: 1,
         }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ratios_are_of_means_over_samples_that_have_such_tokens() {
+        let both = [Some(1.0), Some(4.0)];
+        let no_image = [None, Some(2.0)];
+        assert_eq!(ratio([both, no_image].into_iter()), 1.0 / 3.0);
+        assert_eq!(ratio([no_image].into_iter()), 0.0);
+        assert_eq!(ratio([[Some(0.0), Some(0.0)]].into_iter()), 0.0);
+        assert!(ratio([[Some(1.0), Some(0.0)]].into_iter()).is_infinite());
     }
 }

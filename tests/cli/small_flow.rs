@@ -536,11 +536,11 @@ fn awq_folds_its_scales_into_norms() {
 }
 
 #[test]
-fn awq_keeps_the_function_of_the_model() {
+fn awq_and_mbq_keep_the_function_of_the_model() {
     let home = Home::new(Spelling::USUAL);
     let sweep = home.path().join("sweep.toml");
     let toml = "model = 'model'\ncalibration = 'data'\ntasks = 'data/questions.jsonl'\n\
-                samples = 3\nseeds = [0]\nmethods = ['rtn', 'awq']\n\
+                samples = 3\nseeds = [0]\nmethods = ['rtn', 'awq', 'mbq']\n\
                 bits = [8]\ngroup_sizes = [32]\n";
     std::fs::write(&sweep, toml).unwrap();
     let mut command = vlmq();
@@ -550,5 +550,9 @@ fn awq_keeps_the_function_of_the_model() {
     assert!(run.status.success(), "{}", text(&run.stderr));
     let rows = json(&run.stdout)["rows"].take();
     let kl = |i: usize| rows[i]["tasks"]["questions"]["kl"].as_f64().unwrap();
-    assert!(kl(2) < 2.0 * kl(1), "{} {}", kl(2), kl(1));
+    for i in [2, 3] {
+        assert!(kl(i) < 2.0 * kl(1), "{i}: {} {}", kl(i), kl(1));
+    }
+    assert_eq!(rows[3]["method"], "mbq");
+    assert_ne!(kl(2), kl(3));
 }
