@@ -53,6 +53,7 @@ impl CalibrationSet {
             let deepstack = sample.deepstack.iter().map(&copied);
             Ok(CalibrationSample {
                 origin: sample.origin.clone(),
+                input_ids: sample.input_ids.clone(),
                 classes: sample.classes.clone(),
                 context: sample.context.clone(),
                 embeddings: copied(&sample.embeddings)?,
@@ -84,6 +85,8 @@ impl CalibrationSet {
 pub struct CalibrationSample {
     /// File and line or row, for messages.
     pub origin: String,
+    /// Token ids, those of images included.
+    pub input_ids: Vec<u32>,
     /// One class per token.
     pub classes: Vec<TokenClass>,
     /// Where its tokens stand.
@@ -99,6 +102,9 @@ impl CalibrationSample {
         digest.update(&(self.classes.len() as u64).to_le_bytes());
         let classes: Vec<u8> = self.classes.iter().map(|class| *class as u8).collect();
         digest.update(&classes);
+        for id in &self.input_ids {
+            digest.update(&id.to_le_bytes());
+        }
         for group in self.context.groups() {
             digest.update(&group.to_le_bytes());
         }
@@ -181,6 +187,7 @@ fn place(
         embeddings: place(&embedded.rows)?,
         deepstack: deepstack.collect::<Result<_>>()?,
         classes: input.classes,
+        input_ids: input.input_ids,
     })
 }
 

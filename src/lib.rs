@@ -67,6 +67,7 @@ pub mod solver;
 pub mod statistics;
 pub mod sweep;
 pub mod transform;
+pub mod tuning;
 
 pub use error::{Error, Result};
 pub use matrix::Matrix;

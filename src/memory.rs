@@ -4,7 +4,7 @@ use crate::model::attention::block_len;
 use crate::model::vision::VisionSize;
 use crate::model::{DecoderConfig, ModelSource, Projection, Slot};
 use crate::pipeline::{BATCH_TOKENS, GROUPS_AT_ONCE};
-use crate::recipe::{Method, Recipe};
+use crate::recipe::Recipe;
 use crate::report::peak_memory_bytes;
 use serde::Serialize;
 
@@ -98,7 +98,7 @@ pub fn plan_memory(model: &ModelSource, recipe: &Recipe, n_tokens: &[usize]) -> 
         longest: n_tokens.iter().copied().max().unwrap_or(0) as u64,
         batch: n_tokens.iter().sum::<usize>().min(BATCH_TOKENS) as u64,
         n_deepstack: model.vision().n_deepstack(),
-        with_scales: recipe.method == Method::Awq,
+        with_scales: recipe.method.is_scaled(),
         n_threads: rayon::current_num_threads().min(n_tokens.len().max(1)) as u64,
     };
     let streams = n_tokens.iter().sum::<usize>() as u64 * step.stream_width() * F32;

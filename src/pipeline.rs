@@ -19,7 +19,7 @@ mod stage;
 mod streams;
 
 use crate::calibration::CalibrationSet;
-use crate::importance::{ImportanceSettings, LayerImportance};
+use crate::importance::{ImportanceSettings, LayerImportance, end_loss};
 use crate::model::changed::ChangedTensor;
 use crate::model::decoder::DecoderLayer;
 use crate::model::layer_source::LayerSource;
@@ -131,7 +131,7 @@ pub fn quantize(
     observer: &dyn Observer,
     sink: &mut dyn LayerSink,
 ) -> Result<Vec<LayerOutcome>> {
-    let search = ScaleSearch::of(recipe);
+    let search = ScaleSearch::of(recipe, model, &calibration, observer)?;
     quantize_with(model, calibration, recipe, search.as_ref(), observer, sink)
 }
 
@@ -149,18 +149,19 @@ pub fn quantize_with(
     sink: &mut dyn LayerSink,
 ) -> Result<Vec<LayerOutcome>> {
     recipe.check()?;
-    if let Some(search) = search {
-        search.check(model)?;
-    }
+    search.map_or(Ok(()), |_| ScaleSearch::check(model))?;
     if recipe.needs_calibration() && calibration.samples.is_empty() {
         return Err(Error::Invalid {
             what: "calibration".into(),
             why: format!("{} needs samples, none given", recipe.method.name()),
         });
     }
-    let modules = model.modules();
-    let schemes = modules.iter().filter_map(|m| recipe.scheme_of(&m.name));
+    let modules = model.modules().into_iter();
+    let schemes = modules.filter_map(|m| recipe.scheme_of(&m.name));
     let with_full = recipe.needs_full_stream(&schemes.collect::<Vec<Scheme>>());
+    let end_loss = recipe.importance.filter(ImportanceSettings::is_end_loss);
+    let end_loss = end_loss.map(|i| end_loss::importance(model, &calibration, i, observer));
+    let end_loss = end_loss.transpose()?;
     let mut streams = Streams::new(calibration, model.decoder(), with_full)?;
     let n_layers = model.decoder().n_layers;
     let mut outcomes = Vec::new();
@@ -173,6 +174,7 @@ pub fn quantize_with(
             layer_idx,
             modules: model.layer_modules(layer_idx),
             source: model.layer_source(layer_idx),
+            end_loss: end_loss.as_ref().and_then(|layers| layers.get(layer_idx)),
             outcome: LayerOutcome::default(),
         };
         let finished = sink.finished(layer_idx)?;
@@ -206,6 +208,8 @@ struct Run<'a> {
     layer_idx: usize,
     modules: Vec<Module>,
     source: LayerSource<'a>,
+    /// Importance by the loss at the end of the model, which was there before the first layer.
+    end_loss: Option<&'a LayerImportance>,
     outcome: LayerOutcome,
 }
 
@@ -244,10 +248,12 @@ impl Run<'_> {
     }
 
     fn calibrated_layer(&mut self, streams: &mut Streams, sink: &mut dyn LayerSink) -> Result<()> {
-        let (mut pair, importance) = self.begin(streams, self.recipe.importance)?;
+        let local = self.recipe.importance.filter(|_| self.end_loss.is_none());
+        let (mut pair, importance) = self.begin(streams, local)?;
+        let importance = importance.as_ref().or(self.end_loss);
         for stage in Stage::ALL {
             self.enter(stage, &mut pair, streams)?;
-            let shared = self.shared(stage, importance.as_ref());
+            let shared = self.shared(stage, importance);
             let dtype = self.recipe.statistics_dtype;
             for some in shared.chunks(GROUPS_AT_ONCE) {
                 let sums = self.timed("statistics", |_| {

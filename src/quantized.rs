@@ -102,6 +102,23 @@ impl QuantizedWeight {
         &self.scales
     }
 
+    /// Gives the codes other scales `[rows, n_groups]`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if they are more or fewer; as [`QuantizedWeight::new`] for their values.
+    pub(crate) fn set_scales(&mut self, module: &str, scales: Matrix) -> Result<()> {
+        let shape = |m: &Matrix| vec![m.rows(), m.cols()];
+        if shape(&scales) != shape(&self.scales) {
+            return Err(Error::Shape {
+                module: format!("scales of {module}"),
+                expected: shape(&self.scales),
+                found: shape(&scales),
+            });
+        }
+        self.scales = scales;
+        self.check_scales(module)
+    }
+
     /// Zero points `[rows, n_groups]`; 2^(bits−1) throughout if the scheme is symmetric.
     pub fn zero_points(&self) -> &[u8] {
         &self.zero_points
@@ -149,6 +166,10 @@ impl QuantizedWeight {
         if let Some(zero) = self.zero_points.iter().find(|z| !allowed.contains(z)) {
             return invalid("zero point", format!("{zero} found, {allowed:?} expected"));
         }
+        self.check_scales(module)
+    }
+
+    fn check_scales(&self, module: &str) -> Result<()> {
         let count = self.scales.count_not_finite();
         if count > 0 {
             return Err(Error::NotFinite {
@@ -160,10 +181,10 @@ impl QuantizedWeight {
         let dtype = self.scheme.scale_dtype();
         let is_bad = |scale: &&f32| !(**scale > 0.0 && dtype.round(**scale) == **scale);
         if let Some(scale) = self.scales.data().iter().find(is_bad) {
-            return invalid(
-                "scale",
-                format!("{scale:e} found, a positive {dtype:?} expected"),
-            );
+            return Err(Error::Invalid {
+                what: format!("scale of {module}"),
+                why: format!("{scale:e} found, a positive {dtype:?} expected"),
+            });
         }
         Ok(())
     }

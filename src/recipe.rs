@@ -9,6 +9,7 @@ use crate::importance::ImportanceSettings;
 use crate::plan::{ScaleDtype, Scheme};
 use crate::solver::SolverSettings;
 use crate::statistics::StatisticsDtype;
+use crate::tuning::TuningSettings;
 use crate::{Error, Result};
 use regex::Regex;
 use serde::{Deserialize, Serialize};
@@ -29,6 +30,9 @@ pub enum Method {
     Rtn,
     /// Round to nearest after input channels are scaled and weights limited (arXiv:2306.00978).
     Awq,
+    /// The same search, by errors of vision and of answer tokens as much as each matters to the
+    /// answers, without limits of weights (arXiv:2412.19509).
+    Mbq,
     /// Every token alike (arXiv:2210.17323).
     Gptq,
     /// Every token alike, corrected for the drift of the inputs (arXiv:2504.02692).
@@ -41,9 +45,10 @@ pub enum Method {
 
 impl Method {
     /// All of them, from the simplest on.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Rtn,
         Self::Awq,
+        Self::Mbq,
         Self::Gptq,
         Self::Gptaq,
         Self::VlmqV1,
@@ -55,6 +60,7 @@ impl Method {
         match self {
             Self::Rtn => "rtn",
             Self::Awq => "awq",
+            Self::Mbq => "mbq",
             Self::Gptq => "gptq",
             Self::Gptaq => "gptaq",
             Self::VlmqV1 => "vlmq-v1",
@@ -62,9 +68,14 @@ impl Method {
         }
     }
 
+    /// Whether scales of input channels are searched for.
+    pub fn is_scaled(self) -> bool {
+        matches!(self, Self::Awq | Self::Mbq)
+    }
+
     fn importance(self) -> Option<ImportanceSettings> {
         match self {
-            Self::Rtn | Self::Awq | Self::Gptq | Self::Gptaq => None,
+            Self::Rtn | Self::Awq | Self::Mbq | Self::Gptq | Self::Gptaq => None,
             Self::VlmqV1 => Some(ImportanceSettings::paper(1.0)),
             Self::VlmqV2 => Some(ImportanceSettings::paper(2.0)),
         }
@@ -73,7 +84,7 @@ impl Method {
     /// GPTAQ's published α, except where the paper falls back to GPTQ: at 2 bits.
     fn alpha(self, bits: u8) -> f32 {
         match self {
-            Self::Rtn | Self::Awq | Self::Gptq => 0.0,
+            Self::Rtn | Self::Awq | Self::Mbq | Self::Gptq => 0.0,
             Self::Gptaq => 0.25,
             Self::VlmqV1 | Self::VlmqV2 if bits <= 2 => 0.0,
             Self::VlmqV1 | Self::VlmqV2 => 0.25,
@@ -91,7 +102,7 @@ impl FromStr for Method {
         let known = Self::ALL.into_iter().find(|method| method.name() == name);
         known.ok_or_else(|| Error::Unsupported {
             what: format!(
-                "method {name:?}; rtn, awq, gptq, gptaq, vlmq-v1 and vlmq-v2 are implemented"
+                "method {name:?}; rtn, awq, mbq, gptq, gptaq, vlmq-v1 and vlmq-v2 are implemented"
             ),
         })
     }
@@ -116,6 +127,8 @@ pub struct Recipe {
     pub importance: Option<ImportanceSettings>,
     /// What inputs are rounded to for the statistics.
     pub statistics_dtype: StatisticsDtype,
+    /// How scales are tuned after the last layer, as set; see [`Recipe::tuning`].
+    tuning: TuningSettings,
     scheme: Scheme,
     alpha: Option<f32>,
     rules: Vec<Rule>,
@@ -130,6 +143,7 @@ impl Recipe {
             solver: SolverSettings::default(),
             importance: method.importance(),
             statistics_dtype: StatisticsDtype::default(),
+            tuning: TuningSettings::default(),
             alpha: None,
             rules: Vec::new(),
         }
@@ -150,6 +164,12 @@ impl Recipe {
     /// α for a module of this number format.
     pub fn alpha(&self, scheme: Scheme) -> f32 {
         self.alpha.unwrap_or(self.method.alpha(scheme.bits()))
+    }
+
+    /// How scales are tuned after the last layer, where they are.
+    pub fn tuning(&self) -> Option<TuningSettings> {
+        let is_on = self.tuning.steps > 0 && self.needs_calibration();
+        is_on.then_some(self.tuning)
     }
 
     /// Whether samples are needed.
@@ -184,10 +204,14 @@ impl Recipe {
                 let settings = self.importance.as_mut().ok_or_else(|| invalid(why))?;
                 importance::set(settings, key, value)
             }
+            _ if key.starts_with("tune_") && !self.needs_calibration() => {
+                Some(Err(format!("{} needs no samples", self.method.name())))
+            }
+            _ if key.starts_with("tune_") => self.tuning.set(key, value),
             _ => solver::set(&mut self.solver, key, value),
         };
         let unknown = || {
-            let keys = [solver::KEYS, importance::KEYS].join(", ");
+            let keys = [solver::KEYS, importance::KEYS, TuningSettings::KEYS].join(", ");
             Err(format!(
                 "unknown key; there are alpha, statistics_dtype, {keys}"
             ))
@@ -208,6 +232,13 @@ impl Recipe {
                 ..self.solver.clone()
             };
             solver.check()?;
+        }
+        if self.method.is_scaled() && self.tuning().is_some() {
+            let name = self.method.name();
+            return Err(Error::Invalid {
+                what: "tune_steps".into(),
+                why: format!("{name} changes other tensors too; tuning takes these as they were"),
+            });
         }
         self.importance
             .as_ref()
@@ -336,6 +367,12 @@ mod tests {
             "importance_power=1.5",
             "importance_norm=rms",
             "importance_loss=layer",
+            "importance_loss=answer",
+            "tune_steps=100",
+            "tune_batch=4",
+            "tune_rate=0.01",
+            "tune_loss=all",
+            "tune_samples=512",
         ] {
             r.set(good).unwrap();
         }
@@ -351,10 +388,20 @@ mod tests {
             "statistics_dtype=int8",
             "percdamp=0.1",
             "act_order=1",
+            "tune_steps=-1",
+            "tune_rate=0",
+            "tune_loss=none",
+            "tune_samples=1",
         ] {
             assert!(matches!(r.set(bad), Err(Error::Invalid { .. })), "{bad}");
         }
         assert!(recipe(Method::Gptq, 3).set("importance_power=2").is_err());
+        assert_eq!(r.tuning().map(|t| (t.steps, t.batch)), Some((100, 4)));
+        assert!(recipe(Method::Gptq, 3).tuning().is_none());
+        assert!(recipe(Method::Rtn, 3).set("tune_steps=1").is_err());
+        let mut awq = recipe(Method::Awq, 3);
+        awq.set("tune_steps=1").unwrap();
+        assert!(matches!(awq.check(), Err(Error::Invalid { .. })));
     }
 
     #[test]

@@ -18,6 +18,7 @@ use crate::recipe::Recipe;
 use crate::report::{
     CalibrationReport, Deviation, REPORT_FILE, RunReport, SCHEMA, peak_memory_bytes,
 };
+use crate::tuning::{self, TuningReport};
 use crate::{Error, QuantizedWeight, Result};
 use candle_core::Device;
 use serde::Serialize;
@@ -55,8 +56,8 @@ pub struct RunOptions {
 /// cannot be quantized with.
 pub fn module_plan(model: &ModelSource, recipe: &Recipe) -> Result<Vec<ModulePlan>> {
     recipe.check()?;
-    if let Some(search) = ScaleSearch::of(recipe) {
-        search.check(model)?;
+    if recipe.method.is_scaled() {
+        ScaleSearch::check(model)?;
     }
     let mut plan = Vec::new();
     let mut problems: Vec<Error> = Vec::new();
@@ -122,6 +123,7 @@ pub fn quantize_folder(
         exporter,
         journal,
         layer: None,
+        kept: recipe.tuning().map(|_| Vec::new()),
     };
     let layers = pipeline::quantize(model, set, recipe, observer, &mut sink)?;
     let mut report = RunReport {
@@ -136,6 +138,7 @@ pub fn quantize_folder(
         ..RunReport::default()
     };
     layers.into_iter().for_each(|layer| report.add_layer(layer));
+    report.add_tuning(sink.tune(recipe, choice, options.memory_bytes, observer)?);
     let total = began.elapsed().as_secs_f64();
     report.seconds.insert("total".into(), total);
     report.peak_memory_bytes = peak_memory_bytes();
@@ -155,6 +158,44 @@ struct Journaled<'a> {
     journal: Journal,
     /// The layer at work.
     layer: Option<LayerWriter>,
+    /// All modules, where their scales are going to be tuned before they go to the folder.
+    kept: Option<Vec<(Module, QuantizedWeight)>>,
+}
+
+impl Journaled<'_> {
+    fn export(&mut self, module: &Module, weight: &QuantizedWeight) -> Result<()> {
+        match &mut self.kept {
+            Some(kept) => {
+                kept.push((module.clone(), weight.clone()));
+                Ok(())
+            }
+            None => self.exporter.write_module(&module.name, weight),
+        }
+    }
+
+    /// Tunes the scales of all modules, where the recipe says so, and writes them. The samples,
+    /// which the layers used up, are made again; the journal keeps the untuned layers, so a run that
+    /// is ended here comes back to here.
+    fn tune(
+        &mut self,
+        recipe: &Recipe,
+        choice: Option<&SampleChoice>,
+        memory_bytes: u64,
+        observer: &dyn Observer,
+    ) -> Result<Option<TuningReport>> {
+        let (Some(settings), Some(weights)) = (recipe.tuning(), self.kept.take()) else {
+            return Ok(None);
+        };
+        let dir = self.journal.dir();
+        let choice = choice.map(|choice| settings.choice(choice));
+        let choice = choice.as_ref();
+        let set = load_samples(self.model, recipe, choice, memory_bytes, dir, observer)?;
+        let tuned = tuning::tune(self.model, &set, weights, settings, observer)?;
+        for (module, weight) in &tuned.weights {
+            self.exporter.write_module(&module.name, weight)?;
+        }
+        Ok(Some(tuned.report))
+    }
 }
 
 impl Journaled<'_> {
@@ -176,8 +217,14 @@ impl LayerSink for Journaled<'_> {
         let Some(layer) = self.journal.finished(layer_idx, digest)? else {
             return Ok(None);
         };
+        let modules = self.model.layer_modules(layer_idx);
         for (name, weight) in &layer.weights {
-            self.exporter.write_module(name, weight)?;
+            let module = modules.iter().find(|module| module.name == *name);
+            let module = module.ok_or_else(|| Error::Missing {
+                what: name.clone(),
+                place: format!("layer {layer_idx} of the model"),
+            })?;
+            self.export(module, weight)?;
         }
         for (name, values) in &layer.tensors {
             self.exporter.write_tensor(name, values)?;
@@ -188,7 +235,7 @@ impl LayerSink for Journaled<'_> {
     fn module(&mut self, module: &Module, weight: &QuantizedWeight) -> Result<()> {
         let layer = self.layer_writer(module.layer_idx)?;
         layer.module(&module.name, weight)?;
-        self.exporter.write_module(&module.name, weight)
+        self.export(module, weight)
     }
 
     fn tensor(&mut self, tensor: &ChangedTensor) -> Result<()> {
@@ -270,6 +317,11 @@ pub fn load_samples(
     })?;
     let processor = open_processor(model.checkpoint().dir())?;
     let chosen: Vec<&Sample> = choice.set.choose(choice.n_samples, choice.seed)?;
+    if let Some(tuning) = recipe.tuning() {
+        // All that scales will be tuned on must be there before the first layer.
+        let all = tuning.choice(choice);
+        all.set.choose(all.n_samples, all.seed)?;
+    }
     let max_tokens = choice.max_tokens;
     let n_tokens = calibration::count_tokens(&processor, &chosen, max_tokens)?;
     let plan = plan_memory(model, recipe, &n_tokens);
@@ -309,6 +361,7 @@ fn settings(recipe: &Recipe) -> serde_json::Value {
         "refit_scales": recipe.solver.refit_scales,
         "statistics_dtype": recipe.statistics_dtype,
         "col_block": recipe.solver.col_block,
+        "tuning": recipe.tuning(),
     })
 }
 

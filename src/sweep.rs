@@ -19,6 +19,7 @@ use crate::plan::{ScaleDtype, Scheme};
 use crate::processor::MAX_TEXT_TOKENS;
 use crate::recipe::Recipe;
 use crate::run::{SampleChoice, load_samples};
+use crate::tuning::{self, TuningReport};
 use crate::{Error, QuantizedWeight, Result};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -198,8 +199,11 @@ pub struct SweepRow {
     pub seed: Option<u64>,
     /// Scores by task.
     pub tasks: BTreeMap<String, TaskScore>,
-    /// Seconds that quantizing took, samples prepared.
+    /// Seconds that quantizing took, samples prepared and scales tuned.
     pub seconds: f64,
+    /// What tuning did, where scales were tuned.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tuning: Option<TuningReport>,
 }
 
 impl SweepRow {
@@ -212,6 +216,7 @@ impl SweepRow {
             seed: run.seed,
             tasks,
             seconds,
+            tuning: None,
         }
     }
 
@@ -276,6 +281,7 @@ pub fn score_original(model: &LoadedModel, tasks: &[Task]) -> Result<(SweepRow, 
         seed: None,
         tasks: BTreeMap::new(),
         seconds: 0.0,
+        tuning: None,
     };
     let mut references = Vec::new();
     for task in tasks {
@@ -379,10 +385,21 @@ pub fn compare_with_reference(
     ))
 }
 
+/// The samples of one run.
+#[derive(Debug)]
+pub struct RunSamples {
+    /// Those that layers are solved with, which a run uses up.
+    pub layers: CalibrationSet,
+    /// Those that scales are tuned on, where they are tuned.
+    pub tuning: Option<CalibrationSet>,
+}
+
 /// The samples of one seed, brought to the first layer once for all runs with that seed.
 #[derive(Default)]
 pub struct PreparedSamples {
-    latest: Option<(u64, CalibrationSet)>,
+    seed: u64,
+    /// By how many were chosen.
+    sets: BTreeMap<usize, CalibrationSet>,
 }
 
 impl PreparedSamples {
@@ -396,47 +413,96 @@ impl PreparedSamples {
         run: &SweepRun,
         choice: impl Fn(u64) -> SampleChoice,
         observer: &dyn Observer,
-    ) -> Result<CalibrationSet> {
+    ) -> Result<RunSamples> {
         let Some(seed) = run.seed else {
-            return Ok(CalibrationSet::none());
+            return Ok(RunSamples {
+                layers: CalibrationSet::none(),
+                tuning: None,
+            });
         };
-        let latest = self.latest.take().filter(|(of, _)| *of == seed);
-        let latest = match latest {
-            Some(latest) => latest,
-            None => {
-                let (choice, dir) = (choice(seed), std::env::temp_dir());
-                let choice = Some(&choice);
-                let set = load_samples(model, &run.recipe, choice, u64::MAX, &dir, observer)?;
-                (seed, set)
-            }
-        };
-        self.latest.insert(latest).1.copied()
+        let choice = choice(seed);
+        let tuning = run.recipe.tuning().map(|settings| settings.choice(&choice));
+        let tuning = tuning.map(|more| self.copy(model, &run.recipe, &more, observer));
+        Ok(RunSamples {
+            tuning: tuning.transpose()?,
+            layers: self.copy(model, &run.recipe, &choice, observer)?,
+        })
+    }
+
+    fn copy(
+        &mut self,
+        model: &ModelSource,
+        recipe: &Recipe,
+        choice: &SampleChoice,
+        observer: &dyn Observer,
+    ) -> Result<CalibrationSet> {
+        if self.seed != choice.seed {
+            self.sets.clear();
+            self.seed = choice.seed;
+        }
+        if let Some(set) = self.sets.get(&choice.n_samples) {
+            return set.copied();
+        }
+        let dir = std::env::temp_dir();
+        let set = load_samples(model, recipe, Some(choice), u64::MAX, &dir, observer)?;
+        let copy = set.copied();
+        self.sets.insert(choice.n_samples, set);
+        copy
     }
 }
 
-/// Quantizes in memory: the decoder layers as a reader of the written folder would have them.
+/// What [`quantize_in_memory`] makes.
+#[derive(Debug)]
+pub struct QuantizedLayers {
+    /// The decoder layers as a reader of the written folder would have them.
+    pub layers: Vec<DecoderLayer>,
+    /// What tuning did, where scales were tuned.
+    pub tuning: Option<TuningReport>,
+}
+
+/// Quantizes in memory.
 ///
 /// # Errors
-/// Those of [`pipeline::quantize`].
+/// Those of [`pipeline::quantize`] and [`tuning::tune`]; [`Error::Missing`] without samples for
+/// the latter.
 pub fn quantize_in_memory(
     model: &ModelSource,
     recipe: &Recipe,
-    samples: CalibrationSet,
+    samples: RunSamples,
     observer: &dyn Observer,
-) -> Result<Vec<DecoderLayer>> {
+) -> Result<QuantizedLayers> {
     let n_layers = model.decoder().n_layers;
     let layers = (0..n_layers)
         .map(|i| model.load_layer(i))
         .collect::<Result<Vec<_>>>()?;
-    let mut sink = InMemory { model, layers };
-    pipeline::quantize(model, samples, recipe, observer, &mut sink)?;
-    Ok(sink.layers)
+    let mut sink = InMemory {
+        model,
+        layers,
+        kept: recipe.tuning().map(|_| Vec::new()),
+    };
+    pipeline::quantize(model, samples.layers, recipe, observer, &mut sink)?;
+    let mut tuning = None;
+    if let (Some(settings), Some(weights)) = (recipe.tuning(), sink.kept.take()) {
+        let set = samples.tuning.ok_or_else(|| Error::Missing {
+            what: "samples to tune scales on".into(),
+            place: "those of the run".into(),
+        })?;
+        let tuned = tuning::tune(model, &set, weights, settings, observer)?;
+        for (module, weight) in &tuned.weights {
+            sink.module(module, weight)?;
+        }
+        tuning = Some(tuned.report);
+    }
+    let layers = sink.layers;
+    Ok(QuantizedLayers { layers, tuning })
 }
 
 /// Takes each module and each changed tensor to its place in the layers.
 struct InMemory<'a> {
     model: &'a ModelSource,
     layers: Vec<DecoderLayer>,
+    /// All modules, where their scales are going to be tuned.
+    kept: Option<Vec<(Module, QuantizedWeight)>>,
 }
 
 impl LayerSink for InMemory<'_> {
@@ -447,6 +513,10 @@ impl LayerSink for InMemory<'_> {
     }
 
     fn module(&mut self, module: &Module, weight: &QuantizedWeight) -> Result<()> {
+        if let Some(kept) = &mut self.kept {
+            kept.push((module.clone(), weight.clone()));
+            return Ok(());
+        }
         let layer = &mut self.layers[module.layer_idx];
         let linear = layer.linear(module.slot)?;
         let linear = linear.with_weight(weight.dequantize())?;

@@ -80,11 +80,13 @@ fn measure(sweep: &Sweep, output: &PathBuf) -> anyhow::Result<Vec<SweepRow>> {
         let within = WithinRun(&progress);
         let samples = prepared.of(&model, run, choice, &within)?;
         let began = Instant::now();
-        let layers = quantize_in_memory(&model, &run.recipe, samples, &within)?;
+        let quantized = quantize_in_memory(&model, &run.recipe, samples, &within)?;
         let seconds = began.elapsed().as_secs_f64();
-        loaded.set_layers(layers)?;
+        loaded.set_layers(quantized.layers)?;
         let scores = score_tasks(&loaded, &tasks, &references)?;
-        add_row(output, &mut rows, SweepRow::new(run, scores, seconds))?;
+        let mut row = SweepRow::new(run, scores, seconds);
+        row.tuning = quantized.tuning;
+        add_row(output, &mut rows, row)?;
     }
     progress.finish();
     Ok(rows)

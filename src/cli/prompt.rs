@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use vlmq::dataset::ImageSource;
 use vlmq::processor::chat::{ContentPart, Message, Role};
-use vlmq::processor::{ModelInput, Processor};
+use vlmq::processor::{ModelInput, Processor, VisionInput};
 
 #[derive(clap::Args)]
 pub struct PromptArgs {
@@ -30,13 +30,25 @@ impl PromptArgs {
 
     /// The prompt as the model takes it.
     pub fn encode(&self, processor: &Processor) -> vlmq::Result<ModelInput> {
+        processor.encode_prompt(&[self.message()], &self.images(processor)?)
+    }
+
+    /// The prompt with an answer.
+    pub fn encode_answered(&self, processor: &Processor, answer: &str) -> vlmq::Result<ModelInput> {
+        let answer = Message {
+            role: Role::Assistant,
+            content: vec![ContentPart::Text(answer.into())],
+        };
+        processor.encode_conversation(&[self.message(), answer], &self.images(processor)?)
+    }
+
+    fn images(&self, processor: &Processor) -> vlmq::Result<Vec<Arc<VisionInput>>> {
         let images = self.image.iter().map(|path| {
             let image = ImageSource::File(path.clone()).load()?;
             processor
                 .vision_input(&image, self.image.len())
                 .map(Arc::new)
         });
-        let images = images.collect::<vlmq::Result<Vec<_>>>()?;
-        processor.encode_prompt(&[self.message()], &images)
+        images.collect()
     }
 }

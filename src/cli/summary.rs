@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use vlmq::importance::Safeguarded;
 use vlmq::report::{Deviation, ModuleReport, RunReport};
+use vlmq::tuning::TuningReport;
 
 const STAGES: [&str; 8] = [
     "load",
@@ -27,6 +28,7 @@ pub fn summary(report: &RunReport) -> String {
         losses(&report.modules),
         profile(report),
         notes(report).concat(),
+        report.tuning.as_ref().map_or(String::new(), tuning),
         format!("{total:.1} s, peak memory {peak} MB\n"),
     ]
     .concat()
@@ -81,6 +83,20 @@ fn profile(report: &RunReport) -> String {
     text
 }
 
+/// What tuning of scales did.
+fn tuning(report: &TuningReport) -> String {
+    format!(
+        "tuning: {} steps, best after {}; KL {:.4} -> {:.4}, held out {:.4} -> {:.4}; {:.1} s\n",
+        report.steps,
+        report.best_step,
+        report.loss_before,
+        report.loss_after,
+        report.held_out_before,
+        report.held_out_after,
+        report.seconds
+    )
+}
+
 /// Everything that went otherwise than planned, in words; `vlmq_report.json` has each module.
 fn notes(report: &RunReport) -> Vec<String> {
     let mut notes = Vec::new();
@@ -113,6 +129,9 @@ fn notes(report: &RunReport) -> Vec<String> {
                 used,
             } => notes.push(format!(
                 "note: {module}: damping raised to {used}; {tried:?} left the Hessian singular\n"
+            )),
+            Deviation::TuningUndone { held_out_loss } => notes.push(format!(
+                "note: tuning left the held-out loss at {held_out_loss:.4}; scales as before it\n"
             )),
             Deviation::IdleRule { pattern } => {
                 notes.push(format!("note: the rule {pattern:?} matched no module\n"));

@@ -8,8 +8,10 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use vlmq::Error;
 use vlmq::families::open_processor;
-use vlmq::model::LoadedModel;
+use vlmq::importance::end_loss::answer_gradients;
+use vlmq::importance::walk::{Sequence, answer_places};
 use vlmq::model::vision::ImageFeatures;
+use vlmq::model::{LoadedModel, Projection};
 use vlmq::processor::ModelInput;
 
 #[derive(clap::Args)]
@@ -18,6 +20,11 @@ pub struct Args {
     model: ModelArg,
     #[command(flatten)]
     prompt: PromptArgs,
+    /// Lay this answer before the model, and write too: the places that predict it (answer_places),
+    /// their cross-entropy (loss), and its gradients at the outputs of all linears of the decoder
+    /// (gradients.LAYER.MODULE)
+    #[arg(long, value_name = "TEXT")]
+    answer: Option<String>,
     /// File to write: input_ids, position_ids, pixel_values, image_grid_thw, image_features, logits
     #[arg(long, value_name = "FILE")]
     output: PathBuf,
@@ -32,7 +39,10 @@ pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
     }
     let processor = open_processor(&args.model.model)?;
     let model = LoadedModel::load(open_model(&args.model.model)?)?;
-    let input = args.prompt.encode(&processor)?;
+    let input = match &args.answer {
+        None => args.prompt.encode(&processor)?,
+        Some(answer) => args.prompt.encode_answered(&processor, answer)?,
+    };
     let features = input.images.iter().map(|image| model.image_features(image));
     let features = features.collect::<vlmq::Result<Vec<_>>>()?;
     let positions = model.source().positions(&input)?;
@@ -53,6 +63,9 @@ pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
     if !features.is_empty() {
         tensors.extend(image_tensors(&model, &input, &features)?);
     }
+    if args.answer.is_some() {
+        tensors.extend(gradient_tensors(&model, &input, &features)?);
+    }
     candle_core::safetensors::save(&tensors, &args.output)?;
     if json {
         print_json(serde_json::json!({
@@ -63,6 +76,42 @@ pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
         }))?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The loss of the answer and its gradients.
+fn gradient_tensors(
+    model: &LoadedModel,
+    input: &ModelInput,
+    features: &[ImageFeatures],
+) -> vlmq::Result<Vec<(String, Tensor)>> {
+    let source = model.source();
+    let embedded = source.embed(&input.input_ids, features)?;
+    let context = source.context(input, &source.positions(input)?)?;
+    let sequence = Sequence {
+        embeddings: embedded.rows,
+        context: context.with_deepstack(embedded.deepstack),
+    };
+    let (loss, layers) = answer_gradients(source, model.head(), sequence, input)?;
+    let places = answer_places(&input.classes);
+    let places: Vec<i64> = places.into_iter().map(i64::from).collect();
+    let n = places.len();
+    let mut tensors = vec![
+        ("loss".to_owned(), Tensor::new(loss, &Device::Cpu)?),
+        (
+            "answer_places".to_owned(),
+            Tensor::from_vec(places, n, &Device::Cpu)?,
+        ),
+    ];
+    for (layer_idx, gradients) in layers.into_iter().enumerate() {
+        let (attention, mlp) = (gradients.attention, gradients.mlp);
+        let parts = [attention.q, attention.k, attention.v, attention.o];
+        let parts = parts.into_iter().chain([mlp.gate, mlp.up, mlp.down]);
+        for (projection, gradient) in Projection::ALL.into_iter().zip(parts) {
+            let name = format!("gradients.{layer_idx}.{}", projection.name());
+            tensors.push((name, gradient));
+        }
+    }
+    Ok(tensors)
 }
 
 /// Patches, grids and features of all images, one after the other.

@@ -27,8 +27,10 @@ use candle_nn::ops::sigmoid;
 pub struct AttentionPass<'a> {
     layer: &'a DecoderLayer,
     context: &'a TokenContext,
+    /// Input of the layer, `[n, hidden]`.
+    x: Tensor,
     /// Input of q, k and v, `[n, hidden]`.
-    pub(super) n1: Tensor,
+    pub n1: Tensor,
     pub(super) trace: Attention,
     /// Residual stream after attention, `[n, hidden]`.
     pub y: Tensor,
@@ -46,9 +48,24 @@ impl<'a> AttentionPass<'a> {
             y: layer.after_attention(x, &trace.output)?,
             layer,
             context,
+            x: x.clone(),
             n1,
             trace,
         })
+    }
+
+    /// Input of o, `[n, heads · head_dim]`.
+    pub fn o_input(&self) -> &Tensor {
+        &self.trace.output
+    }
+
+    /// The layer's output, `[n, hidden]`.
+    ///
+    /// # Errors
+    /// [`crate::Error::Missing`] if the layer lacks a linear; a tensor error.
+    pub fn layer_output(&self) -> Result<Tensor> {
+        let h = self.layer.down_input(&self.layer.gate_up_input(&self.y)?)?;
+        self.layer.after_mlp(&self.y, &h)
     }
 
     /// The layer.
@@ -82,6 +99,47 @@ pub struct MlpGradients {
     pub down: Tensor,
     /// With respect to the residual stream between attention and MLP, `[n_tokens, hidden]`.
     pub y: Tensor,
+    /// Input of gate and up, `[n_tokens, hidden]`.
+    pub n2: Tensor,
+    /// Input of down, `[n_tokens, inter]`; in a mixture by token, `[n_tokens, k·width]`.
+    pub h: Tensor,
+}
+
+/// ∂L/∂(output of every linear of a layer) and ∂L/∂(its input).
+#[derive(Clone, Debug)]
+pub struct LayerGradients {
+    /// Of attention's linears.
+    pub attention: AttentionGradients,
+    /// Of the MLP's linears.
+    pub mlp: MlpGradients,
+    /// With respect to the layer's input, `[n_tokens, hidden]`.
+    pub x: Tensor,
+}
+
+/// Carries `d_out = ∂L/∂(output of the layer)` `[n, hidden]` back through the whole layer.
+///
+/// # Errors
+/// A tensor error if shapes disagree; [`crate::Error::Missing`] if the layer lacks a linear.
+pub fn layer(pass: &AttentionPass, d_out: &Tensor) -> Result<LayerGradients> {
+    let mlp = mlp(pass.layer, &pass.y, d_out)?;
+    let attention = attention(pass, &mlp.y)?;
+    let x = input(pass, &attention, &mlp.y)?;
+    Ok(LayerGradients { attention, mlp, x })
+}
+
+/// Carries the gradients with respect to q, k and v, and `d_y = ∂L/∂y`, back to the layer's input
+/// `[n, hidden]`: dn₁ = P_q·W_q + P_k·W_k + P_v·W_v through the norm, and d_y past attention.
+///
+/// # Errors
+/// A tensor error if shapes disagree.
+pub fn input(pass: &AttentionPass, gradients: &AttentionGradients, d_y: &Tensor) -> Result<Tensor> {
+    let layer = pass.layer;
+    let back = |projection, p: &Tensor| -> Result<Tensor> {
+        Ok(p.matmul(layer.linear(projection)?.weight())?)
+    };
+    let d_n1 = (back(Projection::Q, &gradients.q)? + back(Projection::K, &gradients.k)?)?;
+    let d_n1 = (d_n1 + back(Projection::V, &gradients.v)?)?;
+    Ok((d_y + layer.qkv_norm_backward(&pass.x, &d_n1)?)?)
 }
 
 /// Carries `d_y = ∂L/∂y` `[n, hidden]` back through attention.
@@ -140,21 +198,28 @@ fn add_rows(sum: &Tensor, rows: &Tensor) -> Result<Tensor> {
 /// A tensor error if shapes disagree.
 pub fn mlp(layer: &DecoderLayer, y: &Tensor, d_out: &Tensor) -> Result<MlpGradients> {
     let n2 = layer.gate_up_input(y)?;
-    let (gradients, d_n2) = match layer.router() {
+    let (h, (gradients, d_n2)) = match layer.router() {
         None => {
-            let pass = GatedPass::new(layer, None, n2)?;
+            let pass = GatedPass::new(layer, None, n2.clone())?;
             let d_down = layer.after_mlp_backward(y, &pass.h, d_out)?;
-            pass.backward(layer, &d_down)?
+            (pass.h.clone(), pass.backward(layer, &d_down)?)
         }
         Some(router) => {
             let h = layer.down_input(&n2)?;
             let d_sum = layer.after_mlp_backward(y, &h, d_out)?;
-            mixture(layer, router, &n2, &d_sum)?
+            (h, mixture(layer, router, &n2, &d_sum)?)
         }
     };
     let [gate, up, down] = gradients;
     let y = (d_out + layer.gate_up_norm_backward(y, &d_n2)?)?;
-    Ok(MlpGradients { gate, up, down, y })
+    Ok(MlpGradients {
+        gate,
+        up,
+        down,
+        y,
+        n2,
+        h,
+    })
 }
 
 /// Carries `d_sum`, the gradient with respect to the weighted sum of the experts' outputs, back to

@@ -1,7 +1,7 @@
 //! The factors of one sample in one layer, from whatever source.
 
-use super::backward::{self, AttentionPass};
-use super::settings::{ImportanceLoss, ImportanceSettings, ImportanceSource};
+use super::backward::{self, AttentionGradients, AttentionPass, LayerGradients, MlpGradients};
+use super::settings::{ImportanceLoss, ImportanceSettings, ImportanceSource, TokenNorm};
 use super::{attention_scores, draw, linear_loss};
 use crate::model::context::TokenContext;
 use crate::model::decoder::DecoderLayer;
@@ -100,8 +100,26 @@ impl SampleInLayer<'_> {
     }
 }
 
+impl SampleFactors {
+    /// The factors of one sample by a loss that has no residual; `classes` are its tokens'.
+    ///
+    /// # Errors
+    /// A tensor error.
+    pub fn of_gradients(
+        norm: TokenNorm,
+        classes: &[TokenClass],
+        layer: &LayerGradients,
+    ) -> Result<Self> {
+        Ok(Self {
+            factors: per_token(norm, &gradients(&layer.attention, Some(&layer.mlp)))?,
+            classes: classes.to_vec(),
+            drift: None,
+        })
+    }
+}
+
 impl ImportanceSettings {
-    /// The factors g of one sample's tokens.
+    /// The factors g of one sample's tokens by a loss that is local.
     ///
     /// # Errors
     /// [`Error::Missing`] without what the source needs; a tensor error if shapes disagree.
@@ -126,11 +144,8 @@ impl ImportanceSettings {
                 (gradients, is_drift.then_some(drift))
             }
         };
-        let factors = gradients
-            .iter()
-            .map(|(projection, g)| Ok((*projection, self.norm.per_token(g)?)));
         Ok(SampleFactors {
-            factors: factors.collect::<Result<_>>()?,
+            factors: per_token(self.norm, &gradients)?,
             classes: sample.classes.to_vec(),
             drift,
         })
@@ -200,21 +215,23 @@ impl ImportanceSettings {
             _ => None,
         };
         let attention = backward::attention(pass, mlp.as_ref().map_or(d, |mlp| &mlp.y))?;
-        let mut all = vec![
-            (Projection::Q, attention.q),
-            (Projection::K, attention.k),
-            (Projection::V, attention.v),
-            (Projection::O, attention.o),
-        ];
-        if let Some(mlp) = mlp {
-            all.extend([
-                (Projection::Gate, mlp.gate),
-                (Projection::Up, mlp.up),
-                (Projection::Down, mlp.down),
-            ]);
-        }
-        Ok(all)
+        Ok(gradients(&attention, mlp.as_ref()))
     }
+}
+
+/// Those of all linears that a pass went through; tensors share their data.
+fn gradients(attention: &AttentionGradients, mlp: Option<&MlpGradients>) -> Gradients {
+    let of_attention = [&attention.q, &attention.k, &attention.v, &attention.o];
+    let of_mlp = mlp.map(|mlp| [&mlp.gate, &mlp.up, &mlp.down]);
+    let all = of_attention.into_iter().chain(of_mlp.into_iter().flatten());
+    Projection::ALL.into_iter().zip(all.cloned()).collect()
+}
+
+/// The norms of gradients over channels.
+fn per_token(norm: TokenNorm, gradients: &Gradients) -> Result<Vec<(Projection, Vec<f32>)>> {
+    let all = gradients.iter();
+    all.map(|(projection, g)| Ok((*projection, norm.per_token(g)?)))
+        .collect()
 }
 
 fn missing(what: &str) -> Error {

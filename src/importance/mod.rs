@@ -14,6 +14,8 @@
 //! are the paper's first and second version; both minimise an upper bound of the squared first-order
 //! change of the loss.
 //!
+//! The loss may also be the one at the end of the model ([`end_loss`]), which vanishes nowhere.
+//!
 //! **First layer.** Both streams start from the same embeddings, so the first layer's drift and all
 //! gradients of it are exactly zero, and ω would be 0/0. Such a layer (and any other whose residual
 //! vanishes) gets uniform weights, which is the plain Hessian; the report says where. Other sources
@@ -26,11 +28,13 @@
 mod attention_scores;
 pub mod backward;
 mod draw;
+pub mod end_loss;
 mod factors;
 mod linear_loss;
 mod modality;
 mod safeguards;
 mod settings;
+pub mod walk;
 mod weights;
 
 pub use factors::{FullPass, SampleFactors, SampleInLayer};

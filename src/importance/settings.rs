@@ -50,7 +50,7 @@ impl ImportanceSource {
     }
 }
 
-/// Which output the local loss compares.
+/// Which loss gradients are of: by default a local one, which compares an output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ImportanceLoss {
@@ -60,6 +60,9 @@ pub enum ImportanceLoss {
     Attention,
     /// The layer's output: weights for the MLP's linears too. Not in the paper.
     Layer,
+    /// The cross-entropy of the answers at the end of the model ([`super::end_loss`]): weights for
+    /// all linears of all layers. Not in the paper.
+    Answer,
 }
 
 /// The norm over channels that makes one number of a token's gradient. In a mixture the channels are
@@ -135,7 +138,7 @@ pub enum Granularity {
 pub struct ImportanceSettings {
     /// What factors are made of.
     pub source: ImportanceSource,
-    /// The local loss that gradients are of.
+    /// The loss that gradients are of.
     pub loss: ImportanceLoss,
     /// The norm over the channels of a gradient.
     pub norm: TokenNorm,
@@ -166,14 +169,20 @@ impl ImportanceSettings {
         }
     }
 
-    /// Whether the MLP's linears are needed to make factors.
-    pub fn needs_mlp(&self) -> bool {
-        self.source.is_gradient() && self.loss != ImportanceLoss::Attention
+    /// Whether factors are made before the first layer, of the loss at the end of the model.
+    pub fn is_end_loss(&self) -> bool {
+        self.source.is_gradient() && self.loss == ImportanceLoss::Answer
     }
 
-    /// Whether the full-precision stream is needed to make factors.
+    /// Whether the MLP's linears are needed to make factors layer by layer.
+    pub fn needs_mlp(&self) -> bool {
+        let is_of_mlp = matches!(self.loss, ImportanceLoss::Linear | ImportanceLoss::Layer);
+        self.source.is_gradient() && is_of_mlp
+    }
+
+    /// Whether the full-precision stream is needed to make factors layer by layer.
     pub fn needs_full_stream(&self) -> bool {
-        self.source == ImportanceSource::Drift
+        self.source == ImportanceSource::Drift && !self.is_end_loss()
     }
 
     /// Whether the layer with its weights rounded to nearest is needed to make factors.
@@ -192,7 +201,12 @@ impl ImportanceSettings {
                 why: why.into(),
             })
         };
-        let is_attention_loss = self.source.is_gradient() && !self.needs_mlp();
+        if self.loss == ImportanceLoss::Answer && self.source != ImportanceSource::Drift {
+            let why = "its gradients are those of the loss itself; leave importance_source at \
+                       drift";
+            return invalid("importance_loss=answer", why);
+        }
+        let is_attention_loss = self.source.is_gradient() && self.loss == ImportanceLoss::Attention;
         if is_attention_loss && self.modules == ImportanceModules::Mlp {
             let why = "the attention loss has no factors for the MLP; use importance_loss=layer \
                        or importance_loss=linear";

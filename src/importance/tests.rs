@@ -244,6 +244,40 @@ fn gradients_as_differences(name: &str, case: &Case) {
     }
 }
 
+#[test]
+fn gradients_at_the_input_are_finite_differences_of_the_loss() {
+    const STEP: f64 = 1e-5;
+    for (name, case) in cases() {
+        let naive = case.naive();
+        let quantized = rows(&case.quantized);
+        let target = naive.forward(&rows(&case.full), &[]);
+        for (whole, ours) in case.input_gradients() {
+            let value = |token: usize, channel: usize, step: f64| {
+                let mut x = quantized.clone();
+                x[token][channel] += step;
+                let (y, out) = naive.forward(&x, &[]);
+                match whole {
+                    true => loss(&out, &target.1),
+                    false => loss(&y, &target.0),
+                }
+            };
+            let slope = |t, c| (value(t, c, STEP) - value(t, c, -STEP)) / (2.0 * STEP);
+            let picked = |row: &Vec<f64>| row.iter().step_by(3).copied().collect();
+            let own: Rows = ours.iter().step_by(2).map(picked).collect();
+            let tokens = (0..ours.len()).step_by(2);
+            let channels = || (0..ours[0].len()).step_by(3);
+            let differences: Rows = tokens
+                .map(|t| channels().map(|c| slope(t, c)).collect())
+                .collect();
+            let error = worst(&own, &differences);
+            assert!(
+                error <= GRADIENT_TOLERANCE,
+                "{name}, whole {whole}: {error:.2e}"
+            );
+        }
+    }
+}
+
 /// The paper's first-order claim: a small error at a token's output changes the loss by ⟨P, ΔZ⟩,
 /// and what that leaves out shrinks with the square of the error.
 #[test]

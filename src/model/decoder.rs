@@ -107,6 +107,14 @@ impl DecoderLayer {
         self.before_attention.forward(x)
     }
 
+    /// Carries `d = ∂L/∂n₁` `[n, hidden]` back through the norm to x.
+    ///
+    /// # Errors
+    /// A tensor error if shapes disagree.
+    pub fn qkv_norm_backward(&self, x: &Tensor, d: &Tensor) -> Result<Tensor> {
+        self.before_attention.backward(x, d)
+    }
+
     /// Attention over one whole sample from n₁.
     ///
     /// # Errors

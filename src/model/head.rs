@@ -48,4 +48,20 @@ impl Head {
             Some(cap) => ((logits / cap)?.tanh()? * cap)?,
         })
     }
+
+    /// Carries `d = ∂L/∂logits` `[n, vocab]` back to the last layer's output `x [n, hidden]`.
+    ///
+    /// # Errors
+    /// A tensor error if shapes disagree.
+    pub fn backward(&self, x: &Tensor, d: &Tensor) -> Result<Tensor> {
+        let d = match self.cap {
+            None => d.clone(),
+            Some(cap) => {
+                // c·tanh(z/c) has the slope 1 − tanh²(z/c).
+                let bent = (self.logits(x)? / cap)?;
+                (d * (1.0 - bent.sqr()?)?)?
+            }
+        };
+        self.norm.backward(x, &d.matmul(self.projection.weight())?)
+    }
 }

@@ -18,8 +18,10 @@
 use super::outputs::OutputLoss;
 use super::stage::Stage;
 use super::streams::Streams;
-use super::{LayerSink, Run, blank_report};
+use super::{LayerSink, Observer, Run, blank_report};
+use crate::calibration::CalibrationSet;
 use crate::importance::ModalityRatios;
+use crate::importance::end_loss::modality_ratios;
 use crate::model::changed::{ChangedTensor, LayerPart};
 use crate::model::decoder::DecoderLayer;
 use crate::model::decoder_config::NormScale;
@@ -62,15 +64,30 @@ impl ScaleSearch {
     }
 
     /// The search of a recipe's method, if it has one.
-    pub fn of(recipe: &Recipe) -> Option<Self> {
-        (recipe.method == Method::Awq).then(Self::awq)
+    ///
+    /// # Errors
+    /// Those of [`ScaleSearch::check`] and, for MBQ, [`modality_ratios`].
+    pub fn of(
+        recipe: &Recipe,
+        model: &ModelSource,
+        samples: &CalibrationSet,
+        observer: &dyn Observer,
+    ) -> Result<Option<Self>> {
+        if recipe.method.is_scaled() {
+            Self::check(model)?;
+        }
+        Ok(match recipe.method {
+            Method::Awq => Some(Self::awq()),
+            Method::Mbq => Some(Self::mbq(modality_ratios(model, samples, observer)?)),
+            _ => None,
+        })
     }
 
-    /// Whether it can be done on this model.
+    /// Whether scales can be searched for on this model.
     ///
     /// # Errors
     /// [`Error::Unsupported`] for mixtures of experts.
-    pub fn check(&self, model: &ModelSource) -> Result<()> {
+    pub fn check(model: &ModelSource) -> Result<()> {
         if model.decoder().experts.is_none() {
             return Ok(());
         }

@@ -74,10 +74,11 @@ fn set_source(source: &mut ImportanceSource, key: &str, value: &str) -> Option<R
     })
 }
 
-const LOSSES: [(&str, ImportanceLoss); 3] = [
+const LOSSES: [(&str, ImportanceLoss); 4] = [
     ("linear", ImportanceLoss::Linear),
     ("attention", ImportanceLoss::Attention),
     ("layer", ImportanceLoss::Layer),
+    ("answer", ImportanceLoss::Answer),
 ];
 
 const NORMS: [(&str, TokenNorm); 2] = [("mean_abs", TokenNorm::MeanAbs), ("rms", TokenNorm::Rms)];
@@ -145,6 +146,7 @@ mod tests {
         for good in [
             "importance_source=drift importance_loss=linear importance_modules=mlp",
             "importance_source=rounding importance_modules=qkv",
+            "importance_loss=answer importance_modules=mlp importance_granularity=modality",
             "importance_source=curvature importance_probes=8 importance_loss=layer",
             "importance_source=attention importance_attention_min=0.1 importance_modules=mlp",
             "importance_source=random importance_random_share=0.25 importance_random_weight=0.1",
@@ -168,6 +170,8 @@ mod tests {
             "importance_probes=2",
             "importance_source=curvature importance_probes=0",
             "importance_source=curvature importance_loss=linear",
+            "importance_source=curvature importance_loss=answer",
+            "importance_source=random importance_loss=answer",
             "importance_attention_min=0.1",
             "importance_source=attention importance_attention_min=2",
             "importance_source=attention importance_random_share=0.5",

@@ -10,6 +10,7 @@ use crate::importance::{Safeguarded, Uniform};
 use crate::model::Projection;
 use crate::pipeline::LayerOutcome;
 use crate::plan::Scheme;
+use crate::tuning::TuningReport;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -48,6 +49,10 @@ pub struct RunReport {
     /// Wall time per layer and stage in seconds, by the run that solved the layer.
     #[serde(default)]
     pub layers: Vec<BTreeMap<String, f64>>,
+    /// What tuning of scales did after the last layer, where it was asked for. The modules' losses
+    /// are those before it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tuning: Option<TuningReport>,
     /// Wall time per stage in seconds, over all layers; `check`, `processor`, `vision` (before the
     /// first layer) and `total` are this run's.
     pub seconds: BTreeMap<String, f64>,
@@ -66,6 +71,19 @@ impl RunReport {
             *self.seconds.entry(stage.clone()).or_default() += seconds;
         }
         self.layers.push(layer.seconds);
+    }
+
+    /// Adds what tuning has to tell.
+    pub fn add_tuning(&mut self, tuning: Option<TuningReport>) {
+        if let Some(tuning) = &tuning {
+            self.seconds.insert("tuning".into(), tuning.seconds);
+            if tuning.best_step == 0 {
+                self.deviations.push(Deviation::TuningUndone {
+                    held_out_loss: tuning.held_out_before,
+                });
+            }
+        }
+        self.tuning = tuning;
     }
 }
 
@@ -209,6 +227,11 @@ pub enum Deviation {
     Unreached {
         /// Module.
         module: String,
+    },
+    /// Tuning made no held-out loss smaller, and the scales are those of before it.
+    TuningUndone {
+        /// Mean KL(original ‖ quantized) per place on the held-out samples, in nats.
+        held_out_loss: f64,
     },
     /// A rule of the recipe matched no module.
     IdleRule {

@@ -5,7 +5,7 @@
 //! - [`rtn()`] rounds to nearest;
 //! - [`gptq()`] rounds column after column and lets the later columns make up for each error; with
 //!   [`SolverSettings::alpha`] it also corrects the drift of its inputs ([`Target`]), and with
-//!   [`SolverSettings::sweeps`] it goes over codes and scales again.
+//!   [`SolverSettings::sweeps`] it goes over codes and scales again (`refine.rs`).
 //!
 //! [`scale`] and [`search_limits`] are what AWQ searches for before it rounds to nearest.
 //!

@@ -141,6 +141,7 @@ mod tests {
             seed,
             tasks: BTreeMap::from([("task".to_owned(), score)]),
             seconds: kl,
+            tuning: None,
         }
     }
 

@@ -442,17 +442,17 @@ fn a_sweep_has_variants() {
     let variant = |name: &str, set: &str| {
         format!("[[variant]]\nname = '{name}'\nmethod = 'gptaq'\nset = [{set}]\n")
     };
-    let run = compare(&variant("shifted", "'target=least_squares', 'clip=mse'"));
+    let shifted = variant("shifted", "'target=least_squares', 'clip=mse'");
+    let tuned = variant("tuned", "'tune_steps=1', 'tune_samples=4'");
+    let run = compare(&(shifted + &tuned));
     assert!(run.status.success(), "{}", text(&run.stderr));
     let found = json(&run.stdout);
     let rows = found["rows"].as_array().unwrap();
-    let named = |name: &str| -> Vec<&Value> {
-        let own = rows.iter().filter(|r| r["method"] == name);
-        own.collect()
-    };
-    assert_eq!((named("gptq").len(), named("shifted").len()), (2, 2));
-    let is_whole = |r: &&Value| r["group_size"].is_null() && r["bits"] == 3;
-    assert!(named("shifted").iter().all(is_whole));
+    let named = |name: &'static str| rows.iter().filter(move |r| r["method"] == name);
+    assert_eq!((named("gptq").count(), named("shifted").count()), (2, 2));
+    assert!(named("tuned").all(|r| r["tuning"]["n_samples"].as_u64() > Some(0)));
+    assert!(named("shifted").all(|r| r["tuning"].is_null()));
+    assert!(named("shifted").all(|r| r["group_size"].is_null() && r["bits"] == 3));
     assert_eq!(rows[1]["tasks"]["questions"]["n"], 2);
     let pair = &found["paired"][0];
     assert_eq!(
@@ -472,6 +472,8 @@ fn a_sweep_has_variants() {
     };
     refused(&variant("gptq", ""), "another one has this name");
     refused(&variant("swept", "'sweeps=1'"), "target=least_squares");
+    let more = variant("more", "'tune_steps=1', 'tune_samples=99'");
+    refused(&more, "--samples 99");
 }
 
 /// As in `vlmq … | head`: the work is done whether or not somebody reads on.
@@ -534,11 +536,11 @@ fn awq_folds_its_scales_into_norms() {
 }
 
 #[test]
-fn awq_keeps_the_function_of_the_model() {
+fn awq_and_mbq_keep_the_function_of_the_model() {
     let home = Home::new(Spelling::USUAL);
     let sweep = home.path().join("sweep.toml");
     let toml = "model = 'model'\ncalibration = 'data'\ntasks = 'data/questions.jsonl'\n\
-                samples = 3\nseeds = [0]\nmethods = ['rtn', 'awq']\n\
+                samples = 3\nseeds = [0]\nmethods = ['rtn', 'awq', 'mbq']\n\
                 bits = [8]\ngroup_sizes = [32]\n";
     std::fs::write(&sweep, toml).unwrap();
     let mut command = vlmq();
@@ -548,5 +550,9 @@ fn awq_keeps_the_function_of_the_model() {
     assert!(run.status.success(), "{}", text(&run.stderr));
     let rows = json(&run.stdout)["rows"].take();
     let kl = |i: usize| rows[i]["tasks"]["questions"]["kl"].as_f64().unwrap();
-    assert!(kl(2) < 2.0 * kl(1), "{} {}", kl(2), kl(1));
+    for i in [2, 3] {
+        assert!(kl(i) < 2.0 * kl(1), "{i}: {} {}", kl(i), kl(1));
+    }
+    assert_eq!(rows[3]["method"], "mbq");
+    assert_ne!(kl(2), kl(3));
 }

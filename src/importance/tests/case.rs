@@ -194,6 +194,18 @@ impl Case {
         (attention, mlp)
     }
 
+    /// ∂L/∂(input of the layer), of the loss after attention (false) and of the layer's (true).
+    pub fn input_gradients(&self) -> [(bool, Rows); 2] {
+        let (pass, target) = (self.pass(&self.quantized), self.pass(&self.full));
+        let d_y = ((&pass.y - &target.y).unwrap() * 2.0).unwrap();
+        let attention = backward::attention(&pass, &d_y).unwrap();
+        let local = backward::input(&pass, &attention, &d_y).unwrap();
+        let out = |pass: &AttentionPass| pass.layer_output().unwrap();
+        let d_out = ((out(&pass) - out(&target)).unwrap() * 2.0).unwrap();
+        let whole = backward::layer(&pass, &d_out).unwrap().x;
+        [(false, rows(&local)), (true, rows(&whole))]
+    }
+
     /// The same layer in f64, read from the file by itself.
     pub fn naive(&self) -> Naive {
         let load = |name: String, shape: &[usize]| -> Vec<f64> {
