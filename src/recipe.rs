@@ -3,6 +3,7 @@
 
 mod importance;
 mod solver;
+mod tuning;
 mod value;
 
 use crate::importance::ImportanceSettings;
@@ -207,11 +208,11 @@ impl Recipe {
             _ if key.starts_with("tune_") && !self.needs_calibration() => {
                 Some(Err(format!("{} needs no samples", self.method.name())))
             }
-            _ if key.starts_with("tune_") => self.tuning.set(key, value),
+            _ if key.starts_with("tune_") => tuning::set(&mut self.tuning, key, value),
             _ => solver::set(&mut self.solver, key, value),
         };
         let unknown = || {
-            let keys = [solver::KEYS, importance::KEYS, TuningSettings::KEYS].join(", ");
+            let keys = [solver::KEYS, importance::KEYS, tuning::KEYS].join(", ");
             Err(format!(
                 "unknown key; there are alpha, statistics_dtype, {keys}"
             ))

@@ -348,21 +348,22 @@ fn calibration_report(choice: &SampleChoice, samples: &[CalibrationSample]) -> C
     }
 }
 
+/// Every setting. The solver's are all of them, as they are told by it.
 fn settings(recipe: &Recipe) -> serde_json::Value {
-    serde_json::json!({
+    let mut settings = serde_json::json!(recipe.solver);
+    let others = serde_json::json!({
         "scheme": recipe.scheme(),
         "alpha": recipe.alpha(recipe.scheme()),
         "importance": recipe.importance,
-        "dampening_frac": recipe.solver.dampening_frac,
-        "act_order": recipe.solver.act_order,
-        "target": recipe.solver.target,
-        "clip": recipe.solver.clip,
-        "sweeps": recipe.solver.sweeps,
-        "refit_scales": recipe.solver.refit_scales,
         "statistics_dtype": recipe.statistics_dtype,
-        "col_block": recipe.solver.col_block,
         "tuning": recipe.tuning(),
-    })
+    });
+    let own = others.as_object().into_iter().flatten();
+    for (key, value) in own {
+        // α is decided by number format: the solver's own is not what was used.
+        settings[key.as_str()] = value.clone();
+    }
+    settings
 }
 
 fn json_bytes(report: &impl Serialize) -> Vec<u8> {

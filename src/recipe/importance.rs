@@ -1,6 +1,6 @@
 //! The settings of token importance by their keys.
 
-use super::value::{number, word};
+use super::value::{count, number, word};
 use crate::importance::{
     Granularity, ImportanceLoss, ImportanceModules, ImportanceSettings, ImportanceSource, TokenNorm,
 };
@@ -51,13 +51,9 @@ fn set_source(source: &mut ImportanceSource, key: &str, value: &str) -> Option<R
     use ImportanceSource::{Attention, Curvature, Random};
     let needs = |name: &str| Err(format!("importance_source={name} is to be set before it"));
     Some(match (key, source) {
-        ("importance_probes", Curvature { n_probes }) => match value.parse::<usize>() {
-            Ok(n) if (1..=1024).contains(&n) => {
-                *n_probes = n;
-                Ok(())
-            }
-            _ => Err("a whole number from 1 to 1024 expected".into()),
-        },
+        ("importance_probes", Curvature { n_probes }) => {
+            count(value, 1, 1024).map(|n| *n_probes = n)
+        }
         ("importance_attention_min", Attention { min }) => {
             number(value, 0.0, 1.0).map(|x| *min = x)
         }

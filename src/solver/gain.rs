@@ -8,7 +8,8 @@
 //!
 //! Source: ours.
 
-use super::loss::{dot, symmetric_corner};
+use super::loss::dot;
+use super::symmetric::{add_outside, corner};
 use crate::{Matrix, QuantizedWeight, Result};
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
@@ -66,23 +67,12 @@ fn gains(w: &Matrix, weight: &QuantizedWeight, hessian: &Matrix, rows: Range<usi
     let mut product = vec![0.0f32; own.len()];
     let mut product_view = MatMut::from_row_major_slice_mut(&mut product, rows.len(), n);
     for start in (0..n).step_by(BAND) {
-        let width = BAND.min(n - start);
-        let below = hessian.as_faer().submatrix(start, 0, width, start);
-        let band = view.subcols(start, width);
-        let left = product_view.as_mut().subcols_mut(0, start);
-        matmul(left, Accum::Add, band, below, 1.0, Par::Seq);
-        let mut right = product_view.as_mut().subcols_mut(start, width);
-        let before = view.subcols(0, start);
-        matmul(
-            right.as_mut(),
-            Accum::Add,
-            before,
-            below.transpose(),
-            1.0,
-            Par::Seq,
-        );
-        let corner = symmetric_corner(hessian, start, width);
-        matmul(right, Accum::Add, band, corner.as_faer(), 1.0, Par::Seq);
+        let range = start..n.min(start + BAND);
+        let band = view.subcols(start, range.len());
+        add_outside(hessian, band, range.clone(), 1.0, product_view.as_mut());
+        let own = product_view.as_mut().subcols_mut(start, range.len());
+        let corner = corner(hessian, start, range.len());
+        matmul(own, Accum::Add, band, corner.as_faer(), 1.0, Par::Seq);
     }
     let rows = own.chunks_exact(n).zip(product.chunks_exact(n)).zip(0..);
     let gain = |((w, product), i)| {

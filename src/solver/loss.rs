@@ -1,5 +1,6 @@
 //! The error that a quantized weight makes on the calibration data.
 
+use super::symmetric::corner;
 use crate::{Matrix, QuantizedWeight};
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
@@ -87,7 +88,7 @@ fn quadratic_form(d: &[f32], n: usize, hessian: &Matrix) -> f64 {
                 .sum()
         };
         sum += 2.0 * times(hessian.as_faer().submatrix(start, 0, width, start), 0);
-        sum += times(symmetric_corner(hessian, start, width).as_faer(), start);
+        sum += times(corner(hessian, start, width).as_faer(), start);
     }
     sum
 }
@@ -126,11 +127,4 @@ pub(super) fn dot(a: &[f32], b: &[f32]) -> f64 {
     let rest = a_rest.iter().zip(b_rest);
     let rest: f64 = rest.map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
     sums.iter().sum::<f64>() + rest
-}
-
-/// The square of H on the diagonal, both triangles filled from the lower.
-pub(super) fn symmetric_corner(hessian: &Matrix, start: usize, width: usize) -> Matrix {
-    Matrix::from_fn(width, width, |i, j| {
-        hessian[(start + i.max(j), start + i.min(j))]
-    })
 }

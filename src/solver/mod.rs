@@ -23,6 +23,7 @@ pub mod reference;
 mod refine;
 mod rtn;
 pub mod scale;
+mod symmetric;
 mod triangle;
 
 pub use factor::Factor;

@@ -15,7 +15,7 @@
 //! Source: coordinate descent on codes is that of arXiv:2309.01885 (QuantEase); scales with it, ours.
 
 use super::grid::steps;
-use super::loss::symmetric_corner;
+use super::symmetric::{self, add_outside};
 use super::{Factor, SolverSettings};
 use crate::plan::Scheme;
 use crate::{Matrix, QuantizedWeight, Result};
@@ -128,7 +128,7 @@ impl Problem<'_> {
 
     /// H's square of these columns, damped.
     fn corner(&self, range: &Range<usize>) -> Matrix {
-        let mut corner = symmetric_corner(self.hessian, range.start, range.len());
+        let mut corner = symmetric::corner(self.hessian, range.start, range.len());
         (0..range.len()).for_each(|i| corner[(i, i)] += self.damping);
         corner
     }
@@ -272,19 +272,11 @@ fn add_product(
     let (n_cols, len) = (problem.target.cols(), range.len());
     let n = own.len() / len;
     let own = MatRef::from_column_major_slice(own, n, len);
-    let hessian = problem.hessian.as_faer();
-    let mut add = |columns: Range<usize>, h: MatRef<'_, f32>| {
-        let out = &mut out[columns.start * n..columns.end * n];
-        let out = MatMut::from_column_major_slice_mut(out, n, columns.len());
-        matmul(out, Accum::Add, own, h, factor, Par::Seq);
-    };
-    add(
-        0..range.start,
-        hessian.submatrix(range.start, 0, len, range.start),
-    );
-    let after = hessian.submatrix(range.end, range.start, n_cols - range.end, len);
-    add(range.end..n_cols, after.transpose());
+    let mut out = MatMut::from_column_major_slice_mut(out, n, n_cols);
+    add_outside(problem.hessian, own, range.clone(), factor, out.as_mut());
     if with_own {
-        add(range.clone(), problem.corner(&range).as_faer());
+        let out = out.subcols_mut(range.start, len);
+        let corner = problem.corner(&range);
+        matmul(out, Accum::Add, own, corner.as_faer(), factor, Par::Seq);
     }
 }

@@ -87,37 +87,6 @@ impl Default for TuningSettings {
 }
 
 impl TuningSettings {
-    /// The keys of [`TuningSettings::set`].
-    pub const KEYS: &str = "tune_steps, tune_batch, tune_rate, tune_loss, tune_samples";
-
-    /// Turns a setting by its name after `--set`; says what is expected instead of `value`. `None`
-    /// if there is no such key.
-    pub fn set(&mut self, key: &str, value: &str) -> Option<std::result::Result<(), String>> {
-        let count = |low: usize, high: usize| match value.parse::<usize>() {
-            Ok(n) if (low..=high).contains(&n) => Ok(n),
-            _ => Err(format!("a whole number from {low} to {high} expected")),
-        };
-        Some(match key {
-            "tune_steps" => count(0, 1_000_000).map(|n| self.steps = n),
-            "tune_batch" => count(1, 65536).map(|n| self.batch = n),
-            "tune_samples" => count(2, 1_000_000).map(|n| self.samples = Some(n)),
-            "tune_rate" => match value.parse::<f64>() {
-                Ok(x) if x > 0.0 && x <= 1.0 => {
-                    self.rate = x;
-                    Ok(())
-                }
-                _ => Err("a number above 0, at most 1, expected".into()),
-            },
-            "tune_loss" => match value {
-                "answer" => Ok(TuningLoss::Answer),
-                "all" => Ok(TuningLoss::All),
-                _ => Err("one of answer, all expected".into()),
-            }
-            .map(|loss| self.loss = loss),
-            _ => return None,
-        })
-    }
-
     /// The samples to tune on: those of a run, and more of them by the same seed.
     pub fn choice(&self, run: &SampleChoice) -> SampleChoice {
         SampleChoice {

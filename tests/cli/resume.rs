@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Every file of a folder but the report, which tells times.
 fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
@@ -96,11 +96,18 @@ fn kill(n_kills: usize, output: &Path, run: impl Fn(&Path) -> Command) -> usize 
                 .stderr(Stdio::null())
                 .spawn()
                 .unwrap();
-            std::thread::sleep(span.mul_f64(rng.random_range(0.0..1.05)));
-            match child.try_wait().unwrap() {
-                None => killed += 1,
-                // The first run was a slow one.
-                Some(_) => span = span.mul_f64(0.9),
+            let (began, patience) = (Instant::now(), span.mul_f64(rng.random_range(0.0..1.05)));
+            let has_ended = loop {
+                match (child.try_wait().unwrap(), began.elapsed() < patience) {
+                    (Some(_), _) => break true,
+                    (None, true) => std::thread::sleep(Duration::from_millis(1)),
+                    (None, false) => break false,
+                }
+            };
+            match has_ended {
+                false => killed += 1,
+                // The first run may have been a slow one.
+                true => span = began.elapsed(),
             }
             child.kill().unwrap();
             child.wait().unwrap();
@@ -150,7 +157,7 @@ fn a_run_killed_at_a_hundred_moments_writes_the_same_bytes() {
 #[test]
 fn a_killed_awq_run_writes_the_same_bytes() {
     let home = Home::new(Spelling::USUAL);
-    let resumed = kill(12, &home.output(), |output| {
+    let resumed = kill(60, &home.output(), |output| {
         let mut command = vlmq();
         command.arg("quantize").arg(home.model());
         command.arg("--calibration").arg(home.data());
