@@ -74,10 +74,43 @@ fn wait_for(child: &mut Child, layer: usize) -> impl Iterator<Item = String> + u
     lines
 }
 
-/// Kills runs at random moments, some of them twice before they may end, until `n_kills` are dead;
-/// what the last run of each writes is compared with a run that nobody disturbed. Gives the number
-/// of runs that found finished layers.
-fn kill(n_kills: usize, output: &Path, run: impl Fn(&Path) -> Command) -> usize {
+/// Whether a finished layer waits in the progress folder.
+fn has_finished_layer(output: &Path) -> bool {
+    let entries = std::fs::read_dir(progress_of(output));
+    let mut names = entries.into_iter().flatten().flatten();
+    names.any(|entry| entry.file_name().to_string_lossy().starts_with("layer-"))
+}
+
+/// When a run is killed.
+enum Moment {
+    After(Duration),
+    /// As soon as its first layer is finished.
+    FirstLayer,
+}
+
+impl Moment {
+    /// Every third one once a layer is finished: where the layers are a small part of a run, few of
+    /// the others would find one.
+    fn draw(n_killed: usize, span: Duration, rng: &mut ChaCha8Rng) -> Self {
+        let share = rng.random_range(0.0..1.05);
+        match n_killed % 3 {
+            2 => Self::FirstLayer,
+            _ => Self::After(span.mul_f64(share)),
+        }
+    }
+
+    fn has_come(&self, began: Instant, output: &Path) -> bool {
+        match self {
+            Self::After(patience) => began.elapsed() >= *patience,
+            Self::FirstLayer => has_finished_layer(output),
+        }
+    }
+}
+
+/// Kills runs at random moments, some of them twice before they may end, until `n_kills` are dead
+/// and a run has gone on with the layers of another; what the last run of each writes is compared
+/// with a run that nobody disturbed.
+fn kill(n_kills: usize, output: &Path, run: impl Fn(&Path) -> Command) {
     let whole = output.with_file_name("whole");
     let began = Instant::now();
     assert!(run(&whole).output().unwrap().status.success());
@@ -86,22 +119,25 @@ fn kill(n_kills: usize, output: &Path, run: impl Fn(&Path) -> Command) -> usize 
     let mut rng = ChaCha8Rng::seed_from_u64(5);
     let (mut killed, mut resumed) = (0, 0);
     for round in 0.. {
-        if killed >= n_kills {
-            return resumed;
+        if killed >= n_kills && resumed > 0 {
+            return;
         }
-        assert!(round < 4 * n_kills, "runs end before they are killed");
+        assert!(
+            round < 4 * n_kills,
+            "{killed} of {n_kills} runs were killed, {resumed} found a finished layer"
+        );
         for _ in 0..rng.random_range(1..=2) {
             let mut child = run(output)
                 .stdout(Stdio::null())
                 .stderr(Stdio::null())
                 .spawn()
                 .unwrap();
-            let (began, patience) = (Instant::now(), span.mul_f64(rng.random_range(0.0..1.05)));
+            let (began, moment) = (Instant::now(), Moment::draw(killed, span, &mut rng));
             let has_ended = loop {
-                match (child.try_wait().unwrap(), began.elapsed() < patience) {
+                match (child.try_wait().unwrap(), moment.has_come(began, output)) {
                     (Some(_), _) => break true,
-                    (None, true) => std::thread::sleep(Duration::from_millis(1)),
-                    (None, false) => break false,
+                    (None, false) => std::thread::sleep(Duration::from_millis(1)),
+                    (None, true) => break false,
                 }
             };
             match has_ended {
@@ -125,13 +161,12 @@ fn kill(n_kills: usize, output: &Path, run: impl Fn(&Path) -> Command) -> usize 
         std::fs::remove_dir_all(output).unwrap();
         let _ = std::fs::remove_dir_all(progress_of(output));
     }
-    resumed
 }
 
 #[test]
 fn a_run_killed_at_a_hundred_moments_writes_the_same_bytes() {
     let home = Home::new(Spelling::USUAL);
-    let resumed = kill(100, &home.output(), |output| {
+    kill(100, &home.output(), |output| {
         let mut command = vlmq();
         command
             .arg("quantize")
@@ -150,14 +185,13 @@ fn a_run_killed_at_a_hundred_moments_writes_the_same_bytes() {
         command.arg("--output").arg(output);
         command
     });
-    assert!(resumed > 0, "no run found a finished layer");
 }
 
 /// Norms that were changed come back with their layers.
 #[test]
 fn a_killed_awq_run_writes_the_same_bytes() {
     let home = Home::new(Spelling::USUAL);
-    let resumed = kill(60, &home.output(), |output| {
+    kill(60, &home.output(), |output| {
         let mut command = vlmq();
         command.arg("quantize").arg(home.model());
         command.arg("--calibration").arg(home.data());
@@ -166,13 +200,12 @@ fn a_killed_awq_run_writes_the_same_bytes() {
         command.arg(output);
         command
     });
-    assert!(resumed > 0, "no run found a finished layer");
 }
 
 #[test]
 fn the_bundled_model_too() {
     let home = tempfile::tempdir().unwrap();
-    let resumed = kill(10, &home.path().join("out"), |output| {
+    kill(10, &home.path().join("out"), |output| {
         let mut command = vlmq();
         command.arg("quantize").arg(repository("testbed/model"));
         command
@@ -190,7 +223,6 @@ fn the_bundled_model_too() {
         command.arg("--output").arg(output);
         command
     });
-    assert!(resumed > 0, "no run found a finished layer");
 }
 
 /// After Ctrl-C in the third layer: two are kept, the same command goes on, another one does not.
