@@ -6,6 +6,7 @@ use crate::model::{DecoderConfig, ModelSource, Projection, Slot};
 use crate::pipeline::{BATCH_TOKENS, GROUPS_AT_ONCE};
 use crate::recipe::Recipe;
 use crate::report::peak_memory_bytes;
+use crate::solver::Target;
 use serde::Serialize;
 
 const F32: u64 = 4;
@@ -92,6 +93,8 @@ pub fn plan_memory(model: &ModelSource, recipe: &Recipe, n_tokens: &[usize]) -> 
         config,
         with_full: recipe.needs_full_stream(&schemes),
         with_cross: schemes.iter().any(|s| recipe.alpha(*s) != 0.0),
+        with_stream: recipe.solver.target == Target::ResidualStream,
+        with_part: recipe.solver.held_out_alpha,
         with_importance: recipe.importance.is_some(),
         with_mlp_loss: recipe.importance.is_some_and(|i| i.needs_mlp()),
         with_rounded: recipe.importance.is_some_and(|i| i.needs_rounded()),
@@ -137,6 +140,10 @@ struct Step<'a> {
     config: &'a DecoderConfig,
     with_full: bool,
     with_cross: bool,
+    /// Whether cross moments of the residual stream are kept too.
+    with_stream: bool,
+    /// Whether the statistics of a part of the samples are kept apart.
+    with_part: bool,
     with_importance: bool,
     with_mlp_loss: bool,
     /// A layer twice, once rounded.
@@ -219,7 +226,25 @@ impl Step<'_> {
 
     fn moments(&self, in_features: usize) -> u64 {
         let n = in_features as u64;
-        n * n * F32 * if self.with_cross { 2 } else { 1 }
+        let squares = if self.with_cross { 2 } else { 1 };
+        n * n * F32 * squares * self.n_copies()
+    }
+
+    /// How often statistics are held.
+    fn n_copies(&self) -> u64 {
+        if self.with_cross && self.with_part {
+            2
+        } else {
+            1
+        }
+    }
+
+    /// S of a linear whose output is added to the residual stream.
+    fn stream_moments(&self, weights: u64) -> u64 {
+        match self.with_cross && self.with_stream {
+            true => weights * self.n_copies(),
+            false => 0,
+        }
     }
 
     /// A batch of inputs: as it is, weighted, and with C the other stream's and their difference.
@@ -271,7 +296,8 @@ impl Step<'_> {
             let solved = self.of_mlp(mlp, &[Projection::Down]) - down;
             // Weight and codes; then the same as f32 again.
             let inputs = self.inputs(self.config.widest_mlp()).max(down + down / 2);
-            mlp.n_groups() * self.moments(mlp.width) + solved + inputs
+            let moments = self.moments(mlp.width) + self.stream_moments(down);
+            mlp.n_groups() * moments + solved + inputs
         })
     }
 }

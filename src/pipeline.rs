@@ -29,9 +29,10 @@ use crate::model::source::{ModelSource, Module};
 use crate::plan::Scheme;
 use crate::recipe::Recipe;
 use crate::report::{ChangeReport, Deviation, ModuleReport, ScaleReport, log};
-use crate::solver::{Factor, gptq, rtn};
+use crate::solver::{Factor, Target, gptq, rtn};
+use crate::statistics::Statistics;
 use crate::{Error, QuantizedWeight, Result};
-use inputs::{Shared, Summed};
+use inputs::{Shared, Summed, Summing};
 pub use scaled::ScaleSearch;
 use serde::{Deserialize, Serialize};
 use stage::Stage;
@@ -254,10 +255,13 @@ impl Run<'_> {
         for stage in Stage::ALL {
             self.enter(stage, &mut pair, streams)?;
             let shared = self.shared(stage, importance);
-            let dtype = self.recipe.statistics_dtype;
+            let summing = Summing {
+                dtype: self.recipe.statistics_dtype,
+                with_part: self.recipe.solver.held_out_alpha,
+            };
             for some in shared.chunks(GROUPS_AT_ONCE) {
                 let sums = self.timed("statistics", |_| {
-                    streams.accumulate(stage, &pair.full, some, dtype)
+                    streams.accumulate(stage, &pair.full, some, summing)
                 })?;
                 for (group, summed) in some.iter().zip(sums) {
                     self.solve_group(&group.modules, summed, &mut pair.quantized, sink)?;
@@ -396,6 +400,7 @@ impl Run<'_> {
             let weights = weights.or_insert_with(|| self.weights_of(&module, importance));
             let weights = weights.clone();
             let with_cross = self.recipe.alpha(scheme) != 0.0;
+            let with_stream = with_cross && self.gives_to_stream(&module);
             // Those of an expert follow one another.
             let expert = module.slot.expert;
             let mut own = all.iter_mut().rev().take_while(|s| s.expert() == expert);
@@ -409,10 +414,21 @@ impl Run<'_> {
                     modules: vec![module],
                     weights,
                     with_cross,
+                    with_stream,
                 }),
             }
         }
         all
+    }
+
+    /// Whether the linear is to give what the residual stream lacks. An expert's output is one of
+    /// several, and one that goes through a norm is no longer linear in the weight.
+    fn gives_to_stream(&self, module: &Module) -> bool {
+        let Slot { projection, expert } = module.slot;
+        self.recipe.solver.target == Target::ResidualStream
+            && matches!(projection, Projection::O | Projection::Down)
+            && expert.is_none()
+            && !self.model.decoder().sandwich_norms
     }
 
     /// Token weights of all linears with this one's role, and a note where they should be but are
@@ -452,14 +468,26 @@ impl Run<'_> {
         };
         let Summed {
             statistics,
+            part,
             weight_share,
         } = summed;
         if first.slot.expert.is_some() && statistics.weight_sum() == 0.0 {
             return self.round_unreached(modules, quantized, sink);
         }
         let effective_sample_size = statistics.effective_sample_size();
+        // Where all samples or none are in the part, nothing can be held out.
+        let is_judged = |part: &Statistics| {
+            part.weight_sum() > 0.0 && part.weight_sum() < statistics.weight_sum()
+        };
+        let is_unjudged = part.as_ref().is_some_and(|part| !is_judged(part));
+        let part = part.filter(|_| !is_unjudged);
         let factor = self.timed("factor", |run| {
-            Factor::new(&first.name, statistics, &run.recipe.solver)
+            let settings = &run.recipe.solver;
+            let factor = Factor::new(&first.name, statistics, settings)?;
+            match part {
+                Some(part) => factor.with_part(&first.name, part, settings),
+                None => Ok(factor),
+            }
         })?;
         for module in modules {
             self.check_cancelled()?;
@@ -467,7 +495,10 @@ impl Run<'_> {
                 continue;
             };
             let mut settings = self.recipe.solver.clone();
-            settings.alpha = self.recipe.alpha(scheme);
+            settings.alpha = match is_unjudged {
+                true => 0.0,
+                false => self.recipe.alpha(scheme),
+            };
             let w = self.timed("load", |run| run.source.weight(module.slot))?;
             let solved = self.timed("solve", |_| {
                 gptq::solve(&module.name, &w, &factor, scheme, &settings)
@@ -475,11 +506,16 @@ impl Run<'_> {
             drop(w);
             self.take(module, &solved.weight, quantized, sink)?;
             self.note_deviations(module, &factor, effective_sample_size);
+            if is_unjudged {
+                self.outcome.deviations.push(Deviation::UnjudgedAlpha {
+                    module: module.name.clone(),
+                });
+            }
             self.outcome.modules.push(ModuleReport {
                 loss: Some(solved.loss),
                 relative_loss: Some(solved.loss / solved.energy.max(f64::MIN_POSITIVE)),
                 dampening_frac: Some(factor.dampening_frac),
-                alpha: Some(settings.alpha),
+                alpha: Some(solved.alpha),
                 n_dead_columns: Some(factor.n_dead_columns),
                 effective_sample_size: Some(effective_sample_size),
                 weight_share: weight_share.clone().map(|share| share.by_name()),

@@ -198,7 +198,7 @@ impl Recipe {
             .split_once('=')
             .ok_or_else(|| invalid("key=value expected".into()))?;
         let outcome = match key {
-            "alpha" => Some(number(value, 0.0, 1.0).map(|x| self.alpha = Some(x as f32))),
+            "alpha" => Some(self.set_alpha(value)),
             "statistics_dtype" => Some(word(value, &DTYPES).map(|w| self.statistics_dtype = w)),
             _ if key.starts_with("importance_") => {
                 let why = format!("{} gives every token the same weight", self.method.name());
@@ -218,6 +218,18 @@ impl Recipe {
             ))
         };
         outcome.unwrap_or_else(unknown).map_err(invalid)
+    }
+
+    /// A number, or `held_out`: found by row on a part of the samples, where a whole correction is 1.
+    fn set_alpha(&mut self, value: &str) -> std::result::Result<(), String> {
+        self.solver.held_out_alpha = value == "held_out";
+        let alpha = match self.solver.held_out_alpha {
+            true => Ok(1.0),
+            false => {
+                number(value, 0.0, 1.0).map_err(|why| format!("{why}, or held_out for one by row"))
+            }
+        };
+        alpha.map(|alpha| self.alpha = Some(alpha as f32))
     }
 
     /// Whether settings go together, which no single one can tell.
@@ -355,11 +367,13 @@ mod tests {
         let mut r = recipe(Method::VlmqV1, 3);
         for good in [
             "dampening_frac=0.05",
+            "alpha=held_out",
             "alpha=1",
             "act_order=false",
             "clip=mse",
             "clip=weighted",
             "target=least_squares",
+            "target=residual_stream",
             "sweeps=2",
             "refit_scales=false",
             "unit_gain=true",
@@ -383,6 +397,7 @@ mod tests {
             "alpha",
             "alpha=2",
             "alpha=nan",
+            "alpha=auto",
             "clip=l2",
             "target=qronos",
             "sweeps=-1",

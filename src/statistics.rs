@@ -4,7 +4,9 @@
 //! With u_n the input of the linear in the quantized stream, f_n the input of the same token in
 //! the full-precision stream and ω_n ≥ 0 the weight of the token's squared error:
 //! - H = Σ ω_n u_n u_nᵀ is the Hessian of the layer's squared error (up to the factor 2);
-//! - C = Σ ω_n (f_n − u_n) u_nᵀ is the drift between the streams, as seen by this linear.
+//! - C = Σ ω_n (f_n − u_n) u_nᵀ is the drift between the streams, as seen by this linear;
+//! - S = Σ ω_n d_n u_nᵀ, for a linear whose output is added to the residual stream, with d_n the drift
+//!   of what it is added to: the stream of full precision less the quantized one.
 //!
 //! Nothing is divided by the number of tokens: solvers dampen relative to the mean diagonal, so a
 //! constant factor cancels. Both weights enter as √ω on the rows, which keeps H exactly symmetric.
@@ -12,7 +14,7 @@
 //! is cut into bands of rows whose height depends on `in` only, each summed by one thread, so the
 //! same bytes come out for any number of threads.
 //!
-//! Source: arXiv:2508.03351 (token weights), arXiv:2504.02692 (C, there "dXXT").
+//! Source: arXiv:2508.03351 (token weights), arXiv:2504.02692 (C, there "dXXT"). S is ours.
 
 mod bf16;
 mod single;
@@ -25,6 +27,20 @@ use std::borrow::Cow;
 /// Rows mirrored together, so that whole cache lines of the lower triangle are read.
 const MIRROR_ROWS: usize = 32;
 
+/// What a linear saw of a batch of tokens.
+#[derive(Clone, Copy, Debug)]
+pub struct Batch<'a> {
+    /// Inputs in the quantized stream, `[n_tokens, in]`.
+    pub u: &'a Matrix,
+    /// Inputs in the full-precision stream, `[n_tokens, in]`; given exactly when C is kept.
+    pub f: Option<&'a Matrix>,
+    /// Drift of the residual stream that the output is added to, `[n_tokens, out]`; given exactly
+    /// when S is kept.
+    pub stream_drift: Option<&'a Matrix>,
+    /// ω of each token; `None` for 1.
+    pub weights: Option<&'a [f32]>,
+}
+
 /// What inputs are rounded to before their products are summed, which is in f32 either way.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -36,12 +52,14 @@ pub enum StatisticsDtype {
     Bf16,
 }
 
-/// H and, if asked for, C of one linear.
+/// H and, if asked for, C and S of one linear.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Statistics {
     /// `[in, in]`; only the lower triangle is kept, the rest stays zero.
     hessian_lower: Matrix,
     cross: Option<Matrix>,
+    /// S `[out, in]`.
+    stream_cross: Option<Matrix>,
     dtype: StatisticsDtype,
     n_tokens: u64,
     weight_sum: f64,
@@ -54,6 +72,7 @@ impl Statistics {
         Self {
             hessian_lower: Matrix::zeros(in_features, in_features),
             cross: with_cross.then(|| Matrix::zeros(in_features, in_features)),
+            stream_cross: None,
             dtype: StatisticsDtype::F32,
             n_tokens: 0,
             weight_sum: 0.0,
@@ -68,16 +87,17 @@ impl Statistics {
         self
     }
 
-    /// Adds a batch of tokens.
-    ///
-    /// Shapes: `u [n_tokens, in]` of the quantized stream; `f` the same tokens in the
-    /// full-precision stream, given exactly when C is kept; `weights` ω of each token, `None`
-    /// for 1. A token of weight zero counts in [`Statistics::n_tokens`] only.
+    /// The same, with S of `out_features` rows kept as well.
+    #[must_use]
+    pub fn with_stream(mut self, out_features: usize) -> Self {
+        self.stream_cross = Some(Matrix::zeros(out_features, self.in_features()));
+        self
+    }
+
+    /// [`Statistics::add_batch`] of a linear that keeps no S.
     ///
     /// # Errors
-    /// [`Error::Shape`] for other shapes; [`Error::Missing`] or [`Error::Invalid`] if `f` is absent
-    /// or superfluous; [`Error::Invalid`] for a negative, infinite or NaN weight;
-    /// [`Error::NotFinite`] if an input is NaN or infinite. The statistics are then unchanged.
+    /// As there.
     pub fn add(
         &mut self,
         module: &str,
@@ -85,7 +105,25 @@ impl Statistics {
         f: Option<&Matrix>,
         weights: Option<&[f32]>,
     ) -> Result<()> {
-        self.check(module, u, f, weights)?;
+        let batch = Batch {
+            u,
+            f,
+            stream_drift: None,
+            weights,
+        };
+        self.add_batch(module, &batch)
+    }
+
+    /// Adds a batch of tokens. A token of weight zero counts in [`Statistics::n_tokens`] only.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for shapes other than [`Batch`] tells; [`Error::Missing`] or
+    /// [`Error::Invalid`] if something is absent or superfluous; [`Error::Invalid`] for a negative,
+    /// infinite or NaN weight; [`Error::NotFinite`] if an input is NaN or infinite. The statistics
+    /// are then unchanged.
+    pub fn add_batch(&mut self, module: &str, batch: &Batch<'_>) -> Result<()> {
+        self.check(module, batch)?;
+        let Batch { u, f, weights, .. } = *batch;
         let residual = f.map(|f| weighted_difference(f, u, weights));
         let scaled = match weights {
             Some(weights) => Cow::Owned(weighted(u, weights)),
@@ -100,6 +138,14 @@ impl Statistics {
                 }
             }
             StatisticsDtype::Bf16 => bf16::add(&mut self.hessian_lower, cross, &scaled),
+        }
+        if let Some((stream_cross, drift)) = self.stream_cross.as_mut().zip(batch.stream_drift) {
+            let drift = match weights {
+                Some(weights) => Cow::Owned(weighted(drift, weights)),
+                None => Cow::Borrowed(drift),
+            };
+            // Some channels of the stream are far larger than the rest: always in f32.
+            single::add_product(stream_cross, &drift, &scaled);
         }
         self.n_tokens += u.rows() as u64;
         let ones = [1.0];
@@ -123,14 +169,21 @@ impl Statistics {
                 found: vec![other.in_features(), other.in_features()],
             });
         }
-        match (&mut self.cross, &other.cross) {
-            (None, None) => {}
-            (Some(mine), Some(theirs)) => add_elements(mine, theirs),
-            _ => {
-                return Err(Error::Invalid {
-                    what: "statistics to merge".into(),
-                    why: "one keeps the cross moments and the other does not".into(),
-                });
+        let shape = |m: &Option<Matrix>| m.as_ref().map(Matrix::rows);
+        let kept = |s: &Self| (shape(&s.cross), shape(&s.stream_cross));
+        if kept(self) != kept(other) {
+            return Err(Error::Invalid {
+                what: "statistics to merge".into(),
+                why: "one keeps cross moments that the other does not".into(),
+            });
+        }
+        let pairs = [
+            (&mut self.cross, &other.cross),
+            (&mut self.stream_cross, &other.stream_cross),
+        ];
+        for (mine, theirs) in pairs {
+            if let (Some(mine), Some(theirs)) = (mine, theirs) {
+                add_elements(mine, theirs);
             }
         }
         add_elements(&mut self.hessian_lower, &other.hessian_lower);
@@ -190,9 +243,14 @@ impl Statistics {
         self.cross.as_ref()
     }
 
-    /// H with its upper triangle left zero, and C.
-    pub(crate) fn into_moments(self) -> (Matrix, Option<Matrix>) {
-        (self.hessian_lower, self.cross)
+    /// S `[out, in]`, if it is kept: entry (a, b) is Σ ω d_a u_b.
+    pub fn stream_cross(&self) -> Option<&Matrix> {
+        self.stream_cross.as_ref()
+    }
+
+    /// H with its upper triangle left zero, C and S.
+    pub(crate) fn into_moments(self) -> (Matrix, Option<Matrix>, Option<Matrix>) {
+        (self.hessian_lower, self.cross, self.stream_cross)
     }
 
     /// H with its upper triangle left zero, without a copy.
@@ -200,35 +258,23 @@ impl Statistics {
         &self.hessian_lower
     }
 
-    fn check(
-        &self,
-        module: &str,
-        u: &Matrix,
-        f: Option<&Matrix>,
-        weights: Option<&[f32]>,
-    ) -> Result<()> {
+    fn check(&self, module: &str, batch: &Batch<'_>) -> Result<()> {
+        let u = batch.u;
         check_shape(module, u, [u.rows(), self.in_features()])?;
         check_finite(module, "inputs of the quantized stream", u)?;
-        match (f, &self.cross) {
-            (Some(f), Some(_)) => {
-                check_shape(module, f, [u.rows(), u.cols()])?;
-                check_finite(module, "inputs of the full-precision stream", f)?;
-            }
-            (None, None) => {}
-            (None, Some(_)) => {
-                return Err(Error::Missing {
-                    what: "the inputs of the full-precision stream".into(),
-                    place: format!("a batch of {module}, whose cross moments are kept"),
-                });
-            }
-            (Some(_), None) => {
-                return Err(Error::Invalid {
-                    what: format!("a batch of {module}"),
-                    why: "full-precision inputs given, but no cross moments are kept".into(),
-                });
-            }
-        }
-        check_weights(module, u.rows(), weights)
+        check_companion(
+            module,
+            "inputs of the full-precision stream",
+            (batch.f, self.cross.as_ref()),
+            u.rows(),
+        )?;
+        check_companion(
+            module,
+            "drift of the residual stream",
+            (batch.stream_drift, self.stream_cross.as_ref()),
+            u.rows(),
+        )?;
+        check_weights(module, u.rows(), batch.weights)
     }
 }
 
@@ -241,11 +287,36 @@ impl Statistics {
         Self {
             hessian_lower: Matrix::from_fn(n, n, lower),
             cross: cross.cloned(),
+            stream_cross: None,
             dtype: StatisticsDtype::F32,
             n_tokens: 1,
             weight_sum: 1.0,
             weight_square_sum: 1.0,
         }
+    }
+}
+
+/// Whether what goes with u is there exactly if the moments made of it are kept, and fits.
+fn check_companion(
+    module: &str,
+    name: &str,
+    (given, kept): (Option<&Matrix>, Option<&Matrix>),
+    n_tokens: usize,
+) -> Result<()> {
+    match (given, kept) {
+        (Some(given), Some(kept)) => {
+            check_shape(module, given, [n_tokens, kept.rows()])?;
+            check_finite(module, name, given)
+        }
+        (None, None) => Ok(()),
+        (None, Some(_)) => Err(Error::Missing {
+            what: format!("the {name}"),
+            place: format!("a batch of {module}, whose cross moments are kept"),
+        }),
+        (Some(_), None) => Err(Error::Invalid {
+            what: format!("a batch of {module}"),
+            why: format!("{name} given, but no cross moments of it are kept"),
+        }),
     }
 }
 

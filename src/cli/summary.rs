@@ -99,76 +99,13 @@ fn tuning(report: &TuningReport) -> String {
 
 /// Everything that went otherwise than planned, in words; `vlmq_report.json` has each module.
 fn notes(report: &RunReport) -> Vec<String> {
-    let mut notes = Vec::new();
-    let mut alike: BTreeMap<(usize, String), Vec<&str>> = BTreeMap::new();
-    let mut few: Vec<(&str, f64, usize)> = Vec::new();
-    let mut guarded: Vec<&Safeguarded> = Vec::new();
-    let (mut skipped, mut unreached) = (0, 0);
-    for deviation in &report.deviations {
-        match deviation {
-            Deviation::UniformWeights {
-                layer_idx,
-                projection,
-                reason,
-            } => {
-                let key = (*layer_idx, reason.to_string());
-                alike.entry(key).or_default().push(projection);
-            }
-            Deviation::FewTokens {
-                module,
-                effective_sample_size,
-                in_features,
-            } => few.push((module, *effective_sample_size, *in_features)),
-            Deviation::Safeguarded { changes, .. } => guarded.push(changes),
-            Deviation::NotScaled { .. } => {}
-            Deviation::Skipped { .. } => skipped += 1,
-            Deviation::Unreached { .. } => unreached += 1,
-            Deviation::DampingRaised {
-                module,
-                tried,
-                used,
-            } => notes.push(format!(
-                "note: {module}: damping raised to {used}; {tried:?} left the Hessian singular\n"
-            )),
-            Deviation::TuningUndone { held_out_loss } => notes.push(format!(
-                "note: tuning left the held-out loss at {held_out_loss:.4}; scales as before it\n"
-            )),
-            Deviation::IdleRule { pattern } => {
-                notes.push(format!("note: the rule {pattern:?} matched no module\n"));
-            }
-        }
-    }
-    for ((layer_idx, reason), projections) in alike {
-        let names = projections.join(", ");
-        notes.push(format!(
-            "note: layer {layer_idx}: tokens weigh alike in {names}: {reason}\n"
-        ));
-    }
-    notes.extend(safeguards(&guarded));
-    notes.extend(not_scaled(&report.deviations));
-    let shortest = few.iter().min_by(|a, b| {
-        let tokens_per_input = |(_, n, inputs): &(&str, f64, usize)| n / *inputs as f64;
-        tokens_per_input(a).total_cmp(&tokens_per_input(b))
-    });
-    if let Some((module, n, inputs)) = shortest {
-        notes.push(format!(
-            "note: {} of {} modules have fewer tokens than inputs and rest on damping, {module} most \
-             ({n:.0} for {inputs}): more samples would help\n",
-            few.len(),
-            report.modules.len()
-        ));
-    }
-    if unreached > 0 {
-        notes.push(format!(
-            "note: {unreached} modules rounded to nearest: no token was sent to their experts; more \
-             or other samples would help\n"
-        ));
-    }
-    if skipped > 0 {
-        notes.push(format!(
-            "note: {skipped} modules left as they were, as rules asked\n"
-        ));
-    }
+    let deviations = &report.deviations;
+    let mut notes: Vec<String> = deviations.iter().filter_map(own_note).collect();
+    notes.extend(uniform_weights(deviations));
+    notes.extend(safeguards(deviations));
+    notes.extend(not_scaled(deviations));
+    notes.extend(few_tokens(report));
+    notes.extend(counted(deviations));
     let is_asymmetric = |m: &ModuleReport| m.scheme.is_some_and(|s| !s.symmetric());
     if report.modules.iter().any(is_asymmetric) {
         notes.push(
@@ -180,8 +117,100 @@ fn notes(report: &RunReport) -> Vec<String> {
     notes
 }
 
+/// What is told by itself, however often it happened.
+fn own_note(deviation: &Deviation) -> Option<String> {
+    match deviation {
+        Deviation::DampingRaised {
+            module,
+            tried,
+            used,
+        } => Some(format!(
+            "note: {module}: damping raised to {used}; {tried:?} left the Hessian singular\n"
+        )),
+        Deviation::TuningUndone { held_out_loss } => Some(format!(
+            "note: tuning left the held-out loss at {held_out_loss:.4}; scales as before it\n"
+        )),
+        Deviation::IdleRule { pattern } => {
+            Some(format!("note: the rule {pattern:?} matched no module\n"))
+        }
+        _ => None,
+    }
+}
+
+/// Where tokens weigh alike, by layer and reason.
+fn uniform_weights(deviations: &[Deviation]) -> Vec<String> {
+    let mut alike: BTreeMap<(usize, String), Vec<&str>> = BTreeMap::new();
+    for deviation in deviations {
+        if let Deviation::UniformWeights {
+            layer_idx,
+            projection,
+            reason,
+        } = deviation
+        {
+            let key = (*layer_idx, reason.to_string());
+            alike.entry(key).or_default().push(projection);
+        }
+    }
+    let note = |((layer_idx, reason), projections): ((usize, String), Vec<&str>)| {
+        let names = projections.join(", ");
+        format!("note: layer {layer_idx}: tokens weigh alike in {names}: {reason}\n")
+    };
+    alike.into_iter().map(note).collect()
+}
+
+/// How many modules rest on damping, and which most.
+fn few_tokens(report: &RunReport) -> Option<String> {
+    let few = report.deviations.iter().filter_map(|d| match d {
+        Deviation::FewTokens {
+            module,
+            effective_sample_size,
+            in_features,
+        } => Some((module, *effective_sample_size, *in_features)),
+        _ => None,
+    });
+    let shortest = few.clone().min_by(|a, b| {
+        let tokens_per_input = |(_, n, inputs): &(&String, f64, usize)| n / *inputs as f64;
+        tokens_per_input(a).total_cmp(&tokens_per_input(b))
+    });
+    let (module, n, inputs) = shortest?;
+    Some(format!(
+        "note: {} of {} modules have fewer tokens than inputs and rest on damping, {module} most \
+         ({n:.0} for {inputs}): more samples would help\n",
+        few.count(),
+        report.modules.len()
+    ))
+}
+
+/// What is told as a number of modules.
+fn counted(deviations: &[Deviation]) -> Vec<String> {
+    let count = |is_one: fn(&Deviation) -> bool| deviations.iter().filter(|d| is_one(d)).count();
+    let counts = [
+        (
+            count(|d| matches!(d, Deviation::Unreached { .. })),
+            "rounded to nearest: no token was sent to their experts; more or other samples would help",
+        ),
+        (
+            count(|d| matches!(d, Deviation::UnjudgedAlpha { .. })),
+            "without a correction of drift: no samples could be held out to find α; more would help",
+        ),
+        (
+            count(|d| matches!(d, Deviation::Skipped { .. })),
+            "left as they were, as rules asked",
+        ),
+    ];
+    let counts = counts.into_iter().filter(|(n, _)| *n > 0);
+    counts
+        .map(|(n, what)| format!("note: {n} modules {what}\n"))
+        .collect()
+}
+
 /// What safeguards did, over all linears that they had a part in.
-fn safeguards(all: &[&Safeguarded]) -> Option<String> {
+fn safeguards(deviations: &[Deviation]) -> Option<String> {
+    let all = deviations.iter().filter_map(|d| match d {
+        Deviation::Safeguarded { changes, .. } => Some(changes),
+        _ => None,
+    });
+    let all: Vec<&Safeguarded> = all.collect();
     let tempering = all.iter().map(|s| s.tempering).reduce(f64::max)?;
     let is_short = |s: &&&Safeguarded| {
         s.wanted

@@ -12,7 +12,7 @@ use crate::model::experts::Routing;
 use crate::model::linear::matrix_from_tensor;
 use crate::model::source::Module;
 use crate::processor::TokenClass;
-use crate::statistics::{Statistics, StatisticsDtype};
+use crate::statistics::{Batch, Statistics, StatisticsDtype};
 use crate::{Error, Matrix, Result};
 use candle_core::Tensor;
 use std::collections::BTreeMap;
@@ -24,11 +24,23 @@ pub(super) struct Shared {
     /// `[sample][token]`; `None` weighs all alike.
     pub(super) weights: Option<Arc<Vec<Vec<f32>>>>,
     pub(super) with_cross: bool,
+    /// Whether what the residual stream lacks counts as well.
+    pub(super) with_stream: bool,
+}
+
+/// How inputs are summed up.
+#[derive(Clone, Copy)]
+pub(super) struct Summing {
+    pub(super) dtype: StatisticsDtype,
+    /// Whether those of about half of the samples are also kept apart.
+    pub(super) with_part: bool,
 }
 
 /// What linears see, summed up.
 pub(super) struct Summed {
     pub(super) statistics: Statistics,
+    /// Of a part of the samples, where it is wanted.
+    pub(super) part: Option<Statistics>,
     /// Where tokens are weighted.
     pub(super) weight_share: Option<WeightShare>,
 }
@@ -67,6 +79,32 @@ impl Shared {
     fn in_features(&self) -> usize {
         self.modules.first().map_or(0, |m| m.shape[1])
     }
+
+    fn empty(&self, summing: Summing) -> Summed {
+        let statistics = || {
+            let statistics = Statistics::new(self.in_features(), self.with_cross);
+            let statistics = statistics.rounded_to(summing.dtype);
+            match self.modules.first().filter(|_| self.with_stream) {
+                Some(module) => statistics.with_stream(module.shape[0]),
+                None => statistics,
+            }
+        };
+        Summed {
+            statistics: statistics(),
+            part: (summing.with_part && self.with_cross).then(statistics),
+            weight_share: self.weights.as_ref().map(|_| WeightShare::default()),
+        }
+    }
+}
+
+impl Summed {
+    /// The part, which is kept apart while samples are summed up, into the whole.
+    fn complete(mut self) -> Result<Self> {
+        if let Some(part) = &self.part {
+            self.statistics.merge(part)?;
+        }
+        Ok(self)
+    }
 }
 
 impl Streams {
@@ -76,40 +114,68 @@ impl Streams {
         stage: Stage,
         norms: &DecoderLayer,
         shared: &[Shared],
-        dtype: StatisticsDtype,
+        summing: Summing,
     ) -> Result<Vec<Summed>> {
-        let empty = |group: &Shared| Summed {
-            statistics: Statistics::new(group.in_features(), group.with_cross).rounded_to(dtype),
-            weight_share: group.weights.as_ref().map(|_| WeightShare::default()),
-        };
-        let mut all: Vec<Summed> = shared.iter().map(empty).collect();
+        let mut all: Vec<Summed> = shared.iter().map(|group| group.empty(summing)).collect();
         let Some(first) = shared.first() else {
             return Ok(all);
         };
-        let with_cross = shared.iter().any(|group| group.with_cross);
-        for batch in &self.batches {
-            for piece in pieces_of(batch) {
-                let inputs = Inputs::new(batch, &piece, &self.store, (stage, norms), with_cross)?;
-                let named = |error| name_sample(error, batch, &piece, &inputs);
+        let wanted = Wanted {
+            full: shared.iter().any(|group| group.with_cross),
+            stream: shared.iter().any(|group| group.with_stream),
+        };
+        for (samples, is_part) in self.portions(summing.with_part) {
+            for piece in pieces_of(samples) {
+                let inputs = Inputs::new(samples, &piece, &self.store, (stage, norms), wanted)?;
+                let named = |error| name_sample(error, samples, &piece, &inputs);
                 if inputs.routing.is_some() {
                     // Of an expert's rows nobody could say which tokens they are.
                     inputs.check_finite(first.name()).map_err(named)?;
                 }
                 for (group, summed) in shared.iter().zip(&mut all) {
                     let weights = group.weights.as_ref();
-                    let weights = weights.map(|w| weights_of(batch, &piece, w));
-                    inputs.add_to(summed, group, weights).map_err(named)?;
+                    let weights = weights.map(|w| weights_of(samples, &piece, w));
+                    inputs
+                        .add_to(summed, group, is_part, weights)
+                        .map_err(named)?;
                 }
             }
         }
-        Ok(all)
+        all.into_iter().map(Summed::complete).collect()
     }
+
+    /// Samples that are summed up together, and whether they are of the part: whole batches, or with
+    /// a part the halves of each, so that one without the other has samples of every kind.
+    fn portions(&self, with_part: bool) -> Vec<(&[Sample], bool)> {
+        let batches = self.batches.iter().map(Vec::as_slice);
+        if !with_part {
+            return batches.map(|batch| (batch, false)).collect();
+        }
+        let mut n_before = 0;
+        let halves = batches.flat_map(|batch| {
+            // Of an odd number the one more goes to either in turn.
+            let middle = (n_before + batch.len()).div_ceil(2) - usize::div_ceil(n_before, 2);
+            n_before += batch.len();
+            let (part, rest) = batch.split_at(middle);
+            [(part, true), (rest, false)]
+        });
+        halves.filter(|(samples, _)| !samples.is_empty()).collect()
+    }
+}
+
+/// What is wanted beside the inputs of the quantized stream.
+#[derive(Clone, Copy)]
+struct Wanted {
+    full: bool,
+    stream: bool,
 }
 
 /// The inputs of a stage for the tokens of a piece, by token.
 struct Inputs {
     u: Matrix,
     f: Option<Matrix>,
+    /// What the residual stream lacks that the outputs are added to.
+    stream_drift: Option<Matrix>,
     classes: Vec<TokenClass>,
     routing: Option<Choices>,
 }
@@ -128,9 +194,9 @@ impl Inputs {
         piece: &Piece,
         store: &Store,
         (stage, norms): (Stage, &DecoderLayer),
-        with_cross: bool,
+        wanted: Wanted,
     ) -> Result<Self> {
-        let with_full = with_cross && batch[0].full.is_some();
+        let with_full = wanted.full && batch[0].full.is_some();
         let residual = || gather_tensor(batch, piece, store, |s| &s.residual);
         // n₂ of both streams, which also tells where a mixture sends tokens.
         let both_n2 = || -> Result<(Tensor, Option<Tensor>)> {
@@ -164,17 +230,30 @@ impl Inputs {
                 (gather(batch, piece, store, |s| &s.input)?, f, routing)
             }
         };
+        let stream_drift = (wanted.stream && with_full)
+            .then(|| stream_drift(batch, piece, store, stage))
+            .transpose()?;
         let classes = batch.iter().map(|s| &s.classes[piece.rows(s)]);
         Ok(Self {
             u,
             f,
+            stream_drift,
             classes: classes.collect::<Vec<_>>().concat(),
             routing,
         })
     }
 
-    fn add_to(&self, summed: &mut Summed, group: &Shared, weights: Option<Vec<f32>>) -> Result<()> {
-        let statistics = &mut summed.statistics;
+    fn add_to(
+        &self,
+        summed: &mut Summed,
+        group: &Shared,
+        is_part: bool,
+        weights: Option<Vec<f32>>,
+    ) -> Result<()> {
+        let statistics = match &mut summed.part {
+            Some(part) if is_part => part,
+            _ => &mut summed.statistics,
+        };
         let mut count = |classes: &[TokenClass], weights: &Option<Vec<f32>>| {
             if let (Some(share), Some(weights)) = (&mut summed.weight_share, weights) {
                 share.add(classes, weights);
@@ -197,7 +276,13 @@ impl Inputs {
             }
             _ => {
                 count(&self.classes, &weights);
-                statistics.add(group.name(), &self.u, f, weights.as_deref())
+                let batch = Batch {
+                    u: &self.u,
+                    f,
+                    stream_drift: self.stream_drift.as_ref().filter(|_| group.with_stream),
+                    weights: weights.as_deref(),
+                };
+                statistics.add_batch(group.name(), &batch)
             }
         }
     }
@@ -271,6 +356,16 @@ impl Choices {
     }
 }
 
+/// What the residual stream lacks before attention's or the MLP's output is added to it.
+fn stream_drift(batch: &[Sample], piece: &Piece, store: &Store, stage: Stage) -> Result<Matrix> {
+    let u = gather_tensor(batch, piece, store, |s| &s.residual)?;
+    let f = match stage {
+        Stage::Qkv | Stage::O => gather_full(batch, piece, store, |f| &f.residual)?,
+        Stage::GateUp | Stage::Down => gather_full(batch, piece, store, |f| &f.y)?,
+    };
+    matrix_from_tensor(&(f - u)?)
+}
+
 fn weights_of(batch: &[Sample], piece: &Piece, weights: &[Vec<f32>]) -> Vec<f32> {
     let rows = batch.iter().map(|s| &weights[s.index][piece.rows(s)]);
     rows.collect::<Vec<_>>().concat()
@@ -331,6 +426,7 @@ mod tests {
             f: Some(Matrix::from_fn(3, width, |row, col| {
                 (100 + 10 * row + col) as f32
             })),
+            stream_drift: None,
             classes: vec![TokenClass::Vision, TokenClass::Answer, TokenClass::Vision],
             routing: Some(Choices {
                 quantized,
@@ -354,17 +450,21 @@ mod tests {
             modules: vec![module],
             weights: None,
             with_cross: true,
+            with_stream: false,
         }
     }
 
     fn summed(inputs: &Inputs, expert: usize, projection: Projection) -> Summed {
         let mut found = Summed {
             statistics: Statistics::new(2, true),
+            part: None,
             weight_share: Some(WeightShare::default()),
         };
         let group = group(expert, projection);
         let weights = vec![1.0, 2.0, 3.0];
-        inputs.add_to(&mut found, &group, Some(weights)).unwrap();
+        inputs
+            .add_to(&mut found, &group, false, Some(weights))
+            .unwrap();
         found
     }
 

@@ -7,9 +7,10 @@ use crate::solver::{Clip, SolverSettings, Target};
 pub(super) const KEYS: &str = "dampening_frac, col_block, act_order, target, clip, sweeps, \
                                refit_scales, unit_gain";
 
-const TARGETS: [(&str, Target); 2] = [
+const TARGETS: [(&str, Target); 3] = [
     ("pull", Target::Pull),
     ("least_squares", Target::LeastSquares),
+    ("residual_stream", Target::ResidualStream),
 ];
 
 const CLIPS: [(&str, Clip); 3] = [

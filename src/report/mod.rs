@@ -214,6 +214,11 @@ pub enum Deviation {
         /// Input features.
         in_features: usize,
     },
+    /// Its tokens come from too few samples to hold any out: its drift was not corrected.
+    UnjudgedAlpha {
+        /// Module.
+        module: String,
+    },
     /// The inputs of some linears were not scaled.
     NotScaled {
         /// Layer.

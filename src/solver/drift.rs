@@ -1,26 +1,19 @@
-//! The drift of the inputs, C = (F − U) Ω Uᵀ, made into what a solver corrects it with.
+//! GPTAQ's pull: the drift of the inputs, C = (F − U) Ω Uᵀ, handed on by each column as it is rounded.
 //!
-//! The error that counts is ‖Q U − W F‖², the layer's output against what it was in full precision.
-//! Two ways to it:
-//! - **pull** (GPTAQ): column q hands on w_q · P_qj to each later column j, with
-//!   P_q,>q = C_q,>q (H_>q,>q)⁻¹. For all q at once, with H = R D Rᵀ: solve X Rᵀ = C, drop X's lower
-//!   triangle and diagonal, divide its columns by D, solve P R = X.
-//! - **shift**: the weight that full-precision inputs would ask for is known in closed form,
-//!   W* = W + W C H⁻¹, and ‖Q U − W F‖² = ‖(Q − W*) U‖² + what no Q changes. So W* is what is
-//!   rounded. M = C H⁻¹ is the same two triangular solves with nothing dropped.
+//! Column q hands on w_q · P_qj to each later column j, with P_q,>q = C_q,>q (H_>q,>q)⁻¹. For all q
+//! at once, with H = R D Rᵀ: solve X Rᵀ = C, drop X's lower triangle and diagonal, divide its columns
+//! by D, solve P R = X. ([`super::target`] corrects the same drift without the detour.)
 //!
 //! A row needs no other row of C, so bands of rows are solved one by one; a second square would
 //! not fit beside H and C of a wide linear.
 //!
-//! Cost: n³/3 multiply-adds for the pull, n³ for the shift. Source: arXiv:2504.02692 §3 for the
-//! pull; the shift is the normal equation of the same objective.
+//! Cost: n³/3 multiply-adds. Source: arXiv:2504.02692 §3.
 
 use crate::Matrix;
-use faer::linalg::matmul::matmul;
 use faer::linalg::triangular_solve::{
     solve_unit_lower_triangular_in_place, solve_unit_upper_triangular_in_place,
 };
-use faer::{Accum, MatMut, MatRef, Par};
+use faer::{MatMut, Par};
 use rayon::prelude::*;
 
 /// Rows that are solved together.
@@ -57,46 +50,10 @@ pub(super) fn pull(mut cross: Matrix, triangle: &Triangle<'_>) -> Matrix {
     cross
 }
 
-/// M = C H⁻¹ for α = 1 in original order.
-///
-/// Shapes: `cross [in, in]` in original order.
-pub(super) fn shift(mut cross: Matrix, triangle: &Triangle<'_>) -> Matrix {
-    bring_into_order(&mut cross, triangle.order, triangle.mean);
-    let n = triangle.order.len();
-    let bands = cross.data_mut().par_chunks_mut(BAND_ROWS * n.max(1));
-    bands.for_each(|band| {
-        let n_rows = band.len() / n;
-        let band = MatMut::from_row_major_slice_mut(band, n_rows, n);
-        triangle.solve(0, band, |_, _| true);
-    });
-    let mut positions = vec![0; n];
-    let places = triangle.order.iter().zip(0..);
-    places.for_each(|(column, position)| positions[*column] = position);
-    bring_into_order(&mut cross, &positions, 1.0);
-    cross
-}
-
-/// W + α W M.
-///
-/// Shapes: `w [out, in]`, `shift [in, in]`.
-pub(super) fn shifted(w: &Matrix, shift: &Matrix, alpha: f32) -> Matrix {
-    let n = w.cols().max(1);
-    let mut target = w.clone();
-    let bands = target.data_mut().par_chunks_mut(BAND_ROWS * n);
-    let bands = bands.zip(w.data().par_chunks(BAND_ROWS * n));
-    bands.for_each(|(target, w)| {
-        let n_rows = w.len() / n;
-        let w = MatRef::from_row_major_slice(w, n_rows, n);
-        let target = MatMut::from_row_major_slice_mut(target, n_rows, n);
-        matmul(target, Accum::Add, w, shift.as_faer(), alpha, Par::Seq);
-    });
-    target
-}
-
 impl Triangle<'_> {
     /// The rows of `band`, X, become Y with Y R D Rᵀ = X, where R and D are those of the columns from
     /// `start` on. Half-way, entries (row, column) that `is_kept` does not want become zero.
-    fn solve(
+    pub(super) fn solve(
         &self,
         start: usize,
         mut band: MatMut<'_, f32>,

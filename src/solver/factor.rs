@@ -14,9 +14,9 @@
 //!
 //! Source: IST-DASLab/gptq@2d65066 gptq.py; arXiv:2307.13304 §3 for R and D.
 
-use super::drift::{Triangle, pull, shift};
+use super::drift::{Triangle, pull};
 use super::triangle::Halves;
-use super::{SolverSettings, Target};
+use super::{SolverSettings, Target, target};
 use crate::statistics::Statistics;
 use crate::{Error, Matrix, Result};
 use faer::MatRef;
@@ -30,6 +30,8 @@ pub struct Factor {
     square: Matrix,
     /// What C was made into; absent without cross moments.
     drift: Option<Drift>,
+    /// The factor of a part of the samples, which α is found with.
+    pub(super) part: Option<Box<Self>>,
     /// What a squared error of one adds to the damped loss at each position, in units of H:
     /// D_q, zero for dead columns.
     pub(crate) step_losses: Vec<f64>,
@@ -44,12 +46,12 @@ pub struct Factor {
     pub n_dead_columns: usize,
 }
 
-/// The drift for α = 1, `[in, in]` ([`super::drift`]).
+/// What corrects the drift.
 enum Drift {
-    /// P in solving order, meaningful above the diagonal.
+    /// P `[in, in]` for α = 1 in solving order, meaningful above the diagonal ([`super::drift`]).
     Pull(Matrix),
-    /// M in original order.
-    Shift(Matrix),
+    /// What the target is made with.
+    Target(target::Drift),
 }
 
 impl Factor {
@@ -63,7 +65,7 @@ impl Factor {
     pub fn new(module: &str, statistics: Statistics, settings: &SolverSettings) -> Result<Self> {
         settings.check()?;
         check_moments(module, &statistics)?;
-        let (hessian_lower, cross) = statistics.into_moments();
+        let (hessian_lower, cross, stream_cross) = statistics.into_moments();
         let mut hessian = OrderedHessian::new(module, hessian_lower, settings)?;
         let (dampening_steps, dampening_frac) = hessian.factor(module, settings)?;
         let n_dead_columns = hessian.is_dead.iter().filter(|is_dead| **is_dead).count();
@@ -86,12 +88,18 @@ impl Factor {
         };
         let drift = cross.map(|cross| match settings.target {
             Target::Pull => Drift::Pull(pull(cross, &triangle)),
-            Target::LeastSquares => Drift::Shift(shift(cross, &triangle)),
+            Target::LeastSquares | Target::ResidualStream => Drift::Target(target::Drift {
+                cross,
+                stream_cross,
+                pivots: pivots.clone(),
+                mean,
+            }),
         });
         Ok(Self {
             step_losses: order.iter().zip(&pivots).map(step_loss).collect(),
             damping: mean * dampening_frac,
             drift,
+            part: None,
             order,
             square,
             act_order: settings.act_order,
@@ -99,6 +107,21 @@ impl Factor {
             dampening_steps,
             n_dead_columns,
         })
+    }
+
+    /// The same, with α of each row found by how well what a part of the samples asks for serves the
+    /// others. `part` are the statistics of about half of them.
+    ///
+    /// # Errors
+    /// As [`Factor::new`], about the part.
+    pub fn with_part(
+        mut self,
+        module: &str,
+        part: Statistics,
+        settings: &SolverSettings,
+    ) -> Result<Self> {
+        self.part = Some(Box::new(Self::new(module, part, settings)?));
+        Ok(self)
     }
 
     /// Number of input columns.
@@ -116,8 +139,8 @@ impl Factor {
         &self.square.row(row)[row + 1..]
     }
 
-    /// P for α = 1, to be read above the diagonal only; absent without cross moments, and if they
-    /// were made into a shift.
+    /// P for α = 1, to be read above the diagonal only; absent without cross moments, and where the
+    /// target is another.
     pub(crate) fn pull(&self) -> Option<&Matrix> {
         match &self.drift {
             Some(Drift::Pull(pull)) => Some(pull),
@@ -125,10 +148,10 @@ impl Factor {
         }
     }
 
-    /// M for α = 1; absent without cross moments, and if they were made into a pull.
-    pub(crate) fn shift(&self) -> Option<&Matrix> {
+    /// What the target is made with; absent without cross moments, and where they were made into a pull.
+    pub(super) fn drift_moments(&self) -> Option<&target::Drift> {
         match &self.drift {
-            Some(Drift::Shift(shift)) => Some(shift),
+            Some(Drift::Target(drift)) => Some(drift),
             _ => None,
         }
     }
@@ -152,6 +175,10 @@ fn check_moments(module: &str, statistics: &Statistics) -> Result<()> {
     let moments = [
         ("hessian", Some(statistics.hessian_lower())),
         ("cross moments", statistics.cross()),
+        (
+            "cross moments of the residual stream",
+            statistics.stream_cross(),
+        ),
     ];
     for (stage, matrix) in moments {
         let count = matrix.map_or(0, Matrix::count_not_finite);

@@ -25,12 +25,12 @@
 //! Intelligent-Computing-Lab-Yale/GPTAQ@883afc6 gptaq_utils.py; arXiv:2307.13304 §3, where the form
 //! without the inverse is called LDLQ.
 
-use super::drift::shifted;
 use super::factor::Factor;
 use super::gain::to_unit_gain;
 use super::grid::{Fitting, Grids, steps};
 use super::loss::{dot, live_difference, quantization_loss, weighted_energy};
 use super::refine::refine;
+use super::target;
 use super::{Solved, SolverSettings, check_weight};
 use crate::plan::Scheme;
 use crate::statistics::Statistics;
@@ -88,12 +88,15 @@ pub fn solve(
     settings.check()?;
     let group_len = check_fit(module, w, factor.in_features(), scheme)?;
     let pull = factor.pull().filter(|_| settings.alpha > 0.0);
-    let shift = factor.shift().filter(|_| settings.alpha > 0.0);
-    if settings.alpha > 0.0 && pull.is_none() && shift.is_none() {
+    let drift = factor.drift_moments().filter(|_| settings.alpha > 0.0);
+    if settings.alpha > 0.0 && pull.is_none() && drift.is_none() {
         return Err(no_cross_moments(module));
     }
-    let shifted = shift.map(|shift| shifted(w, shift, settings.alpha));
-    let target = shifted.as_ref().unwrap_or(w);
+    let moved = drift.map(|drift| target::target(w, factor, drift, settings.alpha));
+    let (target, alpha) = match &moved {
+        Some((target, alpha)) => (target, *alpha),
+        None => (w, settings.alpha),
+    };
     let column_weights = factor.column_weights();
     let fitting = Fitting {
         scheme,
@@ -121,12 +124,13 @@ pub fn solve(
         weight = to_unit_gain(module, target, &weight, factor.hessian_lower())?;
     }
     Ok(Solved {
-        loss: match settings.sweeps == 0 && !settings.unit_gain && shift.is_none() {
+        loss: match settings.sweeps == 0 && !settings.unit_gain && moved.is_none() {
             true => problem.undamped_loss(&weight, damped_loss),
             false => quantization_loss(w, &weight, factor.hessian_lower()),
         },
         energy: weighted_energy(w, factor.hessian_lower()),
         weight,
+        alpha,
         dampening_frac: factor.dampening_frac,
         dampening_steps: factor.dampening_steps.clone(),
         n_dead_columns: factor.n_dead_columns,

@@ -62,35 +62,39 @@ fn sum_over_chunks(
     let starts: Vec<usize> = (0..n_rows).step_by(CHUNK_ROWS).collect();
     let sums = starts.into_par_iter().map(|start| {
         let chunk = rows(start..n_rows.min(start + CHUNK_ROWS));
-        quadratic_form(&chunk, n_cols, hessian)
+        let forms = quadratic_forms(&chunk, n_cols, hessian);
+        forms.iter().sum::<f64>()
     });
     let sums: Vec<f64> = sums.collect();
     sums.iter().sum()
 }
 
-/// tr(D H Dᵀ) of the rows D: each band of H's rows meets the columns before it twice, by symmetry.
-fn quadratic_form(d: &[f32], n: usize, hessian: &Matrix) -> f64 {
-    let n_rows = d.len() / n;
-    let view = MatRef::from_row_major_slice(d, n_rows, n);
-    let mut sum = 0.0;
+/// d H dᵀ of each of the rows d: each band of H's rows meets the columns before it twice, by symmetry.
+pub(super) fn quadratic_forms(rows: &[f32], n: usize, hessian_lower: &Matrix) -> Vec<f64> {
+    let n_rows = rows.len() / n;
+    let view = MatRef::from_row_major_slice(rows, n_rows, n);
+    let mut sums = vec![0.0; n_rows];
     let mut product = vec![0.0f32; n_rows * n];
     for start in (0..n).step_by(BAND) {
         let width = BAND.min(n - start);
         let own = view.subcols(start, width);
-        let mut times = |matrix: MatRef<'_, f32>, column: usize| -> f64 {
+        let mut add = |matrix: MatRef<'_, f32>, column: usize, times: f64| {
             let n_cols = matrix.ncols();
             let product = &mut product[..n_rows * n_cols];
             let target = MatMut::from_row_major_slice_mut(product, n_rows, n_cols);
             matmul(target, Accum::Replace, own, matrix, 1.0, Par::Seq);
-            let pairs = product.chunks_exact(n_cols.max(1)).zip(d.chunks_exact(n));
-            pairs
-                .map(|(product, d)| dot(product, &d[column..][..n_cols]))
-                .sum()
+            let pairs = product
+                .chunks_exact(n_cols.max(1))
+                .zip(rows.chunks_exact(n));
+            for (sum, (product, row)) in sums.iter_mut().zip(pairs) {
+                *sum += times * dot(product, &row[column..][..n_cols]);
+            }
         };
-        sum += 2.0 * times(hessian.as_faer().submatrix(start, 0, width, start), 0);
-        sum += times(corner(hessian, start, width).as_faer(), start);
+        let before = hessian_lower.as_faer().submatrix(start, 0, width, start);
+        add(before, 0, 2.0);
+        add(corner(hessian_lower, start, width).as_faer(), start, 1.0);
     }
-    sum
+    sums
 }
 
 /// ‖W − Q‖² over the columns that some token of positive weight excited.

@@ -24,6 +24,7 @@ mod refine;
 mod rtn;
 pub mod scale;
 mod symmetric;
+mod target;
 mod triangle;
 
 pub use factor::Factor;
@@ -64,6 +65,9 @@ pub enum Target {
     /// What is rounded is the weight that least squares ask for. The minimiser of the same
     /// objective without GPTAQ's approximation.
     LeastSquares,
+    /// The same, and linears whose output is added to the residual stream also give what it lacks:
+    /// ‖(U' + Q U) − (F' + W F)‖², U' and F' being the streams that it is added to. Ours.
+    ResidualStream,
 }
 
 /// Settings of [`gptq()`].
@@ -80,12 +84,15 @@ pub struct SolverSettings {
     /// Share of the drift between the streams that is corrected, 0 to 1: 0 is GPTQ, 0.25 is what
     /// GPTAQ's authors use. Needs statistics with cross moments.
     pub alpha: f32,
+    /// Whether α of each row is found on held-out samples instead, if [`Factor::with_part`] knows of
+    /// any. Not with [`Target::Pull`].
+    pub held_out_alpha: bool,
     /// How it is corrected.
     pub target: Target,
     /// How ranges are chosen.
     pub clip: Clip,
     /// Sweeps of coordinate descent over the codes after all columns are rounded. Needs α = 0 or
-    /// [`Target::LeastSquares`].
+    /// another target than [`Target::Pull`].
     pub sweeps: usize,
     /// Whether sweeps also move the scales.
     pub refit_scales: bool,
@@ -102,6 +109,7 @@ impl Default for SolverSettings {
             dampening_ladder: vec![0.02, 0.04, 0.08, 0.16, 0.32, 0.64],
             act_order: true,
             alpha: 0.0,
+            held_out_alpha: false,
             target: Target::Pull,
             clip: Clip::None,
             sweeps: 0,
@@ -141,6 +149,10 @@ impl SolverSettings {
             );
             return invalid("sweeps", why);
         }
+        if self.held_out_alpha && self.target == Target::Pull {
+            let why = "found for target=least_squares and target=residual_stream only".into();
+            return invalid("alpha=held_out", why);
+        }
         if self.col_block == 0 {
             return invalid("col_block", "0 given, at least 1 expected".into());
         }
@@ -158,6 +170,8 @@ pub struct Solved {
     pub loss: f64,
     /// tr(W H Wᵀ), the squared output that the loss is to be compared with.
     pub energy: f64,
+    /// α, or the mean of the rows'.
+    pub alpha: f32,
     /// The damping that worked.
     pub dampening_frac: f64,
     /// Dampings that failed before it, in order.

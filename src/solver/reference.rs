@@ -4,8 +4,8 @@
 //! of H computed anew for every column. After column q is rounded with error e, the weights not
 //! yet rounded move to the minimiser of the damped error given what is fixed:
 //! δ = −e / (H⁻¹)_qq · (H⁻¹)_q,: with H cut down to the columns not yet rounded. GPTAQ adds
-//! w_q · α · C_q,>q (H_>q,>q)⁻¹; with [`Target::LeastSquares`] what is rounded is W + α W C H⁻¹ from the
-//! start. Sweeps and unit gain are left out: their tests are laws. Cost: in⁵-ish for tiny layers,
+//! w_q · α · C_q,>q (H_>q,>q)⁻¹; with another target than [`Target::Pull`] what is rounded is
+//! W + α (W C + S) H⁻¹ from the start. Sweeps and unit gain are left out: their tests are laws. Cost: in⁵-ish for tiny layers,
 //! which is the point.
 //!
 //! Source: arXiv:2210.17323 §3.1 eqs. 2 and 3 (there after Optimal Brain Surgeon);
@@ -65,7 +65,9 @@ pub fn gptq(
     let pull_alpha = if is_pulled { settings.alpha } else { 0.0 };
     let mut rows = in_f64(w);
     if let Some(cross) = statistics.cross().filter(|_| !is_pulled) {
-        rows = least_squares(&rows, cross, &hessian, settings.alpha).ok_or(singular(0))?;
+        let stream = statistics.stream_cross();
+        let target = least_squares(&rows, (cross, stream), &hessian, settings.alpha);
+        rows = target.ok_or(singular(0))?;
     }
     let column_weights = column_weights(statistics, &hessian, &order).ok_or(singular(0))?;
     let mut state = State::new(rows, scheme, settings, group_len, &column_weights);
@@ -207,10 +209,10 @@ fn in_f64(w: &Matrix) -> Vec<Vec<f64>> {
     (0..w.rows()).map(as_f64).collect()
 }
 
-/// W + α W C H⁻¹.
+/// W + α (W C + S) H⁻¹.
 fn least_squares(
     rows: &[Vec<f64>],
-    cross: &Matrix,
+    (cross, stream): (&Matrix, Option<&Matrix>),
     hessian: &[Vec<f64>],
     alpha: f32,
 ) -> Option<Vec<Vec<f64>>> {
@@ -219,13 +221,17 @@ fn least_squares(
         let entry = |j| row.iter().enumerate().map(|(i, v)| v * column(i, j)).sum();
         (0..hessian.len()).map(entry).collect()
     };
-    let moved = |row: &Vec<f64>| {
-        let drift = times(row, &|i, j| f64::from(cross[(i, j)]));
+    let moved = |(index, row): (usize, &Vec<f64>)| {
+        let mut drift = times(row, &|i, j| f64::from(cross[(i, j)]));
+        if let Some(stream) = stream {
+            let pairs = drift.iter_mut().zip(stream.row(index));
+            pairs.for_each(|(drift, s)| *drift += f64::from(*s));
+        }
         let shift = times(&drift, &|i, j| inverse[i][j]);
         let pairs = row.iter().zip(&shift);
         pairs.map(|(w, s)| w + f64::from(alpha) * s).collect()
     };
-    Some(rows.iter().map(moved).collect())
+    Some(rows.iter().enumerate().map(moved).collect())
 }
 
 /// 1 / (H⁻¹)_qq with H cut down to q and the columns after it; zero for dead columns.

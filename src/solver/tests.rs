@@ -1,6 +1,7 @@
 //! Laws of the solver, its reference, and the independent numpy results in `testdata/solver`.
 
 mod beyond;
+mod held_out;
 
 use super::*;
 use crate::plan::{ScaleDtype, Scheme};

@@ -294,6 +294,11 @@ fn every_setting_counts() {
         ("clip=mse", "/clip", "mse".into()),
         ("clip=weighted", "/clip", "weighted".into()),
         ("target=least_squares", "/target", "least_squares".into()),
+        (
+            "target=residual_stream",
+            "/target",
+            "residual_stream".into(),
+        ),
         ("unit_gain=true", "/unit_gain", true.into()),
         ("importance_power=4", "/importance/power", 4.0.into()),
         ("importance_norm=rms", "/importance/norm", "rms".into()),
@@ -445,7 +450,10 @@ fn a_sweep_has_variants() {
     let variant = |name: &str, set: &str| {
         format!("[[variant]]\nname = '{name}'\nmethod = 'gptaq'\nset = [{set}]\n")
     };
-    let shifted = variant("shifted", "'target=least_squares', 'clip=mse'");
+    let shifted = variant(
+        "shifted",
+        "'target=residual_stream', 'alpha=held_out', 'clip=mse'",
+    );
     let tuned = variant("tuned", "'tune_steps=1', 'tune_samples=4'");
     let run = compare(&(shifted + &tuned));
     assert!(run.status.success(), "{}", text(&run.stderr));

@@ -38,7 +38,8 @@ fn output_error(layer: &Layer, q: &Matrix) -> f64 {
 fn shifted_target(layer: &Layer, alpha: f32) -> Matrix {
     let settings = least_squares(alpha);
     let factor = Factor::new("layer", layer.statistics.clone(), &settings).unwrap();
-    super::super::drift::shifted(&layer.w, factor.shift().unwrap(), alpha)
+    let drift = factor.drift_moments().unwrap();
+    super::super::target::target(&layer.w, &factor, drift, alpha).0
 }
 
 proptest! {
