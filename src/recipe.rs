@@ -8,7 +8,7 @@ mod value;
 
 use crate::importance::ImportanceSettings;
 use crate::plan::{ScaleDtype, Scheme};
-use crate::solver::SolverSettings;
+use crate::solver::{Clip, SolverSettings, Target};
 use crate::statistics::StatisticsDtype;
 use crate::tuning::TuningSettings;
 use crate::{Error, Result};
@@ -42,11 +42,14 @@ pub enum Method {
     VlmqV1,
     /// Tokens weighted by the square of their importance (second version).
     VlmqV2,
+    /// As the first version, and the drift corrected in closed form as far as held-out samples bear it
+    /// out, on grids searched for. Ours; the default.
+    Vlmq,
 }
 
 impl Method {
     /// All of them, from the simplest on.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Rtn,
         Self::Awq,
         Self::Mbq,
@@ -54,6 +57,7 @@ impl Method {
         Self::Gptaq,
         Self::VlmqV1,
         Self::VlmqV2,
+        Self::Vlmq,
     ];
 
     /// The name on the command line.
@@ -66,6 +70,7 @@ impl Method {
             Self::Gptaq => "gptaq",
             Self::VlmqV1 => "vlmq-v1",
             Self::VlmqV2 => "vlmq-v2",
+            Self::Vlmq => "vlmq",
         }
     }
 
@@ -77,18 +82,33 @@ impl Method {
     fn importance(self) -> Option<ImportanceSettings> {
         match self {
             Self::Rtn | Self::Awq | Self::Mbq | Self::Gptq | Self::Gptaq => None,
-            Self::VlmqV1 => Some(ImportanceSettings::paper(1.0)),
+            Self::VlmqV1 | Self::Vlmq => Some(ImportanceSettings::paper(1.0)),
             Self::VlmqV2 => Some(ImportanceSettings::paper(2.0)),
         }
     }
 
-    /// GPTAQ's published α, except where the paper falls back to GPTQ: at 2 bits.
+    fn solver(self) -> SolverSettings {
+        let usual = SolverSettings::default();
+        match self {
+            Self::Vlmq => SolverSettings {
+                target: Target::LeastSquares,
+                held_out_alpha: true,
+                clip: Clip::Weighted,
+                ..usual
+            },
+            _ => usual,
+        }
+    }
+
+    /// GPTAQ's published α, except where the paper falls back to GPTQ: at 2 bits. 1 is a whole
+    /// correction, of which held-out samples tell the share.
     fn alpha(self, bits: u8) -> f32 {
         match self {
             Self::Rtn | Self::Awq | Self::Mbq | Self::Gptq => 0.0,
             Self::Gptaq => 0.25,
             Self::VlmqV1 | Self::VlmqV2 if bits <= 2 => 0.0,
             Self::VlmqV1 | Self::VlmqV2 => 0.25,
+            Self::Vlmq => 1.0,
         }
     }
 }
@@ -97,13 +117,11 @@ impl FromStr for Method {
     type Err = Error;
 
     fn from_str(name: &str) -> Result<Self> {
-        if name == "vlmq" {
-            return Ok(Self::VlmqV1);
-        }
         let known = Self::ALL.into_iter().find(|method| method.name() == name);
         known.ok_or_else(|| Error::Unsupported {
             what: format!(
-                "method {name:?}; rtn, awq, mbq, gptq, gptaq, vlmq-v1 and vlmq-v2 are implemented"
+                "method {name:?}; rtn, awq, mbq, gptq, gptaq, vlmq-v1, vlmq-v2 and vlmq \
+                 are implemented"
             ),
         })
     }
@@ -141,7 +159,7 @@ impl Recipe {
         Self {
             method,
             scheme,
-            solver: SolverSettings::default(),
+            solver: method.solver(),
             importance: method.importance(),
             statistics_dtype: StatisticsDtype::default(),
             tuning: TuningSettings::default(),
@@ -350,8 +368,21 @@ mod tests {
         let v2 = recipe(Method::VlmqV2, 2);
         assert_eq!(v2.importance.unwrap().power, 2.0);
         assert_eq!(v2.alpha(v2.scheme()), 0.0);
+        assert_eq!(v2.solver, SolverSettings::default());
         assert!(recipe(Method::Gptq, 4).importance.is_none());
         assert!(!recipe(Method::Rtn, 4).needs_calibration());
+    }
+
+    #[test]
+    fn the_default_finds_alpha_by_itself_unless_told() {
+        let mut vlmq = recipe(Method::Vlmq, 2);
+        vlmq.check().unwrap();
+        assert!(vlmq.solver.held_out_alpha && vlmq.needs_full_stream(&[vlmq.scheme()]));
+        vlmq.set("target=pull").unwrap();
+        assert!(matches!(vlmq.check(), Err(Error::Invalid { .. })));
+        vlmq.set("alpha=0.25").unwrap();
+        vlmq.check().unwrap();
+        assert_eq!(vlmq.alpha(vlmq.scheme()), 0.25);
     }
 
     #[test]

@@ -14,6 +14,7 @@ fn every_method_writes_a_folder_that_answers() {
         ("gptaq", "4"),
         ("vlmq-v1", "3"),
         ("vlmq-v2", "2"),
+        ("vlmq", "2"),
     ] {
         let output = home.path().join(method);
         let run = quantize(
