@@ -515,7 +515,7 @@ impl Run<'_> {
                 loss: Some(solved.loss),
                 relative_loss: Some(solved.loss / solved.energy.max(f64::MIN_POSITIVE)),
                 dampening_frac: Some(factor.dampening_frac),
-                alpha: Some(solved.alpha),
+                alpha: Some(f64::from(solved.alpha)),
                 n_dead_columns: Some(factor.n_dead_columns),
                 effective_sample_size: Some(effective_sample_size),
                 weight_share: weight_share.clone().map(|share| share.by_name()),

@@ -91,7 +91,7 @@ impl Method {
         let usual = SolverSettings::default();
         match self {
             Self::Vlmq => SolverSettings {
-                target: Target::LeastSquares,
+                target: Target::ResidualStream,
                 held_out_alpha: true,
                 clip: Clip::Weighted,
                 ..usual

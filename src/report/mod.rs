@@ -117,7 +117,7 @@ pub struct ModuleReport {
     /// λ / mean(diag H) that was used.
     pub dampening_frac: Option<f64>,
     /// α that was used.
-    pub alpha: Option<f32>,
+    pub alpha: Option<f64>,
     /// Inputs that were zero in all tokens.
     pub n_dead_columns: Option<usize>,
     /// (Σω)² / Σω² over tokens.

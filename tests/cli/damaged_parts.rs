@@ -540,7 +540,7 @@ fn flags_that_contradict_the_method() {
         .arg("--output")
         .arg(home.output());
     let run = command.args(["--group-size", "32"]).output().unwrap();
-    assert_clear_failure(&run, &["--calibration", "vlmq-v1"], home.path(), N_KEPT);
+    assert_clear_failure(&run, &["--calibration", "vlmq"], home.path(), N_KEPT);
 }
 
 /// Questions and prompts: `eval` and `generate` fail as clearly as `quantize`.
