@@ -85,16 +85,13 @@ fn row_alphas(
         let in_whole = whole_drift.of_rows(w, rows);
         let mut correction = in_part.clone();
         part_drift.solve(part, &mut correction, n);
-        let of = |factor: &Factor| quadratic_forms(&correction, n, factor.hessian_lower());
-        let energies = of(whole).into_iter().zip(of(part));
-        let rows = in_whole.chunks_exact(n).zip(in_part.chunks_exact(n));
-        let rows = rows.zip(correction.chunks_exact(n)).zip(energies);
-        let alpha = |(((whole, part), correction), energies): (((&[f32], &[f32]), &[f32]), _)| {
-            let (whole_energy, part_energy): (f64, f64) = energies;
-            let gain = dot(correction, whole) - dot(correction, part);
-            row_alpha(gain, whole_energy - part_energy)
+        let energies = |factor: &Factor| quadratic_forms(&correction, n, factor.hessian_lower());
+        let (in_all, in_own) = (energies(whole), energies(part));
+        let alpha = |row: usize| {
+            let of = |values: &[f32]| dot(&correction[row * n..][..n], &values[row * n..][..n]);
+            row_alpha(of(&in_whole) - of(&in_part), in_all[row] - in_own[row])
         };
-        rows.map(alpha).collect::<Vec<f32>>()
+        (0..in_all.len()).map(alpha).collect::<Vec<f32>>()
     });
     bands.collect::<Vec<_>>().concat()
 }
