@@ -567,3 +567,34 @@ fn awq_and_mbq_keep_the_function_of_the_model() {
     assert_eq!(rows[3]["method"], "mbq");
     assert_ne!(kl(2), kl(3));
 }
+
+/// With one sample nothing is held out: no drift is corrected, and every module says so. With two
+/// there is.
+#[test]
+fn alpha_is_found_where_something_is_held_out() {
+    let home = Home::new(Spelling::USUAL);
+    let run = |n_samples: &str| {
+        let output = home.output().with_file_name(format!("of-{n_samples}"));
+        let mut command = vlmq();
+        command.arg("quantize").arg(home.model());
+        command.arg("--calibration").arg(home.data());
+        command.args(["--bits", "3", "--group-size", "32", "--json"]);
+        command.args(["--samples", n_samples, "--output"]);
+        let run = command.arg(&output).output().unwrap();
+        assert!(run.status.success(), "{}", text(&run.stderr));
+        let report = json(&run.stdout)["report"].take();
+        let all = |key: &str| report[key].as_array().unwrap().clone();
+        let deviations = all("deviations");
+        let unjudged = deviations.iter().filter(|d| d["kind"] == "unjudged_alpha");
+        let alphas = all("modules");
+        let alphas = alphas.iter().map(|m| m["alpha"].as_f64().unwrap());
+        (unjudged.count(), alphas.collect::<Vec<f64>>())
+    };
+    let (n_unjudged, alphas) = run("1");
+    assert_eq!(n_unjudged, alphas.len());
+    assert!(alphas.iter().all(|a| *a == 0.0), "{alphas:?}");
+    let (n_unjudged, alphas) = run("2");
+    assert_eq!(n_unjudged, 0);
+    assert!(alphas.iter().all(|a| (0.0..=1.0).contains(a)), "{alphas:?}");
+    assert!(alphas.iter().any(|a| *a > 0.0), "{alphas:?}");
+}
