@@ -8,7 +8,7 @@ mod value;
 
 use crate::importance::ImportanceSettings;
 use crate::plan::{ScaleDtype, Scheme};
-use crate::solver::{Clip, SolverSettings, Target};
+use crate::solver::{SolverSettings, Target};
 use crate::statistics::StatisticsDtype;
 use crate::tuning::TuningSettings;
 use crate::{Error, Result};
@@ -43,7 +43,7 @@ pub enum Method {
     /// Tokens weighted by the square of their importance (second version).
     VlmqV2,
     /// As the first version, and the drift corrected in closed form as far as held-out samples bear it
-    /// out, on grids searched for. Ours; the default.
+    /// out. Ours; the default.
     Vlmq,
 }
 
@@ -93,7 +93,6 @@ impl Method {
             Self::Vlmq => SolverSettings {
                 target: Target::ResidualStream,
                 held_out_alpha: true,
-                clip: Clip::Weighted,
                 ..usual
             },
             _ => usual,
