@@ -5,8 +5,8 @@
 //! yet rounded move to the minimiser of the damped error given what is fixed:
 //! δ = −e / (H⁻¹)_qq · (H⁻¹)_q,: with H cut down to the columns not yet rounded. GPTAQ adds
 //! w_q · α · C_q,>q (H_>q,>q)⁻¹; with another target than [`Target::Pull`] what is rounded is
-//! W + α (W C + S) H⁻¹ from the start. Sweeps and unit gain are left out: their tests are laws. Cost: in⁵-ish for tiny layers,
-//! which is the point.
+//! W + α (W C + S) H⁻¹ from the start. Sweeps and unit gain are left out: their tests are laws.
+//! Cost: in⁵-ish for tiny layers, which is the point.
 //!
 //! Source: arXiv:2210.17323 §3.1 eqs. 2 and 3 (there after Optimal Brain Surgeon);
 //! arXiv:2504.02692.
