@@ -8,7 +8,7 @@ mod value;
 
 use crate::importance::ImportanceSettings;
 use crate::plan::{ScaleDtype, Scheme};
-use crate::solver::{SolverSettings, Target};
+use crate::solver::{DampeningUnit, SolverSettings, Target};
 use crate::statistics::StatisticsDtype;
 use crate::tuning::TuningSettings;
 use crate::{Error, Result};
@@ -38,6 +38,8 @@ pub enum Method {
     Gptq,
     /// Every token alike, corrected for the drift of the inputs (arXiv:2504.02692).
     Gptaq,
+    /// Every token alike, the drift corrected as least squares ask for (arXiv:2505.11695).
+    Qronos,
     /// Tokens weighted by their importance (arXiv:2508.03351, first version).
     VlmqV1,
     /// Tokens weighted by the square of their importance (second version).
@@ -49,12 +51,13 @@ pub enum Method {
 
 impl Method {
     /// All of them, from the simplest on.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Rtn,
         Self::Awq,
         Self::Mbq,
         Self::Gptq,
         Self::Gptaq,
+        Self::Qronos,
         Self::VlmqV1,
         Self::VlmqV2,
         Self::Vlmq,
@@ -68,6 +71,7 @@ impl Method {
             Self::Mbq => "mbq",
             Self::Gptq => "gptq",
             Self::Gptaq => "gptaq",
+            Self::Qronos => "qronos",
             Self::VlmqV1 => "vlmq-v1",
             Self::VlmqV2 => "vlmq-v2",
             Self::Vlmq => "vlmq",
@@ -81,7 +85,8 @@ impl Method {
 
     fn importance(self) -> Option<ImportanceSettings> {
         match self {
-            Self::Rtn | Self::Awq | Self::Mbq | Self::Gptq | Self::Gptaq => None,
+            Self::Rtn | Self::Awq | Self::Mbq => None,
+            Self::Gptq | Self::Gptaq | Self::Qronos => None,
             Self::VlmqV1 | Self::Vlmq => Some(ImportanceSettings::paper(1.0)),
             Self::VlmqV2 => Some(ImportanceSettings::paper(2.0)),
         }
@@ -93,6 +98,14 @@ impl Method {
             Self::Vlmq => SolverSettings {
                 target: Target::ResidualStream,
                 held_out_alpha: true,
+                ..usual
+            },
+            // 10⁻⁶ of the largest eigenvalue is what its authors' code adds.
+            Self::Qronos => SolverSettings {
+                target: Target::Qronos,
+                dampening_frac: 1e-6,
+                dampening_ladder: vec![1e-5, 1e-4, 1e-3, 1e-2],
+                dampening_unit: DampeningUnit::LargestEigenvalue,
                 ..usual
             },
             _ => usual,
@@ -107,7 +120,7 @@ impl Method {
             Self::Gptaq => 0.25,
             Self::VlmqV1 | Self::VlmqV2 if bits <= 2 => 0.0,
             Self::VlmqV1 | Self::VlmqV2 => 0.25,
-            Self::Vlmq => 1.0,
+            Self::Qronos | Self::Vlmq => 1.0,
         }
     }
 }
@@ -119,8 +132,8 @@ impl FromStr for Method {
         let known = Self::ALL.into_iter().find(|method| method.name() == name);
         known.ok_or_else(|| Error::Unsupported {
             what: format!(
-                "method {name:?}; rtn, awq, mbq, gptq, gptaq, vlmq-v1, vlmq-v2 and vlmq \
-                 are implemented"
+                "method {name:?}; rtn, awq, mbq, gptq, gptaq, qronos, vlmq-v1, vlmq-v2 \
+                 and vlmq are implemented"
             ),
         })
     }

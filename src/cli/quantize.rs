@@ -80,7 +80,7 @@ impl From<ResumeArg> for Resume {
 /// Method, format and settings, as flags.
 #[derive(clap::Args)]
 pub struct RecipeArgs {
-    /// rtn, awq, mbq, gptq, gptaq, vlmq-v1, vlmq-v2, vlmq
+    /// rtn, awq, mbq, gptq, gptaq, qronos, vlmq-v1, vlmq-v2, vlmq
     #[arg(long, default_value = "vlmq")]
     method: String,
     /// Bits per weight: 2, 3, 4 or 8

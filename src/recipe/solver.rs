@@ -1,16 +1,22 @@
 //! The settings of the solver by their keys.
 
 use super::value::{count, flag, number, word};
-use crate::solver::{Clip, SolverSettings, Target};
+use crate::solver::{Clip, DampeningUnit, SolverSettings, Target};
 
 /// All keys, for messages.
-pub(super) const KEYS: &str = "dampening_frac, col_block, act_order, target, clip, sweeps, \
-                               refit_scales, unit_gain";
+pub(super) const KEYS: &str = "dampening_frac, dampening_unit, col_block, act_order, target, clip, clip_power, \
+                               sweeps, refit_scales, unit_gain";
 
-const TARGETS: [(&str, Target); 3] = [
+const UNITS: [(&str, DampeningUnit); 2] = [
+    ("mean_diagonal", DampeningUnit::MeanDiagonal),
+    ("largest_eigenvalue", DampeningUnit::LargestEigenvalue),
+];
+
+const TARGETS: [(&str, Target); 4] = [
     ("pull", Target::Pull),
     ("least_squares", Target::LeastSquares),
     ("residual_stream", Target::ResidualStream),
+    ("qronos", Target::Qronos),
 ];
 
 const CLIPS: [(&str, Clip); 3] = [
@@ -27,10 +33,12 @@ pub(super) fn set(
 ) -> Option<Result<(), String>> {
     Some(match key {
         "dampening_frac" => number(value, 0.0, 10.0).map(|x| settings.dampening_frac = x),
+        "dampening_unit" => word(value, &UNITS).map(|w| settings.dampening_unit = w),
         "col_block" => count(value, 1, 65536).map(|n| settings.col_block = n),
         "act_order" => flag(value).map(|is_on| settings.act_order = is_on),
         "target" => word(value, &TARGETS).map(|w| settings.target = w),
         "clip" => word(value, &CLIPS).map(|w| settings.clip = w),
+        "clip_power" => number(value, 0.0, 1.0).map(|x| settings.clip_power = x as f32),
         "sweeps" => count(value, 0, 1000).map(|n| settings.sweeps = n),
         "refit_scales" => flag(value).map(|is_on| settings.refit_scales = is_on),
         "unit_gain" => flag(value).map(|is_on| settings.unit_gain = is_on),

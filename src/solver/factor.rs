@@ -16,7 +16,7 @@
 
 use super::drift::{Triangle, pull};
 use super::triangle::Halves;
-use super::{SolverSettings, Target, target};
+use super::{DampeningUnit, SolverSettings, Target, target};
 use crate::statistics::Statistics;
 use crate::{Error, Matrix, Result};
 use faer::MatRef;
@@ -74,6 +74,7 @@ impl Factor {
             is_dead,
             mean,
             order,
+            ..
         } = hessian;
         let (square, pivots) = halves.into_unit_upper();
         let step_loss = |(column, pivot): (&usize, &f32)| match is_dead[*column] {
@@ -88,12 +89,14 @@ impl Factor {
         };
         let drift = cross.map(|cross| match settings.target {
             Target::Pull => Drift::Pull(pull(cross, &triangle)),
-            Target::LeastSquares | Target::ResidualStream => Drift::Target(target::Drift {
-                cross,
-                stream_cross,
-                pivots: pivots.clone(),
-                mean,
-            }),
+            Target::LeastSquares | Target::ResidualStream | Target::Qronos => {
+                Drift::Target(target::Drift {
+                    cross,
+                    stream_cross,
+                    pivots: pivots.clone(),
+                    mean,
+                })
+            }
         });
         Ok(Self {
             step_losses: order.iter().zip(&pivots).map(step_loss).collect(),
@@ -157,11 +160,17 @@ impl Factor {
     }
 
     /// What a squared rounding error adds to the loss when all later columns have made up for it,
-    /// by original column: D, zero for dead columns.
-    pub(crate) fn column_weights(&self) -> Vec<f32> {
+    /// by original column: D in units of its greatest, to a power; zero for dead columns.
+    pub(crate) fn column_weights(&self, power: f32) -> Vec<f32> {
         let mut weights = vec![0.0; self.order.len()];
+        let greatest = self.step_losses.iter().copied().fold(0.0, f64::max);
         let pairs = self.order.iter().zip(&self.step_losses);
-        pairs.for_each(|(column, loss)| weights[*column] = *loss as f32);
+        pairs.for_each(|(column, loss)| {
+            weights[*column] = match *loss > 0.0 {
+                true => (loss / greatest).powf(power.into()) as f32,
+                false => 0.0,
+            };
+        });
         weights
     }
 
@@ -198,6 +207,8 @@ struct OrderedHessian {
     halves: Halves,
     is_dead: Vec<bool>,
     mean: f64,
+    /// What dampings are fractions of, in units of the mean.
+    unit: f64,
     order: Vec<usize>,
 }
 
@@ -218,8 +229,13 @@ impl OrderedHessian {
         if settings.act_order {
             order.sort_by(|a, b| diagonal[*b].total_cmp(&diagonal[*a]));
         }
+        let unit = match settings.dampening_unit {
+            DampeningUnit::MeanDiagonal => 1.0,
+            DampeningUnit::LargestEigenvalue => halves.largest_eigenvalue() / mean,
+        };
         Ok(Self {
             is_dead: diagonal.iter().map(|d| *d == 0.0).collect(),
+            unit,
             halves,
             mean,
             order,
@@ -241,10 +257,11 @@ impl OrderedHessian {
         });
     }
 
-    /// Factors with the first damping that works: the dampings that failed, and that one.
+    /// Factors with the first damping that works: the dampings that failed, and that one, as fractions of
+    /// the mean.
     fn factor(&mut self, module: &str, settings: &SolverSettings) -> Result<(Vec<f64>, f64)> {
         let mut failed = Vec::new();
-        let mut dampening_frac = settings.dampening_frac;
+        let mut dampening_frac = settings.dampening_frac * self.unit;
         let mut ladder = settings.dampening_ladder.iter();
         loop {
             self.fill(dampening_frac);
@@ -253,11 +270,12 @@ impl OrderedHessian {
                 Err(pivot) => pivot,
             };
             failed.push(dampening_frac);
-            dampening_frac = *ladder.next().ok_or_else(|| Error::Singular {
-                module: module.to_owned(),
-                pivot: self.order[self.order.len() - 1 - pivot],
-                dampening_frac,
-            })?;
+            dampening_frac = self.unit
+                * *ladder.next().ok_or_else(|| Error::Singular {
+                    module: module.to_owned(),
+                    pivot: self.order[self.order.len() - 1 - pivot],
+                    dampening_frac,
+                })?;
         }
     }
 }

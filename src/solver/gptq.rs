@@ -31,7 +31,7 @@ use super::grid::{Fitting, Grids, steps};
 use super::loss::{dot, live_difference, quantization_loss, weighted_energy};
 use super::refine::refine;
 use super::target;
-use super::{Solved, SolverSettings, check_weight};
+use super::{Solved, SolverSettings, Target, check_weight};
 use crate::plan::Scheme;
 use crate::statistics::Statistics;
 use crate::{Error, Matrix, QuantizedWeight, Result};
@@ -97,7 +97,10 @@ pub fn solve(
         Some((target, alpha)) => (target, *alpha),
         None => (w, settings.alpha),
     };
-    let column_weights = factor.column_weights();
+    let first_values = drift.filter(|_| settings.target == Target::Qronos);
+    let first_values =
+        first_values.map(|drift| target::first_values(w, factor, drift, settings.alpha));
+    let column_weights = factor.column_weights(settings.clip_power);
     let fitting = Fitting {
         scheme,
         clip: settings.clip,
@@ -109,6 +112,7 @@ pub fn solve(
     };
     let problem = Problem {
         w: target,
+        first_values: first_values.as_deref(),
         settings,
         group_len,
         factor,
@@ -162,6 +166,8 @@ fn check_fit(module: &str, w: &Matrix, in_features: usize, scheme: Scheme) -> Re
 struct Problem<'a> {
     /// The target of every column before any is rounded.
     w: &'a Matrix,
+    /// What the first column is rounded from instead, by row, for [`Target::Qronos`].
+    first_values: Option<&'a [f32]>,
     settings: &'a SolverSettings,
     group_len: usize,
     factor: &'a Factor,
@@ -264,6 +270,7 @@ impl Problem<'_> {
 
 /// Some rows being solved. All buffers but the final codes run down the rows first.
 struct Chunk {
+    first_row: usize,
     n_rows: usize,
     /// Targets, `[in]` columns in solving order; a solved column keeps the value that was rounded.
     targets: Vec<f32>,
@@ -292,6 +299,7 @@ impl Chunk {
             }
         }
         let mut chunk = Self {
+            first_row: rows.start,
             n_rows,
             targets,
             shifts: vec![0.0; n_rows * n_cols],
@@ -376,6 +384,12 @@ impl Chunk {
         let zero_points = &self.zero_points[group * n..][..n];
         let codes = &mut self.codes[column * n..][..n];
         let differences = &mut self.differences[(column - base) * n..][..n];
+        let first_values = problem.first_values.filter(|_| column == 0);
+        if let Some(values) = first_values {
+            // Its target stays, so that the others make up for the difference from it.
+            let pairs = shifts.iter_mut().zip(&values[self.first_row..]);
+            pairs.zip(&*targets).for_each(|((s, v), t)| *s = v - t);
+        }
         for i in 0..n {
             let value = targets[i] + shifts[i];
             let steps = steps(value, scales[i], zero_points[i], max_code);

@@ -49,9 +49,10 @@ pub enum Clip {
     /// The range shrunk by the factor among 1, 0.99 … 0.21 that minimises Σ|error|^2.4; of equal
     /// ones the widest. Costs about 80 roundings of the weight.
     Mse,
-    /// The scale and zero point that minimise Σ D_q · error², D being the pivots of H: what an error
-    /// adds to the loss once the later columns have made up for it. Without statistics every
-    /// column counts alike. Costs about 110 roundings of the weight. Ours.
+    /// The scale and zero point that minimise Σ D_q^p · error², D being the pivots of H: what an error
+    /// adds to the loss once the later columns have made up for it; p is
+    /// [`SolverSettings::clip_power`]. Without statistics every column counts alike. Costs about 110
+    /// roundings of the weight. Ours.
     Weighted,
 }
 
@@ -68,14 +69,31 @@ pub enum Target {
     /// The same, and linears whose output is added to the residual stream also give what it lacks:
     /// ‖(U' + Q U) − (F' + W F)‖², U' and F' being the streams that it is added to. Ours.
     ResidualStream,
+    /// The same as least squares but for the first column in solving order, which is rounded from where
+    /// it alone would make up for the drift; the others then do for what is left (Qronos,
+    /// arXiv:2505.11695).
+    Qronos,
+}
+
+/// What [`SolverSettings::dampening_frac`] is a fraction of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DampeningUnit {
+    /// The mean of H's nonzero diagonal entries (GPTQ).
+    #[default]
+    MeanDiagonal,
+    /// H's largest eigenvalue, found by power iteration (Qronos).
+    LargestEigenvalue,
 }
 
 /// Settings of [`gptq()`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct SolverSettings {
-    /// Added to the diagonal of H, as a fraction of the mean of its nonzero entries.
+    /// Added to the diagonal of H, as a fraction of [`SolverSettings::dampening_unit`].
     pub dampening_frac: f64,
+    /// What that is a fraction of.
+    pub dampening_unit: DampeningUnit,
     /// Fractions tried in turn when H is not positive definite with the one before.
     pub dampening_ladder: Vec<f64>,
     /// Columns in descending order of diag(H), with grids fitted beforehand on the original weight
@@ -91,6 +109,9 @@ pub struct SolverSettings {
     pub target: Target,
     /// How ranges are chosen.
     pub clip: Clip,
+    /// p of [`Clip::Weighted`], 0 (all columns alike) to 1 (as the loss counts them). Below 1 single
+    /// massive channels no longer leave the rest of their group uncounted.
+    pub clip_power: f32,
     /// Sweeps of coordinate descent over the codes after all columns are rounded. Needs α = 0 or
     /// another target than [`Target::Pull`].
     pub sweeps: usize,
@@ -106,12 +127,14 @@ impl Default for SolverSettings {
     fn default() -> Self {
         Self {
             dampening_frac: 0.01,
+            dampening_unit: DampeningUnit::MeanDiagonal,
             dampening_ladder: vec![0.02, 0.04, 0.08, 0.16, 0.32, 0.64],
             act_order: true,
             alpha: 0.0,
             held_out_alpha: false,
             target: Target::Pull,
             clip: Clip::None,
+            clip_power: 1.0,
             sweeps: 0,
             refit_scales: true,
             unit_gain: false,
@@ -141,6 +164,10 @@ impl SolverSettings {
         if !(0.0..=1.0).contains(&self.alpha) {
             return invalid("alpha", format!("{} given, 0 to 1 expected", self.alpha));
         }
+        if !(0.0..=1.0).contains(&self.clip_power) {
+            let why = format!("{} given, 0 to 1 expected", self.clip_power);
+            return invalid("clip_power", why);
+        }
         if self.sweeps > 0 && self.alpha > 0.0 && self.target == Target::Pull {
             let why = format!(
                 "{} given with alpha = {} and target = pull, which has no objective to descend; \
@@ -149,7 +176,7 @@ impl SolverSettings {
             );
             return invalid("sweeps", why);
         }
-        if self.held_out_alpha && self.target == Target::Pull {
+        if self.held_out_alpha && matches!(self.target, Target::Pull | Target::Qronos) {
             let why = "found for target=least_squares and target=residual_stream only".into();
             return invalid("alpha=held_out", why);
         }

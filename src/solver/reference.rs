@@ -64,19 +64,34 @@ pub fn gptq(
     let is_pulled = settings.target == Target::Pull;
     let pull_alpha = if is_pulled { settings.alpha } else { 0.0 };
     let mut rows = in_f64(w);
+    let mut first: Option<Vec<f64>> = None;
     if let Some(cross) = statistics.cross().filter(|_| !is_pulled) {
         let stream = statistics.stream_cross();
         let target = least_squares(&rows, (cross, stream), &hessian, settings.alpha);
+        if settings.target == Target::Qronos {
+            let energy = statistics.hessian_lower()[(order[0], order[0])];
+            let drift = |row: &Vec<f64>| {
+                let pairs = row.iter().enumerate();
+                pairs
+                    .map(|(i, w)| w * f64::from(cross[(i, order[0])]))
+                    .sum::<f64>()
+            };
+            let value = |row: &Vec<f64>| {
+                row[order[0]] + f64::from(settings.alpha) * drift(row) / f64::from(energy)
+            };
+            first = Some(rows.iter().map(value).collect());
+        }
         rows = target.ok_or(singular(0))?;
     }
     let column_weights = column_weights(statistics, &hessian, &order).ok_or(singular(0))?;
+    let column_weights = to_power(&column_weights, settings.clip_power);
     let mut state = State::new(rows, scheme, settings, group_len, &column_weights);
     for position in 0..n {
         let rest = &order[position..];
         let inverse = inverse(&sub_matrix(&hessian, rest)).ok_or(singular(rest[0]))?;
         let later = inverse_of_later(&hessian, &rest[1..]).ok_or(singular(rest[0]))?;
         let pull = pull(statistics.cross(), rest, &later, pull_alpha);
-        state.round_column(rest, &inverse[0], &pull);
+        state.round_column(rest, first.take().as_deref(), &inverse[0], &pull);
     }
     state.into_reference(module)
 }
@@ -132,8 +147,14 @@ impl<'a> State<'a> {
         }
     }
 
-    /// Rounds column `rest[0]` and moves the others of `rest`.
-    fn round_column(&mut self, rest: &[usize], inverse_row: &[f64], pull: &[f64]) {
+    /// Rounds column `rest[0]`, from other values if there are `instead`, and moves the others of `rest`.
+    fn round_column(
+        &mut self,
+        rest: &[usize],
+        instead: Option<&[f64]>,
+        inverse_row: &[f64],
+        pull: &[f64],
+    ) {
         let column = rest[0];
         let group = column / self.group_len;
         if !self.settings.act_order && column.is_multiple_of(self.group_len) {
@@ -145,7 +166,8 @@ impl<'a> State<'a> {
             let grid = self.grids[index][group];
             let (scale, zero) = (f64::from(grid.scale), f64::from(grid.zero_point));
             let weight = row[column];
-            let code = ((weight / scale).round_ties_even() + zero).clamp(0.0, max_code);
+            let rounded_from = instead.map_or(weight, |values| values[index]);
+            let code = ((rounded_from / scale).round_ties_even() + zero).clamp(0.0, max_code);
             let error = weight - (code - zero) * scale;
             self.codes[index * n_cols + column] = code as u8;
             self.step_loss += error * error / inverse_row[0];
@@ -248,6 +270,12 @@ fn column_weights(
         }
     }
     Some(weights)
+}
+
+/// Zeroes stay zeroes, whatever the power.
+fn to_power(weights: &[f32], power: f32) -> Vec<f32> {
+    let to_power = |w: &f32| if *w > 0.0 { w.powf(power) } else { 0.0 };
+    weights.iter().map(to_power).collect()
 }
 
 fn sub_matrix(matrix: &[Vec<f64>], kept: &[usize]) -> Vec<Vec<f64>> {

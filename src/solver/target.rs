@@ -67,6 +67,26 @@ pub(super) fn target(w: &Matrix, factor: &Factor, drift: &Drift, alpha: f32) -> 
     (target, mean)
 }
 
+/// Where the first column in solving order alone would make up for the drift: w + α E_q / H_qq, by row.
+/// Qronos rounds it from there (arXiv:2505.11695, first step).
+pub(super) fn first_values(w: &Matrix, factor: &Factor, drift: &Drift, alpha: f32) -> Vec<f32> {
+    let Some(first) = factor.order.first().copied() else {
+        return Vec::new();
+    };
+    let energy = f64::from(factor.hessian_lower()[(first, first)]);
+    let value = |row: usize| {
+        let weights = w.row(row).iter().enumerate();
+        let products = weights.map(|(i, w)| f64::from(*w) * f64::from(drift.cross[(i, first)]));
+        let gain = if energy > 0.0 {
+            products.sum::<f64>() / energy
+        } else {
+            0.0
+        };
+        (f64::from(w[(row, first)]) + f64::from(alpha) * gain) as f32
+    };
+    (0..w.rows()).into_par_iter().map(value).collect()
+}
+
 /// α of each row, by how far a correction found on a part of the samples serves the rest.
 ///
 /// With T = E H⁻¹ of the part, the rest's error is least at a = ⟨T, E⟩ / (T H Tᵀ), E and H those of the

@@ -12,6 +12,7 @@ fn every_method_writes_a_folder_that_answers() {
         ("rtn", "4"),
         ("gptq", "3"),
         ("gptaq", "4"),
+        ("qronos", "3"),
         ("vlmq-v1", "3"),
         ("vlmq-v2", "2"),
         ("vlmq", "2"),
