@@ -293,7 +293,6 @@ fn every_setting_counts() {
         ("act_order=false", "/act_order", false.into()),
         ("clip=mse", "/clip", "mse".into()),
         ("clip=weighted", "/clip", "weighted".into()),
-        ("target=qronos", "/target", "qronos".into()),
         ("target=least_squares", "/target", "least_squares".into()),
         (
             "target=residual_stream",
