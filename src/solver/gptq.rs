@@ -31,7 +31,7 @@ use super::grid::{Fitting, Grids, steps};
 use super::loss::{dot, live_difference, quantization_loss, weighted_energy};
 use super::refine::refine;
 use super::target;
-use super::{Solved, SolverSettings, check_weight};
+use super::{Solved, SolverSettings, Target, check_weight};
 use crate::plan::Scheme;
 use crate::statistics::Statistics;
 use crate::{Error, Matrix, QuantizedWeight, Result};
@@ -62,7 +62,9 @@ pub fn gptq(
 ) -> Result<Solved> {
     // Before the factor, which costs more than all else.
     check_fit(module, w, statistics.in_features(), scheme)?;
-    if settings.alpha > 0.0 && statistics.cross().is_none() {
+    let output_cross = statistics.output_cross();
+    let output_cross = output_cross.filter(|_| settings.target != Target::Pull);
+    if settings.alpha > 0.0 && statistics.cross().or(output_cross).is_none() {
         return Err(no_cross_moments(module));
     }
     let factor = Factor::new(module, statistics.clone(), settings)?;

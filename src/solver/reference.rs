@@ -64,9 +64,9 @@ pub fn gptq(
     let is_pulled = settings.target == Target::Pull;
     let pull_alpha = if is_pulled { settings.alpha } else { 0.0 };
     let mut rows = in_f64(w);
-    if let Some(cross) = statistics.cross().filter(|_| !is_pulled) {
-        let stream = statistics.stream_cross();
-        let target = least_squares(&rows, (cross, stream), &hessian, settings.alpha);
+    let moments = (statistics.cross(), statistics.output_cross());
+    if !is_pulled && moments != (None, None) {
+        let target = least_squares(&rows, moments, &hessian, settings.alpha);
         rows = target.ok_or(singular(0))?;
     }
     let column_weights = column_weights(statistics, &hessian, &order).ok_or(singular(0))?;
@@ -212,7 +212,7 @@ fn in_f64(w: &Matrix) -> Vec<Vec<f64>> {
 /// W + α (W C + S) H⁻¹.
 fn least_squares(
     rows: &[Vec<f64>],
-    (cross, stream): (&Matrix, Option<&Matrix>),
+    (cross, output): (Option<&Matrix>, Option<&Matrix>),
     hessian: &[Vec<f64>],
     alpha: f32,
 ) -> Option<Vec<Vec<f64>>> {
@@ -222,9 +222,12 @@ fn least_squares(
         (0..hessian.len()).map(entry).collect()
     };
     let moved = |(index, row): (usize, &Vec<f64>)| {
-        let mut drift = times(row, &|i, j| f64::from(cross[(i, j)]));
-        if let Some(stream) = stream {
-            let pairs = drift.iter_mut().zip(stream.row(index));
+        let mut drift = match cross {
+            Some(cross) => times(row, &|i, j| f64::from(cross[(i, j)])),
+            None => vec![0.0; row.len()],
+        };
+        if let Some(output) = output {
+            let pairs = drift.iter_mut().zip(output.row(index));
             pairs.for_each(|(drift, s)| *drift += f64::from(*s));
         }
         let shift = times(&drift, &|i, j| inverse[i][j]);

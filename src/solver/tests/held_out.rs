@@ -32,11 +32,11 @@ impl Streams {
             Matrix::from_fn(tokens.len(), m.cols(), |t, j| m[(first + t, j)])
         };
         let (u, f, drift) = (part(&self.u), part(&self.f), part(&self.drift));
-        let mut statistics = Statistics::new(u.cols(), true).with_stream(drift.cols());
+        let mut statistics = Statistics::new(u.cols(), true).with_output(drift.cols());
         let batch = Batch {
             u: &u,
             f: Some(&f),
-            stream_drift: Some(&drift),
+            output_drift: Some(&drift),
             weights: None,
         };
         statistics.add_batch("layer", &batch).unwrap();
