@@ -25,9 +25,6 @@ use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
 use std::ops::Range;
 
-/// Rows that are solved together.
-const BAND_ROWS: usize = 64;
-
 /// C and S, and what is needed to solve with H.
 pub(super) struct Drift {
     /// C, original order; absent where S holds all.
@@ -47,9 +44,10 @@ pub(super) fn target(w: &Matrix, factor: &Factor, drift: &Drift, alpha: f32) -> 
     let part = factor.part.as_deref();
     let part = part.and_then(|part| Some((part, part.drift_moments()?)));
     let mut target = w.clone();
-    let bands = target.data_mut().par_chunks_mut(BAND_ROWS * n.max(1));
+    let height = w.rows().div_ceil(16).clamp(64, 128);
+    let bands = target.data_mut().par_chunks_mut(height * n.max(1));
     let alphas = bands.enumerate().map(|(index, band)| {
-        let start = index * BAND_ROWS;
+        let start = index * height;
         let rows = start..start + band.len() / n;
         let mut correction = drift.of_rows(w, rows.clone());
         let alphas = match part {
@@ -64,11 +62,16 @@ pub(super) fn target(w: &Matrix, factor: &Factor, drift: &Drift, alpha: f32) -> 
             }
             None => vec![alpha; rows.len()],
         };
+        // What noise would make of a row is not asked for.
+        let corrected: Vec<usize> = (0..alphas.len()).filter(|i| alphas[*i] > 0.0).collect();
+        for (to, from) in corrected.iter().enumerate() {
+            correction.copy_within(from * n..(from + 1) * n, to * n);
+        }
+        correction.truncate(corrected.len() * n);
         drift.solve(factor, &mut correction, n);
-        let pairs = band.chunks_exact_mut(n).zip(correction.chunks_exact(n));
-        for ((target, correction), alpha) in pairs.zip(&alphas) {
-            let pairs = target.iter_mut().zip(correction);
-            pairs.for_each(|(target, correction)| *target += alpha * correction);
+        for (row, correction) in corrected.iter().zip(correction.chunks_exact(n)) {
+            let pairs = band[row * n..][..n].iter_mut().zip(correction);
+            pairs.for_each(|(target, correction)| *target += alphas[*row] * correction);
         }
         alphas
     });
@@ -143,10 +146,11 @@ impl Drift {
             order,
             mean: self.mean,
         };
+        let unit = 1.0 / self.mean;
         let mut ordered = vec![0.0; rows.len()];
         for (ordered, row) in ordered.chunks_exact_mut(n).zip(rows.chunks_exact(n)) {
             for (value, column) in ordered.iter_mut().zip(order) {
-                *value = (f64::from(row[*column]) / self.mean) as f32;
+                *value = (f64::from(row[*column]) * unit) as f32;
             }
         }
         let band = MatMut::from_row_major_slice_mut(&mut ordered, rows.len() / n, n);
