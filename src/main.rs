@@ -4,6 +4,7 @@ mod cli;
 
 fn main() -> std::process::ExitCode {
     keep_candle_to_its_thread();
+    tell_candle_of_threads();
     cli::run()
 }
 
@@ -15,5 +16,18 @@ fn keep_candle_to_its_thread() {
     if std::env::var_os(VARIABLE).is_none() {
         // SAFETY: nothing has run yet, so no other thread reads or writes the environment.
         unsafe { std::env::set_var(VARIABLE, "1") };
+    }
+}
+
+/// candle asks for the number of cores at each product of matrices, and reads all of /proc/cpuinfo
+/// for it: a sixth of a run with a small model. It reads this variable instead where it is set.
+fn tell_candle_of_threads() {
+    const VARIABLE: &str = "RAYON_NUM_THREADS";
+    if let (None, Ok(n)) = (
+        std::env::var_os(VARIABLE),
+        std::thread::available_parallelism(),
+    ) {
+        // SAFETY: as above. What rayon makes of it is what it would have done by itself.
+        unsafe { std::env::set_var(VARIABLE, n.to_string()) };
     }
 }

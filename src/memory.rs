@@ -7,6 +7,7 @@ use crate::pipeline::{BATCH_TOKENS, GROUPS_AT_ONCE};
 use crate::recipe::Recipe;
 use crate::report::peak_memory_bytes;
 use crate::solver::Target;
+use crate::statistics::is_output_cheaper;
 use serde::Serialize;
 
 const F32: u64 = 4;
@@ -93,6 +94,7 @@ pub fn plan_memory(model: &ModelSource, recipe: &Recipe, n_tokens: &[usize]) -> 
         config,
         with_full: recipe.needs_full_stream(&schemes),
         with_cross: schemes.iter().any(|s| recipe.alpha(*s) != 0.0),
+        with_target: recipe.solver.target != Target::Pull,
         with_stream: recipe.solver.target == Target::ResidualStream,
         with_part: recipe.solver.held_out_alpha,
         with_importance: recipe.importance.is_some(),
@@ -140,6 +142,8 @@ struct Step<'a> {
     config: &'a DecoderConfig,
     with_full: bool,
     with_cross: bool,
+    /// Whether a target is made, for which drift may be summed up at the output.
+    with_target: bool,
     /// Whether cross moments of the residual stream are kept too.
     with_stream: bool,
     /// Whether the statistics of a part of the samples are kept apart.
@@ -239,11 +243,18 @@ impl Step<'_> {
         }
     }
 
-    /// S of a linear whose output is added to the residual stream.
-    fn stream_moments(&self, weights: u64) -> u64 {
-        match self.with_cross && self.with_stream {
-            true => weights * self.n_copies(),
-            false => 0,
+    /// The same of a linear that shares them with no other, whose drift may be summed up at its output,
+    /// with its weight then.
+    fn own_moments(&self, [out, inp]: [usize; 2], with_stream: bool) -> u64 {
+        let output = (out * inp) as u64 * F32;
+        let at_output = self.with_target && is_output_cheaper([out, inp], with_stream);
+        match self.with_cross {
+            true if at_output => {
+                let square = (inp * inp) as u64 * F32;
+                (square + output) * self.n_copies() + output
+            }
+            true if with_stream => self.moments(inp) + output * self.n_copies(),
+            _ => self.moments(inp),
         }
     }
 
@@ -257,9 +268,16 @@ impl Step<'_> {
             return 0;
         }
         let hidden = self.config.hidden_size;
-        let n_weightings = if self.with_importance { 3 } else { 1 };
-        let qkv = self.weights(&Projection::ATTENTION[..3], None);
-        let first = n_weightings * self.moments(hidden) + self.inputs(hidden).max(2 * qkv);
+        let qkv = &Projection::ATTENTION[..3];
+        let first = match self.with_importance {
+            true => {
+                let shapes = qkv.iter().map(|p| Slot::from(*p).shape(self.config));
+                let each = shapes.map(|shape| self.own_moments(shape, false));
+                each.sum::<u64>().max(self.moments(hidden))
+            }
+            false => self.moments(hidden),
+        };
+        let first = first + self.inputs(hidden).max(2 * self.weights(qkv, None));
         let second = self.worst(|mlp| {
             // The first is quantized while the second is solved: weight and codes.
             let [gate, up] = [Projection::Gate, Projection::Up];
@@ -296,7 +314,10 @@ impl Step<'_> {
             let solved = self.of_mlp(mlp, &[Projection::Down]) - down;
             // Weight and codes; then the same as f32 again.
             let inputs = self.inputs(self.config.widest_mlp()).max(down + down / 2);
-            let moments = self.moments(mlp.width) + self.stream_moments(down);
+            let moments = match mlp.expert {
+                Some(_) => self.moments(mlp.width),
+                None => self.own_moments([self.config.hidden_size, mlp.width], self.with_stream),
+            };
             mlp.n_groups() * moments + solved + inputs
         })
     }

@@ -31,6 +31,7 @@ use crate::plan::Scheme;
 use crate::recipe::Recipe;
 use crate::report::{ChangeReport, Deviation, ModuleReport, ScaleReport, log};
 use crate::solver::{Target, rtn};
+use crate::statistics::is_output_cheaper;
 use crate::{Error, QuantizedWeight, Result};
 use inputs::{Shared, Summing};
 pub use scaled::ScaleSearch;
@@ -254,15 +255,17 @@ impl Run<'_> {
         let importance = importance.as_ref().or(self.end_loss);
         for stage in Stage::ALL {
             self.enter(stage, &mut pair, streams)?;
-            let shared = self.shared(stage, importance);
+            let mut shared = self.shared(stage, importance);
             let summing = Summing {
                 dtype: self.recipe.statistics_dtype,
                 with_part: self.recipe.solver.held_out_alpha,
             };
-            for some in shared.chunks(GROUPS_AT_ONCE) {
+            for some in shared.chunks_mut(GROUPS_AT_ONCE) {
+                self.timed("load", |run| run.load_outputs(some))?;
                 let sums = self.timed("statistics", |_| {
                     streams.accumulate(stage, &pair.full, some, summing)
                 })?;
+                some.iter_mut().for_each(|group| group.at_output = None);
                 for (group, summed) in some.iter().zip(sums) {
                     self.solve_group(&group.modules, summed, &mut pair.quantized, sink)?;
                 }
@@ -415,10 +418,26 @@ impl Run<'_> {
                     weights,
                     with_cross,
                     with_stream,
+                    at_output: None,
                 }),
             }
         }
         all
+    }
+
+    /// Reads the weights of linears whose drift is cheaper summed up at their output. An expert's is
+    /// not: it sees few tokens.
+    fn load_outputs(&self, all: &mut [Shared]) -> Result<()> {
+        for shared in all.iter_mut().filter(|shared| shared.with_cross) {
+            if let [module] = &shared.modules[..]
+                && self.recipe.solver.target != Target::Pull
+                && module.slot.expert.is_none()
+                && is_output_cheaper(module.shape, shared.with_stream)
+            {
+                shared.at_output = Some(self.source.weight(module.slot)?);
+            }
+        }
+        Ok(())
     }
 
     /// Whether the linear is to give what the residual stream lacks. An expert's output is one of

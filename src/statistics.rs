@@ -5,13 +5,15 @@
 //! the full-precision stream and ω_n ≥ 0 the weight of the token's squared error:
 //! - H = Σ ω_n u_n u_nᵀ is the Hessian of the layer's squared error (up to the factor 2);
 //! - C = Σ ω_n (f_n − u_n) u_nᵀ is the drift between the streams, as seen by this linear;
-//! - S = Σ ω_n d_n u_nᵀ, for a linear whose output is added to the residual stream, with d_n the drift
-//!   of what it is added to: the stream of full precision less the quantized one.
+//! - S = Σ ω_n d_n u_nᵀ, with d_n what the linear's output should make up for beside what C tells:
+//!   for one whose output is added to the residual stream the drift of that stream, full precision
+//!   less quantized. Without C also W (f_n − u_n), W being the linear's weight: S is then all that
+//!   least squares ask for, W C + S otherwise ([`is_output_cheaper`]).
 //!
 //! Nothing is divided by the number of tokens: solvers dampen relative to the mean diagonal, so a
 //! constant factor cancels. Both weights enter as √ω on the rows, which keeps H exactly symmetric.
-//! Cost per batch of t tokens: t·in² multiply-adds halved by symmetry for H, t·in² for C. The work
-//! is cut into bands of rows whose height depends on `in` only, each summed by one thread, so the
+//! Cost per batch of t tokens: t·in² multiply-adds halved by symmetry for H, t·in² for C, t·out·in
+//! for S. The work is cut into bands of rows whose height depends on `in` only, each summed by one thread, so the
 //! same bytes come out for any number of threads.
 //!
 //! Source: arXiv:2508.03351 (token weights), arXiv:2504.02692 (C, there "dXXT"). S is ours.
@@ -34,9 +36,8 @@ pub struct Batch<'a> {
     pub u: &'a Matrix,
     /// Inputs in the full-precision stream, `[n_tokens, in]`; given exactly when C is kept.
     pub f: Option<&'a Matrix>,
-    /// Drift of the residual stream that the output is added to, `[n_tokens, out]`; given exactly
-    /// when S is kept.
-    pub stream_drift: Option<&'a Matrix>,
+    /// d, what the output should make up for, `[n_tokens, out]`; given exactly when S is kept.
+    pub output_drift: Option<&'a Matrix>,
     /// ω of each token; `None` for 1.
     pub weights: Option<&'a [f32]>,
 }
@@ -59,11 +60,19 @@ pub struct Statistics {
     hessian_lower: Matrix,
     cross: Option<Matrix>,
     /// S `[out, in]`.
-    stream_cross: Option<Matrix>,
+    output_cross: Option<Matrix>,
     dtype: StatisticsDtype,
     n_tokens: u64,
     weight_sum: f64,
     weight_square_sum: f64,
+}
+
+/// Whether what least squares ask for is cheaper summed up over tokens as S, from W (f − u), than as
+/// C: 2·out·in multiply-adds a token against in², and out·in more for a drift of the residual
+/// stream, which S holds at no cost. It also takes the memory of out·in instead of in² numbers.
+pub fn is_output_cheaper([out, inp]: [usize; 2], with_stream: bool) -> bool {
+    let of_stream = if with_stream { out } else { 0 };
+    2 * out <= inp + of_stream
 }
 
 impl Statistics {
@@ -72,7 +81,7 @@ impl Statistics {
         Self {
             hessian_lower: Matrix::zeros(in_features, in_features),
             cross: with_cross.then(|| Matrix::zeros(in_features, in_features)),
-            stream_cross: None,
+            output_cross: None,
             dtype: StatisticsDtype::F32,
             n_tokens: 0,
             weight_sum: 0.0,
@@ -89,8 +98,8 @@ impl Statistics {
 
     /// The same, with S of `out_features` rows kept as well.
     #[must_use]
-    pub fn with_stream(mut self, out_features: usize) -> Self {
-        self.stream_cross = Some(Matrix::zeros(out_features, self.in_features()));
+    pub fn with_output(mut self, out_features: usize) -> Self {
+        self.output_cross = Some(Matrix::zeros(out_features, self.in_features()));
         self
     }
 
@@ -108,7 +117,7 @@ impl Statistics {
         let batch = Batch {
             u,
             f,
-            stream_drift: None,
+            output_drift: None,
             weights,
         };
         self.add_batch(module, &batch)
@@ -139,13 +148,13 @@ impl Statistics {
             }
             StatisticsDtype::Bf16 => bf16::add(&mut self.hessian_lower, cross, &scaled),
         }
-        if let Some((stream_cross, drift)) = self.stream_cross.as_mut().zip(batch.stream_drift) {
+        if let Some((output_cross, drift)) = self.output_cross.as_mut().zip(batch.output_drift) {
             let drift = match weights {
                 Some(weights) => Cow::Owned(weighted(drift, weights)),
                 None => Cow::Borrowed(drift),
             };
             // Some channels of the stream are far larger than the rest: always in f32.
-            single::add_product(stream_cross, &drift, &scaled);
+            single::add_product(output_cross, &drift, &scaled);
         }
         self.n_tokens += u.rows() as u64;
         let ones = [1.0];
@@ -170,7 +179,7 @@ impl Statistics {
             });
         }
         let shape = |m: &Option<Matrix>| m.as_ref().map(Matrix::rows);
-        let kept = |s: &Self| (shape(&s.cross), shape(&s.stream_cross));
+        let kept = |s: &Self| (shape(&s.cross), shape(&s.output_cross));
         if kept(self) != kept(other) {
             return Err(Error::Invalid {
                 what: "statistics to merge".into(),
@@ -179,7 +188,7 @@ impl Statistics {
         }
         let pairs = [
             (&mut self.cross, &other.cross),
-            (&mut self.stream_cross, &other.stream_cross),
+            (&mut self.output_cross, &other.output_cross),
         ];
         for (mine, theirs) in pairs {
             if let (Some(mine), Some(theirs)) = (mine, theirs) {
@@ -244,13 +253,13 @@ impl Statistics {
     }
 
     /// S `[out, in]`, if it is kept: entry (a, b) is Σ ω d_a u_b.
-    pub fn stream_cross(&self) -> Option<&Matrix> {
-        self.stream_cross.as_ref()
+    pub fn output_cross(&self) -> Option<&Matrix> {
+        self.output_cross.as_ref()
     }
 
     /// H with its upper triangle left zero, C and S.
     pub(crate) fn into_moments(self) -> (Matrix, Option<Matrix>, Option<Matrix>) {
-        (self.hessian_lower, self.cross, self.stream_cross)
+        (self.hessian_lower, self.cross, self.output_cross)
     }
 
     /// H with its upper triangle left zero, without a copy.
@@ -270,8 +279,8 @@ impl Statistics {
         )?;
         check_companion(
             module,
-            "drift of the residual stream",
-            (batch.stream_drift, self.stream_cross.as_ref()),
+            "drift of the output",
+            (batch.output_drift, self.output_cross.as_ref()),
             u.rows(),
         )?;
         check_weights(module, u.rows(), batch.weights)
@@ -287,7 +296,7 @@ impl Statistics {
         Self {
             hessian_lower: Matrix::from_fn(n, n, lower),
             cross: cross.cloned(),
-            stream_cross: None,
+            output_cross: None,
             dtype: StatisticsDtype::F32,
             n_tokens: 1,
             weight_sum: 1.0,

@@ -15,6 +15,9 @@ use crate::processor::TokenClass;
 use crate::statistics::{Batch, Statistics, StatisticsDtype};
 use crate::{Error, Matrix, Result};
 use candle_core::Tensor;
+use faer::linalg::matmul::matmul;
+use faer::{Accum, Par};
+use rayon::prelude::*;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -26,6 +29,9 @@ pub(super) struct Shared {
     pub(super) with_cross: bool,
     /// Whether what the residual stream lacks counts as well.
     pub(super) with_stream: bool,
+    /// W of the only linear, while it is needed: what least squares ask for is summed up at its
+    /// output, in place of C.
+    pub(super) at_output: Option<Matrix>,
 }
 
 /// How inputs are summed up.
@@ -82,10 +88,12 @@ impl Shared {
 
     fn empty(&self, summing: Summing) -> Summed {
         let statistics = || {
-            let statistics = Statistics::new(self.in_features(), self.with_cross);
+            let with_cross = self.with_cross && self.at_output.is_none();
+            let statistics = Statistics::new(self.in_features(), with_cross);
             let statistics = statistics.rounded_to(summing.dtype);
-            match self.modules.first().filter(|_| self.with_stream) {
-                Some(module) => statistics.with_stream(module.shape[0]),
+            let with_output = self.with_stream || self.at_output.is_some();
+            match self.modules.first().filter(|_| with_output) {
+                Some(module) => statistics.with_output(module.shape[0]),
                 None => statistics,
             }
         };
@@ -276,10 +284,13 @@ impl Inputs {
             }
             _ => {
                 count(&self.classes, &weights);
+                let stream = self.stream_drift.as_ref().filter(|_| group.with_stream);
+                let at_output = group.at_output.as_ref().zip(f);
+                let drift = at_output.map(|(w, f)| output_drift(w, &self.u, f, stream));
                 let batch = Batch {
                     u: &self.u,
-                    f,
-                    stream_drift: self.stream_drift.as_ref().filter(|_| group.with_stream),
+                    f: f.filter(|_| drift.is_none()),
+                    output_drift: drift.as_ref().or(stream),
                     weights: weights.as_deref(),
                 };
                 statistics.add_batch(group.name(), &batch)
@@ -364,6 +375,28 @@ fn stream_drift(batch: &[Sample], piece: &Piece, store: &Store, stage: Stage) ->
         Stage::GateUp | Stage::Down => gather_full(batch, piece, store, |f| &f.y)?,
     };
     matrix_from_tensor(&(f - u)?)
+}
+
+/// What an output lacks by the drift of its inputs, W (f − u), and by that of the residual stream.
+fn output_drift(w: &Matrix, u: &Matrix, f: &Matrix, stream: Option<&Matrix>) -> Matrix {
+    let mut difference = f.clone();
+    let pairs = difference.data_mut().par_iter_mut().zip(u.data());
+    pairs.for_each(|(f, u)| *f -= u);
+    let mut drift = match stream {
+        Some(stream) => stream.clone(),
+        None => Matrix::zeros(u.rows(), w.rows()),
+    };
+    let (difference, w) = (difference.as_faer(), w.as_faer().transpose());
+    let parallelism = Par::rayon(0);
+    matmul(
+        drift.as_faer_mut(),
+        Accum::Add,
+        difference,
+        w,
+        1.0,
+        parallelism,
+    );
+    drift
 }
 
 fn weights_of(batch: &[Sample], piece: &Piece, weights: &[Vec<f32>]) -> Vec<f32> {
@@ -451,6 +484,7 @@ mod tests {
             weights: None,
             with_cross: true,
             with_stream: false,
+            at_output: None,
         }
     }
 

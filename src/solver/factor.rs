@@ -28,7 +28,7 @@ pub struct Factor {
     /// `[in, in]`: H undamped, in original order, on and below the diagonal; above it R, in solving
     /// order.
     square: Matrix,
-    /// What C was made into; absent without cross moments.
+    /// What C and S were made into; absent without cross moments.
     drift: Option<Drift>,
     /// The factor of a part of the samples, which α is found with.
     pub(super) part: Option<Box<Self>>,
@@ -65,7 +65,7 @@ impl Factor {
     pub fn new(module: &str, statistics: Statistics, settings: &SolverSettings) -> Result<Self> {
         settings.check()?;
         check_moments(module, &statistics)?;
-        let (hessian_lower, cross, stream_cross) = statistics.into_moments();
+        let (hessian_lower, cross, output_cross) = statistics.into_moments();
         let mut hessian = OrderedHessian::new(module, hessian_lower, settings)?;
         let (dampening_steps, dampening_frac) = hessian.factor(module, settings)?;
         let n_dead_columns = hessian.is_dead.iter().filter(|is_dead| **is_dead).count();
@@ -87,17 +87,16 @@ impl Factor {
             order: &order,
             mean,
         };
-        let drift = cross.map(|cross| match settings.target {
-            Target::Pull => Drift::Pull(pull(cross, &triangle)),
-            Target::LeastSquares | Target::ResidualStream | Target::Qronos => {
-                Drift::Target(target::Drift {
-                    cross,
-                    stream_cross,
-                    pivots: pivots.clone(),
-                    mean,
-                })
-            }
-        });
+        let drift = match (settings.target, cross, output_cross) {
+            (_, None, None) | (Target::Pull, None, _) => None,
+            (Target::Pull, Some(cross), _) => Some(Drift::Pull(pull(cross, &triangle))),
+            (_, cross, output_cross) => Some(Drift::Target(target::Drift {
+                cross,
+                output_cross,
+                pivots: pivots.clone(),
+                mean,
+            })),
+        };
         Ok(Self {
             step_losses: order.iter().zip(&pivots).map(step_loss).collect(),
             damping: mean * dampening_frac,
@@ -184,10 +183,7 @@ fn check_moments(module: &str, statistics: &Statistics) -> Result<()> {
     let moments = [
         ("hessian", Some(statistics.hessian_lower())),
         ("cross moments", statistics.cross()),
-        (
-            "cross moments of the residual stream",
-            statistics.stream_cross(),
-        ),
+        ("cross moments of the output", statistics.output_cross()),
     ];
     for (stage, matrix) in moments {
         let count = matrix.map_or(0, Matrix::count_not_finite);

@@ -62,7 +62,9 @@ pub fn gptq(
 ) -> Result<Solved> {
     // Before the factor, which costs more than all else.
     check_fit(module, w, statistics.in_features(), scheme)?;
-    if settings.alpha > 0.0 && statistics.cross().is_none() {
+    let output_cross = statistics.output_cross();
+    let output_cross = output_cross.filter(|_| settings.target != Target::Pull);
+    if settings.alpha > 0.0 && statistics.cross().or(output_cross).is_none() {
         return Err(no_cross_moments(module));
     }
     let factor = Factor::new(module, statistics.clone(), settings)?;

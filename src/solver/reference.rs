@@ -65,22 +65,17 @@ pub fn gptq(
     let pull_alpha = if is_pulled { settings.alpha } else { 0.0 };
     let mut rows = in_f64(w);
     let mut first: Option<Vec<f64>> = None;
-    if let Some(cross) = statistics.cross().filter(|_| !is_pulled) {
-        let stream = statistics.stream_cross();
-        let target = least_squares(&rows, (cross, stream), &hessian, settings.alpha);
+    let moments = (statistics.cross(), statistics.output_cross());
+    if !is_pulled && moments != (None, None) {
+        let drift = drift(&rows, moments);
         if settings.target == Target::Qronos {
-            let energy = statistics.hessian_lower()[(order[0], order[0])];
-            let drift = |row: &Vec<f64>| {
-                let pairs = row.iter().enumerate();
-                pairs
-                    .map(|(i, w)| w * f64::from(cross[(i, order[0])]))
-                    .sum::<f64>()
+            let energy = f64::from(statistics.hessian_lower()[(order[0], order[0])]);
+            let value = |(row, drift): (&Vec<f64>, &Vec<f64>)| {
+                row[order[0]] + f64::from(settings.alpha) * drift[order[0]] / energy
             };
-            let value = |row: &Vec<f64>| {
-                row[order[0]] + f64::from(settings.alpha) * drift(row) / f64::from(energy)
-            };
-            first = Some(rows.iter().map(value).collect());
+            first = Some(rows.iter().zip(&drift).map(value).collect());
         }
+        let target = least_squares(&rows, &drift, &hessian, settings.alpha);
         rows = target.ok_or(singular(0))?;
     }
     let column_weights = column_weights(statistics, &hessian, &order).ok_or(singular(0))?;
@@ -231,29 +226,42 @@ fn in_f64(w: &Matrix) -> Vec<Vec<f64>> {
     (0..w.rows()).map(as_f64).collect()
 }
 
-/// W + α (W C + S) H⁻¹.
+/// E = W C + S.
+fn drift(rows: &[Vec<f64>], (cross, output): (Option<&Matrix>, Option<&Matrix>)) -> Vec<Vec<f64>> {
+    let of_row = |(index, row): (usize, &Vec<f64>)| {
+        let mut drift = match cross {
+            Some(cross) => times(row, |i, j| f64::from(cross[(i, j)])),
+            None => vec![0.0; row.len()],
+        };
+        if let Some(output) = output {
+            let pairs = drift.iter_mut().zip(output.row(index));
+            pairs.for_each(|(drift, s)| *drift += f64::from(*s));
+        }
+        drift
+    };
+    rows.iter().enumerate().map(of_row).collect()
+}
+
+/// W + α E H⁻¹.
 fn least_squares(
     rows: &[Vec<f64>],
-    (cross, stream): (&Matrix, Option<&Matrix>),
+    drift: &[Vec<f64>],
     hessian: &[Vec<f64>],
     alpha: f32,
 ) -> Option<Vec<Vec<f64>>> {
     let inverse = inverse(hessian)?;
-    let times = |row: &[f64], column: &dyn Fn(usize, usize) -> f64| -> Vec<f64> {
-        let entry = |j| row.iter().enumerate().map(|(i, v)| v * column(i, j)).sum();
-        (0..hessian.len()).map(entry).collect()
-    };
-    let moved = |(index, row): (usize, &Vec<f64>)| {
-        let mut drift = times(row, &|i, j| f64::from(cross[(i, j)]));
-        if let Some(stream) = stream {
-            let pairs = drift.iter_mut().zip(stream.row(index));
-            pairs.for_each(|(drift, s)| *drift += f64::from(*s));
-        }
-        let shift = times(&drift, &|i, j| inverse[i][j]);
+    let moved = |(row, drift): (&Vec<f64>, &Vec<f64>)| {
+        let shift = times(drift, |i, j| inverse[i][j]);
         let pairs = row.iter().zip(&shift);
         pairs.map(|(w, s)| w + f64::from(alpha) * s).collect()
     };
-    Some(rows.iter().enumerate().map(moved).collect())
+    Some(rows.iter().zip(drift).map(moved).collect())
+}
+
+/// A row times a square matrix.
+fn times(row: &[f64], entry: impl Fn(usize, usize) -> f64) -> Vec<f64> {
+    let column = |j| row.iter().enumerate().map(|(i, v)| v * entry(i, j)).sum();
+    (0..row.len()).map(column).collect()
 }
 
 /// 1 / (H⁻¹)_qq with H cut down to q and the columns after it; zero for dead columns.

@@ -10,10 +10,10 @@
 //!
 //! E H⁻¹ is a regression, with as many coefficients in a row as the linear has inputs, and fits the
 //! calibration's accidents as well. So W + α E H⁻¹ is what is rounded, α in [0, 1], either given or found
-//! on samples that were held out ([`row_alphas`]).
+//! on samples that were held out ([`HeldOut`]).
 //!
-//! Cost: 2 · out · in² multiply-adds; with α found on held-out samples three times that, and the factor of
-//! a second Hessian. Source: the normal equations of GPTAQ's objective (arXiv:2504.02692 eq. 3);
+//! Cost: out · in² multiply-adds to solve, as many again where E is made of C; with α found on held-out
+//! samples twice that, half as many more, and the factor of a second Hessian. Source: the normal equations of GPTAQ's objective (arXiv:2504.02692 eq. 3);
 //! S and α by row are ours.
 
 use super::drift::Triangle;
@@ -25,16 +25,12 @@ use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
 use std::ops::Range;
 
-/// Rows that are solved together.
-const BAND_ROWS: usize = 64;
-
 /// C and S, and what is needed to solve with H.
 pub(super) struct Drift {
-    /// C, original order.
-    pub(super) cross: Matrix,
-    /// S `[out, in]`, original order; absent for a linear whose output is not added to the stream, or
-    /// whose stream does not count.
-    pub(super) stream_cross: Option<Matrix>,
+    /// C, original order; absent where S holds all.
+    pub(super) cross: Option<Matrix>,
+    /// S `[out, in]`, original order; absent where C holds all.
+    pub(super) output_cross: Option<Matrix>,
     /// D of H = R D Rᵀ, in units of H's mean.
     pub(super) pivots: Vec<f32>,
     pub(super) mean: f64,
@@ -45,24 +41,41 @@ pub(super) struct Drift {
 /// Shapes: `w [out, in]`, a factor of the same `in`.
 pub(super) fn target(w: &Matrix, factor: &Factor, drift: &Drift, alpha: f32) -> (Matrix, f32) {
     let n = w.cols();
-    let chosen = factor.part.as_deref().and_then(|part| {
-        let part_drift = part.drift_moments()?;
-        Some(row_alphas(w, (factor, drift), (part, part_drift)))
-    });
-    let alphas = chosen.unwrap_or_else(|| vec![alpha; w.rows()]);
+    let part = factor.part.as_deref();
+    let part = part.and_then(|part| Some((part, part.drift_moments()?)));
     let mut target = w.clone();
-    let bands = target.data_mut().par_chunks_mut(BAND_ROWS * n.max(1));
-    bands.enumerate().for_each(|(index, band)| {
-        let start = index * BAND_ROWS;
+    let height = w.rows().div_ceil(16).clamp(64, 128);
+    let bands = target.data_mut().par_chunks_mut(height * n.max(1));
+    let alphas = bands.enumerate().map(|(index, band)| {
+        let start = index * height;
         let rows = start..start + band.len() / n;
         let mut correction = drift.of_rows(w, rows.clone());
-        drift.solve(factor, &mut correction, n);
-        let pairs = band.chunks_exact_mut(n).zip(correction.chunks_exact(n));
-        for ((target, correction), alpha) in pairs.zip(&alphas[rows]) {
-            let pairs = target.iter_mut().zip(correction);
-            pairs.for_each(|(target, correction)| *target += alpha * correction);
+        let alphas = match part {
+            Some((part, part_drift)) => {
+                let in_part = part_drift.of_rows(w, rows);
+                let held_out = HeldOut {
+                    whole: factor,
+                    part,
+                    part_drift,
+                };
+                held_out.alphas(&correction, &in_part, n)
+            }
+            None => vec![alpha; rows.len()],
+        };
+        // What noise would make of a row is not asked for.
+        let corrected: Vec<usize> = (0..alphas.len()).filter(|i| alphas[*i] > 0.0).collect();
+        for (to, from) in corrected.iter().enumerate() {
+            correction.copy_within(from * n..(from + 1) * n, to * n);
         }
+        correction.truncate(corrected.len() * n);
+        drift.solve(factor, &mut correction, n);
+        for (row, correction) in corrected.iter().zip(correction.chunks_exact(n)) {
+            let pairs = band[row * n..][..n].iter_mut().zip(correction);
+            pairs.for_each(|(target, correction)| *target += alphas[*row] * correction);
+        }
+        alphas
     });
+    let alphas = alphas.collect::<Vec<_>>().concat();
     let mean = alphas.iter().sum::<f32>() / alphas.len().max(1) as f32;
     (target, mean)
 }
@@ -75,45 +88,44 @@ pub(super) fn first_values(w: &Matrix, factor: &Factor, drift: &Drift, alpha: f3
     };
     let energy = f64::from(factor.hessian_lower()[(first, first)]);
     let value = |row: usize| {
-        let weights = w.row(row).iter().enumerate();
-        let products = weights.map(|(i, w)| f64::from(*w) * f64::from(drift.cross[(i, first)]));
-        let gain = if energy > 0.0 {
-            products.sum::<f64>() / energy
-        } else {
-            0.0
+        let gain = match energy > 0.0 {
+            true => drift.of_entry(w, row, first) / energy,
+            false => 0.0,
         };
         (f64::from(w[(row, first)]) + f64::from(alpha) * gain) as f32
     };
     (0..w.rows()).into_par_iter().map(value).collect()
 }
 
-/// α of each row, by how far a correction found on a part of the samples serves the rest.
+/// What α of a row is found with: how far a correction found on a part of the samples serves the rest.
 ///
 /// With T = E H⁻¹ of the part, the rest's error is least at a = ⟨T, E⟩ / (T H Tᵀ), E and H those of the
 /// rest. All samples together estimate T better than a part did. A correction of which a share a/(1 − a)
 /// is signal for each share of noise has twice that with twice the samples: α = 2a / (1 + a).
-fn row_alphas(
-    w: &Matrix,
-    (whole, whole_drift): (&Factor, &Drift),
-    (part, part_drift): (&Factor, &Drift),
-) -> Vec<f32> {
-    let n = w.cols();
-    let starts: Vec<usize> = (0..w.rows()).step_by(BAND_ROWS).collect();
-    let bands = starts.into_par_iter().map(|start| {
-        let rows = start..w.rows().min(start + BAND_ROWS);
-        let in_part = part_drift.of_rows(w, rows.clone());
-        let in_whole = whole_drift.of_rows(w, rows);
-        let mut correction = in_part.clone();
-        part_drift.solve(part, &mut correction, n);
-        let energies = |factor: &Factor| quadratic_forms(&correction, n, factor.hessian_lower());
-        let (in_all, in_own) = (energies(whole), energies(part));
-        let alpha = |row: usize| {
-            let of = |values: &[f32]| dot(&correction[row * n..][..n], &values[row * n..][..n]);
-            row_alpha(of(&in_whole) - of(&in_part), in_all[row] - in_own[row])
+struct HeldOut<'a> {
+    whole: &'a Factor,
+    part: &'a Factor,
+    part_drift: &'a Drift,
+}
+
+impl HeldOut<'_> {
+    /// α of some rows, given their E of all samples and of the part.
+    ///
+    /// T is E (H + λ)⁻¹ of the part, so T H Tᵀ is ⟨T, E⟩ − λ‖T‖² there and needs no product: where H
+    /// has nothing but zeros, in dead columns, E and T have too.
+    fn alphas(&self, in_whole: &[f32], in_part: &[f32], n: usize) -> Vec<f32> {
+        let mut correction = in_part.to_vec();
+        self.part_drift.solve(self.part, &mut correction, n);
+        let in_all = quadratic_forms(&correction, n, self.whole.hessian_lower());
+        let rows = correction.chunks_exact(n).zip(in_all);
+        let rows = rows.zip(in_whole.chunks_exact(n).zip(in_part.chunks_exact(n)));
+        let alpha = |((t, in_all), (in_whole, in_part)): ((&[f32], f64), (&[f32], &[f32]))| {
+            let of_part = dot(t, in_part);
+            let in_own = of_part - self.part.damping * dot(t, t);
+            row_alpha(dot(t, in_whole) - of_part, in_all - in_own)
         };
-        (0..in_all.len()).map(alpha).collect::<Vec<f32>>()
-    });
-    bands.collect::<Vec<_>>().concat()
+        rows.map(alpha).collect()
+    }
 }
 
 /// α from what a whole correction gains on held-out samples and what it costs there.
@@ -126,17 +138,30 @@ fn row_alpha(gain: f64, energy: f64) -> f32 {
 }
 
 impl Drift {
+    /// E at `row` and `column`.
+    fn of_entry(&self, w: &Matrix, row: usize, column: usize) -> f64 {
+        let own = |s: &Matrix| f64::from(s[(row, column)]);
+        let product = |cross: &Matrix| {
+            let weights = w.row(row).iter().enumerate();
+            let products = weights.map(|(i, w)| f64::from(*w) * f64::from(cross[(i, column)]));
+            products.sum::<f64>()
+        };
+        self.output_cross.as_ref().map_or(0.0, own) + self.cross.as_ref().map_or(0.0, product)
+    }
+
     /// The rows' E = W C + S, one after the other.
     fn of_rows(&self, w: &Matrix, rows: Range<usize>) -> Vec<f32> {
         let n = w.cols();
-        let mut drift = match &self.stream_cross {
-            Some(stream) => stream.data()[rows.start * n..rows.end * n].to_vec(),
-            None => vec![0.0; rows.len() * n],
+        let own = rows.start * n..rows.end * n;
+        let mut drift = match &self.output_cross {
+            Some(output) => output.data()[own.clone()].to_vec(),
+            None => vec![0.0; own.len()],
         };
-        let w = &w.data()[rows.start * n..rows.end * n];
-        let w = MatRef::from_row_major_slice(w, rows.len(), n);
-        let out = MatMut::from_row_major_slice_mut(&mut drift, rows.len(), n);
-        matmul(out, Accum::Add, w, self.cross.as_faer(), 1.0, Par::Seq);
+        if let Some(cross) = &self.cross {
+            let w = MatRef::from_row_major_slice(&w.data()[own], rows.len(), n);
+            let out = MatMut::from_row_major_slice_mut(&mut drift, rows.len(), n);
+            matmul(out, Accum::Add, w, cross.as_faer(), 1.0, Par::Seq);
+        }
         drift
     }
 
@@ -149,10 +174,11 @@ impl Drift {
             order,
             mean: self.mean,
         };
+        let unit = 1.0 / self.mean;
         let mut ordered = vec![0.0; rows.len()];
         for (ordered, row) in ordered.chunks_exact_mut(n).zip(rows.chunks_exact(n)) {
             for (value, column) in ordered.iter_mut().zip(order) {
-                *value = (f64::from(row[*column]) / self.mean) as f32;
+                *value = (f64::from(row[*column]) * unit) as f32;
             }
         }
         let band = MatMut::from_row_major_slice_mut(&mut ordered, rows.len() / n, n);

@@ -32,11 +32,11 @@ impl Streams {
             Matrix::from_fn(tokens.len(), m.cols(), |t, j| m[(first + t, j)])
         };
         let (u, f, drift) = (part(&self.u), part(&self.f), part(&self.drift));
-        let mut statistics = Statistics::new(u.cols(), true).with_stream(drift.cols());
+        let mut statistics = Statistics::new(u.cols(), true).with_output(drift.cols());
         let batch = Batch {
             u: &u,
             f: Some(&f),
-            stream_drift: Some(&drift),
+            output_drift: Some(&drift),
             weights: None,
         };
         statistics.add_batch("layer", &batch).unwrap();
@@ -52,6 +52,34 @@ impl Streams {
         dot(self.w.row(r), self.f.row(t)) + f64::from(self.drift[(t, r)])
             - dot(q.row(r), self.u.row(t))
     }
+}
+
+/// What is summed up at the output is what C and S come to.
+#[test]
+fn drift_at_the_output_is_drift_at_the_input() {
+    let streams = Streams::new(12, 32, 64, 7);
+    let lacking = Matrix::from_fn(64, 12, |t, r| {
+        let pairs = streams.w.row(r).iter().zip(streams.f.row(t));
+        let drift = pairs.zip(streams.u.row(t)).map(|((w, f), u)| w * (f - u));
+        drift.sum::<f32>() + streams.drift[(t, r)]
+    });
+    let omega: Vec<f32> = (0..64).map(|t| 0.5 + (t % 3) as f32).collect();
+    let batch = |with_cross: bool| Batch {
+        u: &streams.u,
+        f: with_cross.then_some(&streams.f),
+        output_drift: Some(if with_cross { &streams.drift } else { &lacking }),
+        weights: Some(&omega),
+    };
+    let target = |with_cross: bool| {
+        let mut statistics = Statistics::new(32, with_cross).with_output(12);
+        statistics.add_batch("layer", &batch(with_cross)).unwrap();
+        let factor = Factor::new("layer", statistics, &residual_stream()).unwrap();
+        target(&streams.w, &factor, factor.drift_moments().unwrap(), 1.0).0
+    };
+    let (at_output, at_input) = (target(false), target(true));
+    let pairs = at_output.data().iter().zip(at_input.data());
+    // Two ways to sum in f32, then H⁻¹, whose damping bounds it.
+    assert!(pairs.into_iter().all(|(a, b)| (a - b).abs() < 1e-3));
 }
 
 fn residual_stream() -> SolverSettings {
