@@ -117,14 +117,14 @@ impl HeldOut<'_> {
         let mut correction = in_part.to_vec();
         self.part_drift.solve(self.part, &mut correction, n);
         let in_all = quadratic_forms(&correction, n, self.whole.hessian_lower());
-        let rows = correction.chunks_exact(n).zip(in_all);
-        let rows = rows.zip(in_whole.chunks_exact(n).zip(in_part.chunks_exact(n)));
-        let alpha = |((t, in_all), (in_whole, in_part)): ((&[f32], f64), (&[f32], &[f32]))| {
+        let alpha = |row: usize| {
+            let [t, in_whole, in_part] =
+                [&correction[..], in_whole, in_part].map(|rows| &rows[row * n..][..n]);
             let of_part = dot(t, in_part);
             let in_own = of_part - self.part.damping * dot(t, t);
-            row_alpha(dot(t, in_whole) - of_part, in_all - in_own)
+            row_alpha(dot(t, in_whole) - of_part, in_all[row] - in_own)
         };
-        rows.map(alpha).collect()
+        (0..in_all.len()).map(alpha).collect()
     }
 }
 
