@@ -124,8 +124,14 @@ fn own_note(deviation: &Deviation) -> Option<String> {
             module,
             tried,
             used,
+            of_part,
         } => Some(format!(
-            "note: {module}: damping raised to {used}; {tried:?} left the Hessian singular\n"
+            "note: {module}: damping raised to {used}; {tried:?} left the Hessian{} singular\n",
+            if *of_part {
+                " of the part that α is found with"
+            } else {
+                ""
+            }
         )),
         Deviation::TuningUndone { held_out_loss } => Some(format!(
             "note: tuning left the held-out loss at {held_out_loss:.4}; scales as before it\n"

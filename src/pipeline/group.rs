@@ -117,12 +117,15 @@ impl Run<'_> {
 
     fn note_deviations(&mut self, module: &Module, factor: &Factor, effective_sample_size: f64) {
         let name = || module.name.clone();
-        if !factor.dampening_steps.is_empty() {
-            self.outcome.deviations.push(Deviation::DampingRaised {
-                module: name(),
-                tried: factor.dampening_steps.clone(),
-                used: factor.dampening_frac,
-            });
+        for (factor, of_part) in factor.all() {
+            if !factor.dampening_steps.is_empty() {
+                self.outcome.deviations.push(Deviation::DampingRaised {
+                    module: name(),
+                    tried: factor.dampening_steps.clone(),
+                    used: factor.dampening_frac,
+                    of_part,
+                });
+            }
         }
         if effective_sample_size < module.shape[1] as f64 {
             self.outcome.deviations.push(Deviation::FewTokens {

@@ -181,6 +181,9 @@ pub enum Deviation {
         tried: Vec<f64>,
         /// Value that was used.
         used: f64,
+        /// Whether that Hessian is of the part of the samples that α is found with, and not of all.
+        #[serde(default)]
+        of_part: bool,
     },
     /// A layer's tokens could not be weighted.
     UniformWeights {

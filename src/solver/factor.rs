@@ -126,6 +126,12 @@ impl Factor {
         Ok(self)
     }
 
+    /// The factor, and that of the part where there is one; of each, whether it is the part's.
+    pub fn all(&self) -> impl Iterator<Item = (&Self, bool)> {
+        let part = self.part.as_deref().map(|part| (part, true));
+        std::iter::once((self, false)).chain(part)
+    }
+
     /// Number of input columns.
     pub fn in_features(&self) -> usize {
         self.order.len()

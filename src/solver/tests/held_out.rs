@@ -196,3 +196,25 @@ fn a_pull_has_no_alpha_to_find() {
     };
     assert!(matches!(settings.check(), Err(Error::Invalid { .. })));
 }
+
+/// A part too small for its Hessian needs more damping than all samples, and both are told apart.
+#[test]
+fn the_parts_damping_is_its_own() {
+    let streams = Streams::new(4, 32, 200, 3);
+    let settings = SolverSettings {
+        dampening_frac: 1e-9,
+        target: Target::ResidualStream,
+        held_out_alpha: true,
+        ..with(true, 1.0)
+    };
+    let factor = Factor::new("layer", streams.statistics(0..200), &settings).unwrap();
+    let factor = factor.with_part("layer", streams.statistics(0..9), &settings);
+    let factor = factor.unwrap();
+    let of: Vec<_> = factor
+        .all()
+        .map(|(f, of_part)| (f.dampening_steps.len(), of_part))
+        .collect();
+    assert_eq!(of.len(), 2);
+    assert_eq!(of[0], (0, false));
+    assert!(of[1].1 && of[1].0 > 0, "{of:?}");
+}
