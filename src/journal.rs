@@ -80,6 +80,7 @@ impl Journal {
     pub fn open(output: &Path, resume: Resume) -> Result<Self> {
         PendingFolder::refuse_existing(output)?;
         let dir = PendingFolder::beside(output, "progress")?;
+        PendingFolder::make_parents(output)?;
         match fs::create_dir(&dir) {
             Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => {
                 return Err(Error::io(&dir, "create the folder", e));

@@ -21,13 +21,14 @@ pub struct PendingFolder {
 }
 
 impl PendingFolder {
-    /// Makes the temporary folder; the parent of `output` must exist.
+    /// Makes the temporary folder, and the parents of `output` where there are none.
     ///
     /// # Errors
     /// [`Error::Exists`] if `output` is there already in any form, [`Error::Io`] if its parent
     /// cannot be written, [`Error::Invalid`] if it names no folder.
     pub fn create(output: &Path) -> Result<Self> {
         Self::refuse_existing(output)?;
+        Self::make_parents(output)?;
         let mut last = std::io::ErrorKind::AlreadyExists.into();
         for attempt in 0..MAX_ATTEMPTS {
             let suffix = format!("partial-{}-{attempt}", std::process::id());
@@ -60,6 +61,13 @@ impl PendingFolder {
             path,
             is_committed: false,
         })
+    }
+
+    /// # Errors
+    /// [`Error::Io`] if a folder that `output` is to lie in cannot be made.
+    pub fn make_parents(output: &Path) -> Result<()> {
+        let parent = parent(output);
+        fs::create_dir_all(parent).map_err(|e| Error::io(parent, "create the folder", e))
     }
 
     /// The hidden name `.OUT.suffix` beside `output`.

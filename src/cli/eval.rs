@@ -76,7 +76,7 @@ pub fn run(args: &Args, as_json: bool) -> anyhow::Result<ExitCode> {
     evaluation.progress.finish();
     if let Some(output) = &args.output {
         let io = |e| Error::io(output, "write the answers", e);
-        std::fs::create_dir(output).map_err(io)?;
+        std::fs::create_dir_all(output).map_err(io)?;
         let text = serde_json::to_vec_pretty(&all).context("answers")?;
         std::fs::write(output.join("predictions.json"), text).map_err(io)?;
     }
