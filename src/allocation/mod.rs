@@ -19,7 +19,7 @@ mod knapsack;
 mod sensitivity;
 
 use crate::calibration::CalibrationSet;
-use crate::model::{ModelSource, Module, Projection};
+use crate::model::{ModelSource, Module, Projection, Slot};
 use crate::pipeline::Observer;
 use crate::plan::{Bits, Scheme};
 use crate::recipe::Recipe;
@@ -185,15 +185,8 @@ fn groups(model: &ModelSource, recipe: &Recipe) -> Vec<Group> {
     let mut groups: BTreeMap<(usize, usize), Vec<Module>> = BTreeMap::new();
     for module in model.modules() {
         if recipe.shares_bits(&module.name) {
-            let place = match (module.slot.expert, module.slot.projection) {
-                (None, Projection::Q | Projection::K | Projection::V) => 0,
-                (None, Projection::O) => 1,
-                (None, Projection::Gate | Projection::Up) => 2,
-                (None, Projection::Down) => 3,
-                (Some(_), _) => 4,
-            };
             groups
-                .entry((module.layer_idx, place))
+                .entry((module.layer_idx, place(module.slot)))
                 .or_default()
                 .push(module);
         }
@@ -202,6 +195,18 @@ fn groups(model: &ModelSource, recipe: &Recipe) -> Vec<Group> {
     groups
         .map(|((layer_idx, _), modules)| Group { layer_idx, modules })
         .collect()
+}
+
+/// Number of the group within its layer.
+fn place(slot: Slot) -> usize {
+    match (slot.expert, slot.projection) {
+        (None, Projection::Q | Projection::K | Projection::V) => 0,
+        (None, Projection::O) => 1,
+        (None, Projection::Gate | Projection::Up) => 2,
+        (None, Projection::Down) => 3,
+        // Engines hold all experts of a layer in one tensor.
+        (Some(_), _) => 4,
+    }
 }
 
 /// Code bits for all modules that share, once those with bits of their own have them.
@@ -275,3 +280,6 @@ fn schemes(recipe: &Recipe, module: &Module) -> Result<Vec<Scheme>> {
         .map(|bits| scheme.with_bits(bits))
         .collect()
 }
+
+#[cfg(test)]
+mod tests;

@@ -15,11 +15,13 @@ pub fn tables(rows: &[SweepRow], baseline: Option<&str>) -> String {
     }
 }
 
+/// Where a line stands: bits, which fall, columns that share a scale, and the method's turn.
+type Place = (Option<Reverse<Bits>>, usize, usize);
+
 /// Mean and, over seeds, lowest to highest of each task: accuracy of questions, perplexity of
 /// texts.
 fn score_table(rows: &[SweepRow]) -> String {
-    let mut groups: BTreeMap<(Option<Reverse<Bits>>, usize, usize), Vec<&SweepRow>> =
-        BTreeMap::new();
+    let mut groups: BTreeMap<Place, Vec<&SweepRow>> = BTreeMap::new();
     let mut methods: Vec<&str> = Vec::new();
     for row in rows {
         let place = methods
