@@ -147,7 +147,10 @@ mod tests {
 
         /// Sizes without a common divisor, whose table would have millions of columns.
         #[test]
-        fn a_coarse_unit_stays_within(items in items(1_000_000u64..9_000_000), share in 0.0f64..2.0) {
+        fn a_coarse_unit_stays_within(
+            items in items(1_000_000u64..9_000_000),
+            share in 0.0f64..2.0,
+        ) {
             let budget = ((2.0 + share) * total(&items) as f64) as u64;
             let widths = solve(&items, budget).unwrap();
             prop_assert!(spent(&items, &widths) <= budget);
