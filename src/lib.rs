@@ -42,6 +42,7 @@
 #![deny(missing_docs)]
 #![cfg_attr(not(test), deny(clippy::unwrap_used))]
 
+pub mod allocation;
 pub mod calibration;
 pub mod checkpoint;
 pub mod dataset;

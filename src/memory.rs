@@ -358,12 +358,18 @@ pub fn plan_disk(model: &ModelSource, recipe: &Recipe) -> DiskPlan {
         if let (Some((dtype, _)), Some(scheme)) = (info, recipe.scheme_of(&module.name)) {
             let [rows, cols] = module.shape;
             let plain = (rows * cols * dtype.n_bytes()) as u64;
-            let packed = (rows * cols) as f64 * scheme.bits_per_weight(cols) / 8.0;
+            // A mean that is yet to be shared out: no module's own bits are known.
+            let bits = match recipe.shares_bits(&module.name) {
+                true => recipe.bits().value(),
+                false => scheme.bits().into(),
+            };
+            let beside = scheme.bits_per_weight(cols) - f64::from(scheme.bits());
+            let packed = (rows * cols) as f64 * (bits + beside) / 8.0;
             plan.tensors = plan.tensors - plain + packed.ceil() as u64;
             // A scale in f32 and a zero point of a byte in each group.
             let groups = rows * (cols / scheme.group_size().unwrap_or(cols).max(1));
-            plan.progress += (rows * cols * scheme.bits() as usize).div_ceil(8) as u64
-                + groups as u64 * (F32 + 1);
+            plan.progress +=
+                ((rows * cols) as f64 * bits / 8.0).ceil() as u64 + groups as u64 * (F32 + 1);
         }
     }
     plan

@@ -151,6 +151,7 @@ pub fn quantize_with(
     sink: &mut dyn LayerSink,
 ) -> Result<Vec<LayerOutcome>> {
     recipe.check()?;
+    recipe.check_shared(&model.modules())?;
     search.map_or(Ok(()), |_| ScaleSearch::check(model))?;
     if recipe.needs_calibration() && calibration.samples.is_empty() {
         return Err(Error::Invalid {

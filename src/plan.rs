@@ -2,6 +2,10 @@
 //!
 //! Everything here is validated when it is made, so nothing downstream meets a raw flag.
 
+mod bits;
+
+pub use bits::Bits;
+
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 
@@ -92,6 +96,14 @@ impl Scheme {
             symmetric,
             scale_dtype,
         })
+    }
+
+    /// The same format with codes of other bits.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for another bit width than those of [`Scheme::BITS`].
+    pub fn with_bits(self, bits: u8) -> Result<Self> {
+        Self::new(bits, self.group_size, self.symmetric, self.scale_dtype)
     }
 
     /// Bits per code.

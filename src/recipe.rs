@@ -1,19 +1,23 @@
 //! What is to be done to which module: a method, a number format, exceptions by name, and every
 //! setting that may be turned. A recipe is whole and checked before any work begins.
 
+mod allocation;
 mod importance;
 mod solver;
 mod tuning;
 mod value;
 
+use crate::allocation::AllocationSettings;
 use crate::importance::ImportanceSettings;
-use crate::plan::{ScaleDtype, Scheme};
+use crate::model::Module;
+use crate::plan::{Bits, ScaleDtype, Scheme};
 use crate::solver::{DampeningUnit, SolverSettings, Target};
 use crate::statistics::StatisticsDtype;
 use crate::tuning::TuningSettings;
 use crate::{Error, Result};
 use regex::Regex;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::str::FromStr;
 use value::{number, word};
@@ -145,6 +149,8 @@ struct Rule {
     pattern: Regex,
     /// `None` leaves the module as it is.
     scheme: Option<Scheme>,
+    /// Whether the rule itself says how many bits.
+    has_bits: bool,
 }
 
 /// Method, formats and settings of one run.
@@ -160,9 +166,14 @@ pub struct Recipe {
     pub statistics_dtype: StatisticsDtype,
     /// How scales are tuned after the last layer, as set; see [`Recipe::tuning`].
     tuning: TuningSettings,
+    /// How bits are shared out to modules, where they are a mean.
+    pub allocation: AllocationSettings,
     scheme: Scheme,
+    bits: Bits,
     alpha: Option<f32>,
     rules: Vec<Rule>,
+    /// Formats of the modules that bits were shared out to, by name.
+    shared: BTreeMap<String, Scheme>,
 }
 
 impl Recipe {
@@ -175,9 +186,49 @@ impl Recipe {
             importance: method.importance(),
             statistics_dtype: StatisticsDtype::default(),
             tuning: TuningSettings::default(),
+            allocation: AllocationSettings::default(),
+            bits: Bits::Each(scheme.bits()),
             alpha: None,
             rules: Vec::new(),
+            shared: BTreeMap::new(),
         }
+    }
+
+    /// The same, with a mean of bits that is shared out to the modules ([`crate::allocation`]);
+    /// anything else is the scheme's to say. A mean's scheme has [`Bits::ceil`] bits.
+    #[must_use]
+    pub fn with_bits(mut self, bits: Bits) -> Self {
+        if let Bits::Mean(_) = bits {
+            self.bits = bits;
+        }
+        self
+    }
+
+    /// Bits of every code, or their mean.
+    pub fn bits(&self) -> Bits {
+        self.bits
+    }
+
+    /// Whether a module is one of those that a mean of bits is shared out to: no rule says how many
+    /// it has, and none leaves it as it is.
+    pub fn shares_bits(&self, module: &str) -> bool {
+        let has_own = |rule: &Rule| rule.has_bits || rule.scheme.is_none();
+        matches!(self.bits, Bits::Mean(_)) && !self.rule_of(module).is_some_and(has_own)
+    }
+
+    /// The same, with widths that were found for modules.
+    ///
+    /// # Errors
+    /// As [`Scheme::with_bits`].
+    pub fn with_widths<'a>(&self, widths: impl Iterator<Item = (&'a str, u8)>) -> Result<Self> {
+        let mut recipe = self.clone();
+        for (module, bits) in widths {
+            if let Some(scheme) = self.scheme_of(module) {
+                let scheme = scheme.with_bits(bits)?;
+                recipe.shared.insert(module.to_owned(), scheme);
+            }
+        }
+        Ok(recipe)
     }
 
     /// The number format of modules without a rule of their own.
@@ -188,8 +239,15 @@ impl Recipe {
     /// The number format of a module by its checkpoint name; `None` leaves it as it is. The first
     /// rule that matches decides.
     pub fn scheme_of(&self, module: &str) -> Option<Scheme> {
-        let rule = self.rules.iter().find(|rule| rule.pattern.is_match(module));
-        rule.map_or(Some(self.scheme), |rule| rule.scheme)
+        let of_rule = || match self.rule_of(module) {
+            Some(rule) => rule.scheme,
+            None => Some(self.scheme),
+        };
+        self.shared.get(module).copied().or_else(of_rule)
+    }
+
+    fn rule_of(&self, module: &str) -> Option<&Rule> {
+        self.rules.iter().find(|rule| rule.pattern.is_match(module))
     }
 
     /// α for a module of this number format.
@@ -239,10 +297,19 @@ impl Recipe {
                 Some(Err(format!("{} needs no samples", self.method.name())))
             }
             _ if key.starts_with("tune_") => tuning::set(&mut self.tuning, key, value),
+            _ if key.starts_with("allocation_") => {
+                allocation::set(&mut self.allocation, key, value)
+            }
             _ => solver::set(&mut self.solver, key, value),
         };
         let unknown = || {
-            let keys = [solver::KEYS, importance::KEYS, tuning::KEYS].join(", ");
+            let keys = [
+                solver::KEYS,
+                importance::KEYS,
+                tuning::KEYS,
+                allocation::KEYS,
+            ]
+            .join(", ");
             Err(format!(
                 "unknown key; there are alpha, statistics_dtype, {keys}"
             ))
@@ -276,6 +343,16 @@ impl Recipe {
             };
             solver.check()?;
         }
+        if matches!(self.bits, Bits::Mean(_)) && !self.needs_calibration() {
+            return Err(Error::Invalid {
+                what: format!("--bits {}", self.bits),
+                why: format!(
+                    "{} looks at no samples, which bits are shared out by; another method, or a \
+                     whole number, expected",
+                    self.method.name()
+                ),
+            });
+        }
         if self.method.is_scaled() && self.tuning().is_some() {
             let name = self.method.name();
             return Err(Error::Invalid {
@@ -286,6 +363,22 @@ impl Recipe {
         self.importance
             .as_ref()
             .map_or(Ok(()), ImportanceSettings::check)
+    }
+
+    /// Whether a mean of bits has been shared out, where there is one.
+    ///
+    /// # Errors
+    /// [`Error::Missing`] naming a module that has no bits yet.
+    pub fn check_shared(&self, modules: &[Module]) -> Result<()> {
+        let has_none =
+            |m: &&Module| self.shares_bits(&m.name) && !self.shared.contains_key(&m.name);
+        match modules.iter().find(has_none) {
+            None => Ok(()),
+            Some(module) => Err(Error::Missing {
+                what: format!("bits of {}", module.name),
+                place: "the recipe, whose mean is yet to be shared out".into(),
+            }),
+        }
     }
 
     /// Adds the rules of a recipe file:
@@ -359,6 +452,7 @@ impl RuleRow {
         Ok(Rule {
             pattern,
             scheme: (!self.skip).then_some(scheme),
+            has_bits: self.bits.is_some(),
         })
     }
 }

@@ -3,6 +3,7 @@
 //! Everything that can be wrong is looked at before any work: names, group sizes, samples, the
 //! place of the output.
 
+use crate::allocation::{Allocated, allocate};
 use crate::calibration::{self, CalibrationSample, CalibrationSet};
 use crate::checkpoint::write::MAX_SHARD_BYTES;
 use crate::dataset::{Sample, SampleSet};
@@ -22,6 +23,7 @@ use crate::tuning::{self, TuningReport};
 use crate::{Error, QuantizedWeight, Result};
 use candle_core::Device;
 use serde::Serialize;
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::time::Instant;
@@ -102,7 +104,7 @@ pub fn quantize_folder(
     let plan = module_plan(model, recipe)?;
     let journal = Journal::open(output, options.resume)?;
     let pending = journal.pending()?;
-    let exporter = Exporter::create_in(model.checkpoint(), &plan, pending, MAX_SHARD_BYTES)?;
+    let mut exporter = Exporter::create_in(model.checkpoint(), &plan, pending, MAX_SHARD_BYTES)?;
     check_copied(model, &plan)?;
     let checked = began.elapsed().as_secs_f64();
     let set = load_samples(
@@ -113,11 +115,22 @@ pub fn quantize_folder(
         journal.dir(),
         observer,
     )?;
-    journal.bind(&fingerprint(recipe, &plan, &set)?)?;
+    let prepared = began.elapsed().as_secs_f64();
+    let shared = allocate(model, recipe, &set, observer)?;
+    let (recipe, allocation) = shared.map_or((Cow::Borrowed(recipe), None), Allocated::into_parts);
+    let recipe = recipe.as_ref();
+    if allocation.is_some() {
+        // The one before was of the formats that were to be expected.
+        drop(exporter);
+        let plan = module_plan(model, recipe)?;
+        let pending = journal.pending()?;
+        exporter = Exporter::create_in(model.checkpoint(), &plan, pending, MAX_SHARD_BYTES)?;
+    }
+    journal.bind(&fingerprint(recipe, &module_plan(model, recipe)?, &set)?)?;
     let n_resumed_layers = journal.n_finished()?;
     let calibration = choice.filter(|_| recipe.needs_calibration());
     let calibration = calibration.map(|c| calibration_report(c, &set.samples));
-    let seconds = preparation_seconds(checked, began.elapsed().as_secs_f64(), set.seconds);
+    let seconds = preparation_seconds(checked, prepared, set.seconds);
     let mut sink = Journaled {
         model,
         exporter,
@@ -134,6 +147,7 @@ pub fn quantize_folder(
         calibration,
         n_resumed_layers,
         deviations: idle_rules(model, recipe),
+        allocation,
         seconds,
         ..RunReport::default()
     };
@@ -352,6 +366,7 @@ fn calibration_report(choice: &SampleChoice, samples: &[CalibrationSample]) -> C
 fn settings(recipe: &Recipe) -> serde_json::Value {
     let mut settings = serde_json::json!(recipe.solver);
     let others = serde_json::json!({
+        "bits": recipe.bits(),
         "scheme": recipe.scheme(),
         "alpha": recipe.alpha(recipe.scheme()),
         "importance": recipe.importance,

@@ -6,6 +6,7 @@
 
 pub mod paired;
 
+use crate::allocation::{Allocated, AllocationReport, allocate};
 use crate::calibration::CalibrationSet;
 use crate::eval::{
     AnswerScore, Divergence, EvalItem, Reference, Task, TaskItems, TextReference, TextScore,
@@ -15,13 +16,14 @@ use crate::model::LoadedModel;
 use crate::model::decoder::DecoderLayer;
 use crate::model::{ChangedTensor, ModelSource, Module};
 use crate::pipeline::{self, LayerSink, Observer};
-use crate::plan::{ScaleDtype, Scheme};
+use crate::plan::{Bits, ScaleDtype, Scheme};
 use crate::processor::MAX_TEXT_TOKENS;
 use crate::recipe::Recipe;
 use crate::run::{SampleChoice, load_samples};
 use crate::tuning::{self, TuningReport};
 use crate::{Error, QuantizedWeight, Result};
 use serde::{Deserialize, Serialize};
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
@@ -46,8 +48,8 @@ pub struct Sweep {
     /// Methods with settings of their own, under a name of their own.
     #[serde(default, rename = "variant")]
     pub variants: Vec<Variant>,
-    /// Bits per weight.
-    pub bits: Vec<u8>,
+    /// Bits per weight, or a mean that is shared out, as `2.5`.
+    pub bits: Vec<Bits>,
     /// Columns that share a scale; −1 for one scale per row.
     pub group_sizes: Vec<i64>,
     /// Method or variant that all others are compared with; the first one if absent.
@@ -165,7 +167,7 @@ impl Sweep {
 impl Variant {
     fn recipe(
         &self,
-        bits: u8,
+        bits: Bits,
         group_size: i64,
         settings: &[String],
         scale_dtype: ScaleDtype,
@@ -177,8 +179,8 @@ impl Variant {
                 why: "a number of columns, or -1 for one scale per row, expected".into(),
             })?),
         };
-        let scheme = Scheme::new(bits, group_size, false, scale_dtype)?;
-        let mut recipe = Recipe::new(self.method.parse()?, scheme);
+        let scheme = Scheme::new(bits.ceil(), group_size, false, scale_dtype)?;
+        let mut recipe = Recipe::new(self.method.parse()?, scheme).with_bits(bits);
         let settings = settings.iter().chain(&self.set);
         settings.into_iter().try_for_each(|s| recipe.set(s))?;
         recipe.check()?;
@@ -192,7 +194,7 @@ pub struct SweepRow {
     /// Method or variant by its name, or `original`.
     pub method: String,
     /// Bits per weight; absent for the original.
-    pub bits: Option<u8>,
+    pub bits: Option<Bits>,
     /// Columns that share a scale.
     pub group_size: Option<usize>,
     /// Seed of the samples, for methods with calibration.
@@ -204,6 +206,30 @@ pub struct SweepRow {
     /// What tuning did, where scales were tuned.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tuning: Option<TuningReport>,
+    /// Bits of the codes on average, where a mean was shared out, and those of each group.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub allocated: Option<AllocatedBits>,
+}
+
+/// What became of a mean of bits.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AllocatedBits {
+    /// Mean bits of the codes.
+    pub code_bits_per_weight: f64,
+    /// Bytes of codes, scales and zero points.
+    pub stored_bytes: u64,
+    /// By group, in order of layers.
+    pub bits: Vec<u8>,
+}
+
+impl From<AllocationReport> for AllocatedBits {
+    fn from(report: AllocationReport) -> Self {
+        Self {
+            code_bits_per_weight: report.code_bits_per_weight,
+            stored_bytes: report.stored_bytes,
+            bits: report.groups.iter().map(|group| group.bits).collect(),
+        }
+    }
 }
 
 impl SweepRow {
@@ -211,12 +237,13 @@ impl SweepRow {
     pub fn new(run: &SweepRun, tasks: BTreeMap<String, TaskScore>, seconds: f64) -> Self {
         Self {
             method: run.name.clone(),
-            bits: Some(run.recipe.scheme().bits()),
+            bits: Some(run.recipe.bits()),
             group_size: run.recipe.scheme().group_size(),
             seed: run.seed,
             tasks,
             seconds,
             tuning: None,
+            allocated: None,
         }
     }
 
@@ -234,7 +261,7 @@ impl SweepRow {
     /// Whether this is the line of such a run.
     pub fn is_of(&self, run: &SweepRun) -> bool {
         self.method == run.name
-            && self.bits == Some(run.recipe.scheme().bits())
+            && self.bits == Some(run.recipe.bits())
             && self.group_size == run.recipe.scheme().group_size()
             && self.seed == run.seed
     }
@@ -282,6 +309,7 @@ pub fn score_original(model: &LoadedModel, tasks: &[Task]) -> Result<(SweepRow, 
         tasks: BTreeMap::new(),
         seconds: 0.0,
         tuning: None,
+        allocated: None,
     };
     let mut references = Vec::new();
     for task in tasks {
@@ -458,12 +486,14 @@ pub struct QuantizedLayers {
     pub layers: Vec<DecoderLayer>,
     /// What tuning did, where scales were tuned.
     pub tuning: Option<TuningReport>,
+    /// How bits were shared out, where a mean was asked for.
+    pub allocation: Option<AllocationReport>,
 }
 
 /// Quantizes in memory.
 ///
 /// # Errors
-/// Those of [`pipeline::quantize`] and [`tuning::tune`]; [`Error::Missing`] without samples for
+/// Those of [`allocate`], [`pipeline::quantize`] and [`tuning::tune`]; [`Error::Missing`] without samples for
 /// the latter.
 pub fn quantize_in_memory(
     model: &ModelSource,
@@ -471,6 +501,9 @@ pub fn quantize_in_memory(
     samples: RunSamples,
     observer: &dyn Observer,
 ) -> Result<QuantizedLayers> {
+    let shared = allocate(model, recipe, &samples.layers, observer)?;
+    let (recipe, allocation) = shared.map_or((Cow::Borrowed(recipe), None), Allocated::into_parts);
+    let recipe = recipe.as_ref();
     let n_layers = model.decoder().n_layers;
     let layers = (0..n_layers)
         .map(|i| model.load_layer(i))
@@ -494,7 +527,11 @@ pub fn quantize_in_memory(
         tuning = Some(tuned.report);
     }
     let layers = sink.layers;
-    Ok(QuantizedLayers { layers, tuning })
+    Ok(QuantizedLayers {
+        layers,
+        tuning,
+        allocation,
+    })
 }
 
 /// Takes each module and each changed tensor to its place in the layers.

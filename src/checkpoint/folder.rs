@@ -223,12 +223,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("file");
         fs::write(&file, b"x").unwrap();
-        for output in [file.join("out"), dir.path().join("absent/out")] {
+        for output in [file.join("out"), file.join("absent/out")] {
             assert!(matches!(
                 PendingFolder::create(&output),
                 Err(Error::Io { .. })
             ));
         }
+        assert!(PendingFolder::create(&dir.path().join("absent/out")).is_ok());
         assert!(matches!(
             PendingFolder::create(Path::new("..")),
             Err(Error::Exists { .. })

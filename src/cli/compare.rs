@@ -86,6 +86,7 @@ fn measure(sweep: &Sweep, output: &PathBuf) -> anyhow::Result<Vec<SweepRow>> {
         let scores = score_tasks(&loaded, &tasks, &references)?;
         let mut row = SweepRow::new(run, scores, seconds);
         row.tuning = quantized.tuning;
+        row.allocated = quantized.allocation.map(Into::into);
         add_row(output, &mut rows, row)?;
     }
     progress.finish();

@@ -13,7 +13,7 @@ use vlmq::families::open_processor;
 use vlmq::journal::{Journal, Resume};
 use vlmq::memory::{plan_disk, plan_memory};
 use vlmq::model::ModelSource;
-use vlmq::plan::{ScaleDtype, Scheme};
+use vlmq::plan::{Bits, ScaleDtype, Scheme};
 use vlmq::processor::MAX_TEXT_TOKENS;
 use vlmq::recipe::{Method, Recipe};
 use vlmq::report::free_memory_bytes;
@@ -83,9 +83,11 @@ pub struct RecipeArgs {
     /// rtn, awq, mbq, gptq, gptaq, qronos, vlmq-v1, vlmq-v2, vlmq
     #[arg(long, default_value = "vlmq")]
     method: String,
-    /// Bits per weight: 2, 3, 4 or 8
-    #[arg(long, default_value_t = 4)]
-    bits: u8,
+    /// Bits per weight: 2, 3, 4 or 8; or a mean between 2 and 4, as 2.5, that the codes of all
+    /// quantized weights have at most: each module then gets 2, 3 or 4 by how much the samples'
+    /// answers suffer. Scales and zero points come on top, as with a whole number
+    #[arg(long, default_value = "4", allow_negative_numbers = true)]
+    bits: String,
     /// Input columns that share a scale; -1 for one scale per output channel
     #[arg(
         long,
@@ -118,8 +120,9 @@ impl RecipeArgs {
                 why: format!("{n} given, a positive multiple of 8 or -1 (per channel) expected"),
             })?),
         };
-        let scheme = Scheme::new(self.bits, group_size, self.symmetric, scale_dtype(model))?;
-        let mut recipe = Recipe::new(self.method.parse::<Method>()?, scheme);
+        let bits: Bits = self.bits.parse()?;
+        let scheme = Scheme::new(bits.ceil(), group_size, self.symmetric, scale_dtype(model))?;
+        let mut recipe = Recipe::new(self.method.parse::<Method>()?, scheme).with_bits(bits);
         if let Some(path) = &self.recipe {
             recipe.read_rules(path)?;
         }
@@ -236,6 +239,14 @@ fn count(args: &Args, choice: &SampleChoice) -> vlmq::Result<Vec<usize>> {
     vlmq::calibration::count_tokens(&processor, &chosen, choice.max_tokens)
 }
 
+/// How many modules a mean of bits will be shared out to.
+fn shared_modules(model: &ModelSource, recipe: &Recipe) -> usize {
+    let modules = model.modules().into_iter();
+    modules
+        .filter(|module| recipe.shares_bits(&module.name))
+        .count()
+}
+
 fn dry_run(
     args: &Args,
     model: &ModelSource,
@@ -253,6 +264,7 @@ fn dry_run(
     let n_tokens = choice.map_or(Ok(Vec::new()), |choice| count(args, choice))?;
     let memory = plan_memory(model, recipe, &n_tokens).within(args.memory_bytes());
     let disk = plan_disk(model, recipe);
+    let shared = shared_modules(model, recipe);
     let tokens: usize = n_tokens.iter().sum();
     let n_samples = choice.map_or(0, |choice| choice.n_samples);
     if json {
@@ -260,6 +272,8 @@ fn dry_run(
             "schema": SCHEMA,
             "command": "quantize --dry-run",
             "n_modules": modules.len(),
+            "bits": recipe.bits(),
+            "n_modules_with_shared_bits": shared,
             "n_samples": n_samples,
             "n_sequences": n_tokens.len(),
             "n_tokens": tokens,
@@ -275,6 +289,14 @@ fn dry_run(
             modules.len(),
             mb(memory.total())
         );
+        if shared > 0 {
+            text += &format!(
+                "bits   {:>8} on average at most; which of {:?} each of {shared} modules gets is \
+                 measured before the first layer\n",
+                recipe.bits(),
+                Bits::SHARED
+            );
+        }
         if memory.streams_on_disk > 0 {
             text += &format!(
                 "disk   {:>8.1} MB of hidden states while at work\n",

@@ -2,6 +2,7 @@
 //! than planned.
 
 use std::collections::BTreeMap;
+use vlmq::allocation::AllocationReport;
 use vlmq::importance::Safeguarded;
 use vlmq::report::{Deviation, ModuleReport, RunReport};
 use vlmq::tuning::TuningReport;
@@ -26,6 +27,7 @@ pub fn summary(report: &RunReport) -> String {
     let peak = peak.map_or("?".into(), |b| format!("{:.0}", b as f64 / 1e6));
     [
         losses(&report.modules),
+        report.allocation.as_ref().map_or(String::new(), allocation),
         profile(report),
         notes(report).concat(),
         report.tuning.as_ref().map_or(String::new(), tuning),
@@ -81,6 +83,39 @@ fn profile(report: &RunReport) -> String {
     });
     text += &format!("before the first layer: {}\n", before.join(", "));
     text
+}
+
+/// Which bits each layer's linears got, and what they come to.
+fn allocation(report: &AllocationReport) -> String {
+    let mut text = format!(
+        "bits: {:.3} on average of at most {}, {:.3} with scales and zero points ({:.1} MB)\n",
+        report.code_bits_per_weight,
+        report.mean_bits,
+        report.stored_bits_per_weight,
+        report.stored_bytes as f64 / 1e6
+    );
+    let mut layers: BTreeMap<usize, Vec<String>> = BTreeMap::new();
+    for group in &report.groups {
+        let roles = group.modules.iter().map(|name| role(name));
+        let mut roles: Vec<&str> = roles.collect();
+        roles.dedup();
+        let shown = match roles.len() {
+            0..=3 => roles.join(" "),
+            n => format!("{n} experts' linears"),
+        };
+        let layer = layers.entry(group.layer_idx).or_default();
+        layer.push(format!("{shown} {}", group.bits));
+    }
+    for (layer_idx, groups) in layers {
+        text += &format!("{layer_idx:<8} {}\n", groups.join(", "));
+    }
+    text
+}
+
+/// The last word of a linear's name: `q` of `model.layers.3.self_attn.q_proj`.
+fn role(name: &str) -> &str {
+    let last = name.rsplit('.').next().unwrap_or(name);
+    last.strip_suffix("_proj").unwrap_or(last)
 }
 
 /// What tuning of scales did.

@@ -11,11 +11,12 @@
 //! (MBQ) takes the same gradients by modality. Differs: sums over tokens where they average.
 
 use crate::calibration::{CalibrationSample, CalibrationSet};
-use crate::importance::backward::LayerGradients;
+use crate::importance::backward::{AttentionPass, LayerGradients};
 use crate::importance::walk::{Layers, Sequence, Walk, answer_places, together};
 use crate::importance::{
     ImportanceSettings, LayerImportance, ModalityRatios, SampleFactors, TokenNorm,
 };
+use crate::model::decoder::DecoderLayer;
 use crate::model::{Head, ModelSource};
 use crate::pipeline::Observer;
 use crate::processor::{ModelInput, TokenClass};
@@ -150,9 +151,11 @@ pub fn importance(
     settings: ImportanceSettings,
     observer: &dyn Observer,
 ) -> Result<Vec<LayerImportance>> {
-    let layers = carried_back(model, set, observer, |sample, gradients| {
-        SampleFactors::of_gradients(settings.norm, &sample.classes, gradients)
-    })?;
+    let see = |_: &(), sample: &CalibrationSample, _: &AttentionPass, own: &LayerGradients| {
+        SampleFactors::of_gradients(settings.norm, &sample.classes, own)
+    };
+    let all = set.samples.len();
+    let layers = carried_back(model, set, all, observer, |_, _| Ok(()), see)?;
     let layers = layers.into_iter();
     layers
         .map(|samples| LayerImportance::new(settings, samples))
@@ -174,12 +177,12 @@ pub fn modality_ratios(
     set: &CalibrationSet,
     observer: &dyn Observer,
 ) -> Result<ModalityRatios> {
-    let layers = carried_back(model, set, observer, |sample, gradients| {
+    let see = |_: &(), sample: &CalibrationSample, _: &AttentionPass, own: &LayerGradients| {
         let means = |gradient: &Tensor| -> Result<[Option<f64>; 2]> {
             let g = TokenNorm::MeanAbs.per_token(gradient)?;
             let mean = |is_one: fn(&TokenClass) -> bool| {
-                let own = g.iter().zip(&sample.classes).filter(|(_, c)| is_one(c));
-                let (n, sum) = own.fold((0, 0.0), |(n, sum), (g, _)| (n + 1, sum + f64::from(*g)));
+                let some = g.iter().zip(&sample.classes).filter(|(_, c)| is_one(c));
+                let (n, sum) = some.fold((0, 0.0), |(n, sum), (g, _)| (n + 1, sum + f64::from(*g)));
                 (n > 0).then(|| sum / f64::from(n))
             };
             Ok([
@@ -187,8 +190,10 @@ pub fn modality_ratios(
                 mean(|class| matches!(class, TokenClass::Answer | TokenClass::Text)),
             ])
         };
-        Ok([means(&gradients.attention.o)?, means(&gradients.mlp.down)?])
-    })?;
+        Ok([means(&own.attention.o)?, means(&own.mlp.down)?])
+    };
+    let all = set.samples.len();
+    let layers = carried_back(model, set, all, observer, |_, _| Ok(()), see)?;
     let ratios = |place: usize| {
         let layers = layers.iter();
         layers.map(move |samples| ratio(samples.iter().map(|sample| sample[place])))
@@ -212,15 +217,19 @@ fn ratio(samples: impl Iterator<Item = [Option<f64>; 2]>) -> f64 {
     }
 }
 
-/// What `see` makes of each sample's gradients, by layer, then by sample.
-fn carried_back<T: Send>(
+/// What `see` makes of the gradients of each of the first `n_samples`, by layer, then by sample; it
+/// is also shown what `begin` makes of the layer.
+pub(crate) fn carried_back<L: Sync, T: Send>(
     model: &ModelSource,
     set: &CalibrationSet,
+    n_samples: usize,
     observer: &dyn Observer,
-    see: impl Fn(&CalibrationSample, &LayerGradients) -> Result<T> + Sync,
+    begin: impl Fn(usize, &DecoderLayer) -> Result<L>,
+    see: impl Fn(&L, &CalibrationSample, &AttentionPass, &LayerGradients) -> Result<T> + Sync,
 ) -> Result<Vec<Vec<T>>> {
     let head = model.load_head()?;
-    let n_tokens: Vec<usize> = set.samples.iter().map(|s| s.classes.len()).collect();
+    let samples = &set.samples[..n_samples.min(set.samples.len())];
+    let n_tokens: Vec<usize> = samples.iter().map(|s| s.classes.len()).collect();
     let mut layers: Vec<Vec<T>> = Vec::new();
     layers.resize_with(model.decoder().n_layers, Vec::new);
     let (mut total, mut n_places) = (0.0, 0);
@@ -228,7 +237,7 @@ fn carried_back<T: Send>(
         if observer.is_cancelled() {
             return Err(Error::Interrupted);
         }
-        let samples = &set.samples[run];
+        let samples = &samples[run];
         let sequences = samples.iter().map(|sample| Sequence::read(set, sample));
         let sequences = sequences.collect::<Result<Vec<_>>>()?;
         let walk = Walk::forward(model, &sequences)?;
@@ -239,8 +248,8 @@ fn carried_back<T: Send>(
             (total, n_places) = (total + loss.sum, n_places + places.len());
             gradients.push(loss.gradient);
         }
-        let seen = walk.backward(gradients, |[_, index], _, gradients| {
-            see(&samples[index], gradients)
+        let seen = walk.backward_with(gradients, &begin, |layer, [_, index], pass, own| {
+            see(layer, &samples[index], pass, own)
         })?;
         for (all, own) in layers.iter_mut().zip(seen) {
             all.extend(own);

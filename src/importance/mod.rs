@@ -34,6 +34,7 @@ mod linear_loss;
 mod modality;
 mod safeguards;
 mod settings;
+pub mod sides;
 pub mod walk;
 mod weights;
 

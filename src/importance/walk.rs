@@ -145,18 +145,35 @@ impl<'a> Walk<'a> {
     /// As [`outputs`]; those of `see`.
     pub fn backward<T: Send>(
         self,
-        mut gradients: Vec<Tensor>,
+        gradients: Vec<Tensor>,
         see: impl Fn([usize; 2], &AttentionPass, &LayerGradients) -> Result<T> + Sync,
+    ) -> Result<Vec<Vec<T>>> {
+        let none = |_: usize, _: &DecoderLayer| Ok(());
+        self.backward_with(gradients, none, |_, place, pass, own| see(place, pass, own))
+    }
+
+    /// [`Walk::backward`], where `see` is also shown what `begin` makes of each layer, once and only
+    /// as long as the walk is there.
+    ///
+    /// # Errors
+    /// As [`Walk::backward`]; those of `begin`.
+    pub fn backward_with<L: Sync, T: Send>(
+        self,
+        mut gradients: Vec<Tensor>,
+        begin: impl Fn(usize, &DecoderLayer) -> Result<L>,
+        see: impl Fn(&L, [usize; 2], &AttentionPass, &LayerGradients) -> Result<T> + Sync,
     ) -> Result<Vec<Vec<T>>> {
         let mut seen = Vec::new();
         for (layer_idx, inputs) in self.inputs.into_iter().enumerate().rev() {
             let layer = self.layers.layer(layer_idx)?;
+            let of_layer = begin(layer_idx, &layer)?;
             let one =
                 |(index, ((x, d_out), sequence)): (usize, ((&Tensor, &Tensor), &Sequence))| {
                     // What the tower adds to the output does not depend on it: d_out passes by.
                     let pass = AttentionPass::new(&layer, &sequence.context, x)?;
                     let gradients = backward::layer(&pass, d_out)?;
-                    Ok((see([layer_idx, index], &pass, &gradients)?, gradients.x))
+                    let seen = see(&of_layer, [layer_idx, index], &pass, &gradients)?;
+                    Ok((seen, gradients.x))
                 };
             let parts = inputs.par_iter().zip(&gradients).zip(self.sequences);
             let done = parts.enumerate().map(one).collect::<Result<Vec<_>>>()?;

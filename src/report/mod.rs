@@ -6,6 +6,7 @@ mod memory;
 
 pub use memory::{free_memory_bytes, peak_memory_bytes};
 
+use crate::allocation::AllocationReport;
 use crate::importance::{Safeguarded, Uniform};
 use crate::model::Projection;
 use crate::pipeline::LayerOutcome;
@@ -33,6 +34,10 @@ pub struct RunReport {
     pub settings: serde_json::Value,
     /// What was calibrated on; absent without calibration.
     pub calibration: Option<CalibrationReport>,
+    /// How bits were shared out, where a mean was asked for; `settings.scheme` has other bits then
+    /// than most modules.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub allocation: Option<AllocationReport>,
     /// Layers that an earlier run had finished.
     #[serde(default)]
     pub n_resumed_layers: usize,

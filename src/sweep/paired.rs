@@ -2,8 +2,10 @@
 //! more than means.
 
 use super::SweepRow;
+use crate::plan::Bits;
 use serde::Serialize;
 use statrs::distribution::{ContinuousCDF, StudentsT};
+use std::cmp::Reverse;
 
 /// A mean over seeds with its 95 % interval.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -22,7 +24,7 @@ pub struct Paired {
     /// What it is compared with.
     pub baseline: String,
     /// Bits per weight.
-    pub bits: u8,
+    pub bits: Bits,
     /// Columns that share a scale; `None`: all of a row.
     pub group_size: Option<usize>,
     /// Seeds that both have.
@@ -42,7 +44,7 @@ pub fn paired(rows: &[SweepRow], baseline: Option<&str>) -> Vec<Paired> {
     let Some(baseline) = baseline.or_else(|| first().map(|row| row.method.as_str())) else {
         return Vec::new();
     };
-    let mut keys: Vec<(&str, u8, Option<usize>)> = Vec::new();
+    let mut keys: Vec<(&str, Bits, Option<usize>)> = Vec::new();
     for row in rows {
         if let Some(bits) = row.bits.filter(|_| row.method != baseline) {
             let key = (row.method.as_str(), bits, row.group_size);
@@ -51,7 +53,7 @@ pub fn paired(rows: &[SweepRow], baseline: Option<&str>) -> Vec<Paired> {
             }
         }
     }
-    keys.sort_by_key(|(_, bits, group_size)| (u8::MAX - bits, *group_size));
+    keys.sort_by_key(|(_, bits, group_size)| (Reverse(*bits), *group_size));
     let of = |method, bits, group_size| {
         let own = move |row: &&SweepRow| {
             (row.method.as_str(), row.bits, row.group_size) == (method, Some(bits), group_size)
@@ -136,12 +138,13 @@ mod tests {
         };
         SweepRow {
             method: method.into(),
-            bits: Some(3),
+            bits: Some(Bits::Each(3)),
             group_size: Some(64),
             seed,
             tasks: BTreeMap::from([("task".to_owned(), score)]),
             seconds: kl,
             tuning: None,
+            allocated: None,
         }
     }
 

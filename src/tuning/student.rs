@@ -1,9 +1,10 @@
 //! The quantized model with scales that move.
 
 use crate::importance::backward::{AttentionPass, LayerGradients};
+use crate::importance::sides::Sides;
 use crate::importance::walk::Layers;
 use crate::model::decoder::DecoderLayer;
-use crate::model::projection::{Projection, slots};
+use crate::model::projection::slots;
 use crate::model::{ModelSource, Module};
 use crate::{Matrix, QuantizedWeight, Result};
 use candle_core::Tensor;
@@ -105,27 +106,13 @@ impl<'a> Student<'a> {
         pass: &AttentionPass,
         gradients: &LayerGradients,
     ) -> Result<Vec<Vec<f32>>> {
-        let layer = pass.layer();
-        let routing = layer.routing(&gradients.mlp.n2)?;
-        let runs: Vec<_> = match &routing {
-            Some(routing) => routing.runs().map(|(e, run)| (e, run.clone())).collect(),
-            None => Vec::new(),
-        };
+        let sides = Sides::new(pass, gradients)?;
         let of_part = |&index: &usize| {
             let part = &self.parts[index];
-            let (p, u) = sides(part.module.slot.projection, pass, gradients);
-            let (Some(expert), Some(routing)) = (part.module.slot.expert, &routing) else {
-                return part.scale_gradients(p, u);
-            };
-            let Some((_, run)) = runs.iter().find(|(e, _)| *e == expert) else {
-                return Ok(vec![0.0; part.start.len()]);
-            };
-            let u = match part.module.slot.projection {
-                Projection::Down => routing.by_expert(u)?,
-                _ => routing.dispatch(u)?,
-            };
-            let own = |rows: &Tensor| rows.narrow(0, run.start, run.len());
-            part.scale_gradients(&own(&routing.by_expert(p)?)?, &own(&u)?)
+            match sides.of(part.module.slot)? {
+                Some((p, u)) => part.scale_gradients(&p, &u),
+                None => Ok(vec![0.0; part.start.len()]),
+            }
         };
         self.layers[layer_idx].iter().map(of_part).collect()
     }
@@ -158,24 +145,6 @@ impl Layers for Student<'_> {
         }
         source.complete(&mut layer, &slots(self.model.decoder(), layer_idx))?;
         Ok(layer)
-    }
-}
-
-/// The gradient with respect to a linear's output, and its input; of experts by token.
-fn sides<'a>(
-    projection: Projection,
-    pass: &'a AttentionPass,
-    gradients: &'a LayerGradients,
-) -> (&'a Tensor, &'a Tensor) {
-    let (attention, mlp) = (&gradients.attention, &gradients.mlp);
-    match projection {
-        Projection::Q => (&attention.q, &pass.n1),
-        Projection::K => (&attention.k, &pass.n1),
-        Projection::V => (&attention.v, &pass.n1),
-        Projection::O => (&attention.o, pass.o_input()),
-        Projection::Gate => (&mlp.gate, &mlp.n2),
-        Projection::Up => (&mlp.up, &mlp.n2),
-        Projection::Down => (&mlp.down, &mlp.h),
     }
 }
 

@@ -168,7 +168,18 @@ fn flags_that_cannot_be() {
         &["group-size 96", "q_proj", "does not divide"],
     );
     with_flags(&["--group-size", "7"], &["--group-size", "multiple of 8"]);
-    with_flags(&["--bits", "5"], &["--bits", "5"]);
+    for bits in ["5", "1.5", "9", "NaN", "-1", "4.5", ""] {
+        with_flags(&["--bits", bits], &["--bits", bits, "2.5"]);
+    }
+    with_flags(&["--bits", "2,5"], &["--bits 2,5", "comma"]);
+    with_flags(
+        &["--bits", "2.5", "--method", "rtn"],
+        &["--bits 2.5", "rtn", "samples"],
+    );
+    with_flags(
+        &["--set", "allocation_by=size"],
+        &["allocation_by", "answer"],
+    );
     with_flags(&["--method", "magic"], &["magic", "vlmq-v1"]);
     with_flags(&["--set", "percdamp=0.1"], &["percdamp", "dampening_frac"]);
     with_flags(&["--samples", "100000"], &["--samples 100000"]);

@@ -1,3 +1,4 @@
+mod allocation;
 mod bad_input;
 mod damaged_parts;
 mod flow;

@@ -187,6 +187,21 @@ fn a_run_killed_at_a_hundred_moments_writes_the_same_bytes() {
     });
 }
 
+/// The layers that are left get the bits that they would have had.
+#[test]
+fn a_killed_run_with_shared_bits_writes_the_same_bytes() {
+    let home = Home::new(Spelling::USUAL);
+    kill(40, &home.output(), |output| {
+        let mut command = vlmq();
+        command.arg("quantize").arg(home.model());
+        command.arg("--calibration").arg(home.data());
+        command.args(["--bits", "2.6", "--group-size", "32"]);
+        command.args(["--samples", "6", "--json", "--output"]);
+        command.arg(output);
+        command
+    });
+}
+
 /// Norms that were changed come back with their layers.
 #[test]
 fn a_killed_awq_run_writes_the_same_bytes() {
@@ -252,6 +267,13 @@ fn an_interrupted_run_is_gone_on_with_by_its_like_alone() {
     let ratio = 2.0 * written as f64 / plan.unwrap();
     assert!((1.0..1.1).contains(&ratio), "{ratio} of the plan");
     let other = more(&["--bits", "4"]);
+    assert_clear_failure(
+        &other,
+        &[".out.progress", "settings"],
+        &progress_of(&output),
+        4,
+    );
+    let other = more(&["--bits", "2.5"]);
     assert_clear_failure(
         &other,
         &[".out.progress", "settings"],

@@ -36,6 +36,9 @@ SCHEMES = [
     pytest.param((3, -1, "--symmetric"), id="int3-sym-channel"),
     pytest.param((2, 64, "--asymmetric"), id="int2-asym-g64"),
     pytest.param((2, 64, "--symmetric"), id="int2-sym-g64"),
+    # A mean, for which modules have 2, 3 and 4 bits.
+    pytest.param((2.5, 64, "--symmetric"), id="mean2.5-sym-g64"),
+    pytest.param((2.5, 64, "--asymmetric"), id="mean2.5-asym-g64"),
 ]
 
 
@@ -144,6 +147,19 @@ def test_only_the_language_model_is_quantized(quantized, loaded):
         if getattr(module, "quantization_scheme", None) is not None
     }
     assert schemes == packed
+
+
+def test_each_module_has_the_bits_of_the_report(quantized, loaded):
+    report = json.loads((quantized / "vlmq_report.json").read_text())
+    expected = {module["name"]: module["scheme"]["bits"] for module in report["modules"]}
+    found = {
+        name.replace("model.language_model.", "model."): module.quantization_scheme.weights.num_bits
+        for name, module in loaded.named_modules()
+        if getattr(module, "quantization_scheme", None) is not None
+    }
+    assert found == expected
+    if "allocation" in report:
+        assert len(set(found.values())) > 1
 
 
 def test_everything_else_is_the_source(quantized):

@@ -1,6 +1,8 @@
 //! The rows of a sweep as Markdown: scores, and how each method stands to the baseline.
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
+use vlmq::plan::Bits;
 use vlmq::sweep::paired::{Interval, paired};
 use vlmq::sweep::{SweepRow, TaskScore};
 
@@ -13,10 +15,13 @@ pub fn tables(rows: &[SweepRow], baseline: Option<&str>) -> String {
     }
 }
 
+/// Where a line stands: bits, which fall, columns that share a scale, and the method's turn.
+type Place = (Option<Reverse<Bits>>, usize, usize);
+
 /// Mean and, over seeds, lowest to highest of each task: accuracy of questions, perplexity of
 /// texts.
 fn score_table(rows: &[SweepRow]) -> String {
-    let mut groups: BTreeMap<(u8, usize, usize), Vec<&SweepRow>> = BTreeMap::new();
+    let mut groups: BTreeMap<Place, Vec<&SweepRow>> = BTreeMap::new();
     let mut methods: Vec<&str> = Vec::new();
     for row in rows {
         let place = methods
@@ -27,11 +32,7 @@ fn score_table(rows: &[SweepRow]) -> String {
                 methods.len() - 1
             });
         // Falling bits: the original, which has none, comes first.
-        let key = (
-            u8::MAX - row.bits.unwrap_or(u8::MAX),
-            row.group_size.unwrap_or(0),
-            place,
-        );
+        let key = (row.bits.map(Reverse), row.group_size.unwrap_or(0), place);
         groups.entry(key).or_default().push(row);
     }
     let tasks: Vec<&String> = rows
@@ -66,7 +67,7 @@ fn score_table(rows: &[SweepRow]) -> String {
     text
 }
 
-fn group_name(bits: Option<u8>, group_size: Option<usize>) -> String {
+fn group_name(bits: Option<Bits>, group_size: Option<usize>) -> String {
     match (bits, group_size) {
         (None, _) => String::new(),
         (_, None) => "row".into(),
