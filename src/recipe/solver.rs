@@ -1,10 +1,10 @@
 //! The settings of the solver by their keys.
 
 use super::value::{count, flag, number, word};
-use crate::solver::{Clip, DampeningUnit, SolverSettings, Target};
+use crate::solver::{Clip, ClipNorm, DampeningUnit, SolverSettings, Target};
 
 /// All keys, for messages.
-pub(super) const KEYS: &str = "dampening_frac, dampening_unit, col_block, act_order, target, clip, clip_power, \
+pub(super) const KEYS: &str = "dampening_frac, dampening_unit, col_block, act_order, target, clip, clip_power, clip_norm, \
                                sweeps, refit_scales, unit_gain";
 
 const UNITS: [(&str, DampeningUnit); 2] = [
@@ -17,6 +17,13 @@ const TARGETS: [(&str, Target); 4] = [
     ("least_squares", Target::LeastSquares),
     ("residual_stream", Target::ResidualStream),
     ("qronos", Target::Qronos),
+];
+
+const NORMS: [(&str, ClipNorm); 4] = [
+    ("auto", ClipNorm::Auto),
+    ("2", ClipNorm::Square),
+    ("2.5", ClipNorm::Between),
+    ("3", ClipNorm::Cube),
 ];
 
 const CLIPS: [(&str, Clip); 3] = [
@@ -38,6 +45,7 @@ pub(super) fn set(
         "act_order" => flag(value).map(|is_on| settings.act_order = is_on),
         "target" => word(value, &TARGETS).map(|w| settings.target = w),
         "clip" => word(value, &CLIPS).map(|w| settings.clip = w),
+        "clip_norm" => word(value, &NORMS).map(|w| settings.clip_norm = w),
         "clip_power" => number(value, 0.0, 1.0).map(|x| settings.clip_power = x as f32),
         "sweeps" => count(value, 0, 1000).map(|n| settings.sweeps = n),
         "refit_scales" => flag(value).map(|is_on| settings.refit_scales = is_on),

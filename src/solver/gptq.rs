@@ -106,6 +106,7 @@ pub fn solve(
     let fitting = Fitting {
         scheme,
         clip: settings.clip,
+        clip_norm: settings.clip_norm,
         column_weights: Some(&column_weights),
     };
     let grids = match factor.act_order {

@@ -13,7 +13,7 @@
 
 mod weighted;
 
-use super::Clip;
+use super::{Clip, ClipNorm};
 use crate::plan::Scheme;
 use crate::{Error, Matrix, Result};
 use rayon::prelude::*;
@@ -43,6 +43,7 @@ pub(crate) struct Grids {
 pub(crate) struct Fitting<'a> {
     pub(crate) scheme: Scheme,
     pub(crate) clip: Clip,
+    pub(crate) clip_norm: ClipNorm,
     /// What a squared error counts in each column, for [`Clip::Weighted`]; absent: all alike.
     pub(crate) column_weights: Option<&'a [f32]>,
 }
@@ -56,7 +57,7 @@ impl Fitting<'_> {
             Clip::Mse => Grid::search(weights, low, high, self.scheme),
             Clip::Weighted => {
                 let own = self.column_weights.map(|c| &c[start..][..weights.len()]);
-                weighted::search(weights, own, self.scheme)
+                weighted::search(weights, own, self.clip_norm, self.scheme)
             }
         }
     }
@@ -208,6 +209,7 @@ mod tests {
         let fitting = Fitting {
             scheme,
             clip,
+            clip_norm: ClipNorm::Auto,
             column_weights: None,
         };
         fitting.fit(weights, 0)

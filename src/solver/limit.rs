@@ -9,7 +9,7 @@
 //! that is written.
 
 use super::grid::Fitting;
-use super::{Clip, loss::dot};
+use super::{Clip, ClipNorm, loss::dot};
 use crate::plan::Scheme;
 use crate::{Matrix, Result};
 use faer::linalg::matmul::matmul;
@@ -95,6 +95,7 @@ fn put_errors(weights: &[f32], limit: f32, scheme: Scheme, clip: Clip, errors: &
     let fitting = Fitting {
         scheme,
         clip,
+        clip_norm: ClipNorm::Auto,
         column_weights: None,
     };
     let grid = fitting.fit(errors, 0);

@@ -136,6 +136,7 @@ impl<'a> State<'a> {
             let fitting = Fitting {
                 scheme: self.scheme,
                 clip: self.settings.clip,
+                clip_norm: self.settings.clip_norm,
                 column_weights: Some(self.column_weights),
             };
             grids.push(fitting.fit(&group, start));

@@ -2,7 +2,7 @@
 //! at calibration data. The baseline, and what solvers fall back on for columns never excited.
 
 use super::grid::{Fitting, Grid, Grids};
-use super::{Clip, check_weight};
+use super::{Clip, ClipNorm, check_weight};
 use crate::plan::Scheme;
 use crate::{Matrix, QuantizedWeight, Result};
 use rayon::prelude::*;
@@ -20,6 +20,7 @@ pub fn rtn(module: &str, w: &Matrix, scheme: Scheme, clip: Clip) -> Result<Quant
     let fitting = Fitting {
         scheme,
         clip,
+        clip_norm: ClipNorm::Auto,
         column_weights: None,
     };
     let grids = Grids::fit(module, w, group_len, fitting)?;

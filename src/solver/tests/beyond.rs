@@ -53,10 +53,11 @@ proptest! {
         alpha in prop::sample::select(vec![0.0f32, 0.5, 1.0]),
         clip in prop::sample::select(vec![Clip::None, Clip::Mse, Clip::Weighted]),
         target in prop::sample::select(vec![Target::LeastSquares, Target::Qronos]),
+        clip_norm in prop::sample::select(vec![ClipNorm::Auto, ClipNorm::Square, ClipNorm::Cube]),
         clip_power in prop::sample::select(vec![0.0f32, 0.5, 1.0]),
     ) {
         let layer = layer(12, 32, 64, seed);
-        let settings = SolverSettings { act_order, clip, clip_power, target, ..least_squares(alpha) };
+        let settings = SolverSettings { act_order, clip, clip_norm, clip_power, target, ..least_squares(alpha) };
         let fast = gptq("layer", &layer.w, &layer.statistics, scheme, &settings).unwrap();
         let slow = reference::gptq("layer", &layer.w, &layer.statistics, scheme, &settings);
         let slow = slow.unwrap().weight;
