@@ -11,7 +11,7 @@ use crate::allocation::AllocationSettings;
 use crate::importance::ImportanceSettings;
 use crate::model::Module;
 use crate::plan::{Bits, ScaleDtype, Scheme};
-use crate::solver::{DampeningUnit, SolverSettings, Target};
+use crate::solver::{Clip, DampeningUnit, SolverSettings, Target};
 use crate::statistics::StatisticsDtype;
 use crate::tuning::TuningSettings;
 use crate::{Error, Result};
@@ -48,8 +48,8 @@ pub enum Method {
     VlmqV1,
     /// Tokens weighted by the square of their importance (second version).
     VlmqV2,
-    /// As the first version, and the drift corrected in closed form as far as held-out samples bear it
-    /// out. Ours; the default.
+    /// As the first version, on grids that are searched for, and the drift corrected in closed form as far
+    /// as held-out samples bear it out. Ours; the default.
     Vlmq,
 }
 
@@ -102,6 +102,7 @@ impl Method {
             Self::Vlmq => SolverSettings {
                 target: Target::ResidualStream,
                 held_out_alpha: true,
+                clip: Clip::Weighted,
                 ..usual
             },
             // 10⁻⁶ of the largest eigenvalue is what its authors' code adds.

@@ -292,7 +292,9 @@ fn every_setting_counts() {
         ("alpha=0", "/alpha", 0.0.into()),
         ("act_order=false", "/act_order", false.into()),
         ("clip=mse", "/clip", "mse".into()),
-        ("clip=weighted", "/clip", "weighted".into()),
+        ("clip=none", "/clip", "none".into()),
+        ("clip_power=1", "/clip_power", 1.0.into()),
+        ("clip_norm=3", "/clip_norm", "3".into()),
         ("target=least_squares", "/target", "least_squares".into()),
         (
             "target=residual_stream",
