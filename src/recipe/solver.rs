@@ -19,8 +19,7 @@ const TARGETS: [(&str, Target); 4] = [
     ("qronos", Target::Qronos),
 ];
 
-const NORMS: [(&str, ClipNorm); 4] = [
-    ("auto", ClipNorm::Auto),
+const NORMS: [(&str, ClipNorm); 3] = [
     ("2", ClipNorm::Square),
     ("2.5", ClipNorm::Between),
     ("3", ClipNorm::Cube),

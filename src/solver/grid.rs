@@ -209,7 +209,7 @@ mod tests {
         let fitting = Fitting {
             scheme,
             clip,
-            clip_norm: ClipNorm::Auto,
+            clip_norm: ClipNorm::default(),
             column_weights: None,
         };
         fitting.fit(weights, 0)

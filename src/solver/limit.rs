@@ -95,7 +95,7 @@ fn put_errors(weights: &[f32], limit: f32, scheme: Scheme, clip: Clip, errors: &
     let fitting = Fitting {
         scheme,
         clip,
-        clip_norm: ClipNorm::Auto,
+        clip_norm: ClipNorm::default(),
         column_weights: None,
     };
     let grid = fitting.fit(errors, 0);

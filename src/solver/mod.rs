@@ -59,14 +59,9 @@ pub enum Clip {
 /// The power of an error that [`Clip::Weighted`] sums up.
 ///
 /// What is rounded is not the weight but the weight moved by the errors of earlier columns, which
-/// spreads further: the square cuts the range too short for it at 3 bits and more, while at 2 bits a
-/// step is so wide that cutting is worth more.
+/// spreads further: the square cuts the range too short for it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ClipNorm {
-    /// 2 at 2 bits, 2.5 at more.
-    #[default]
-    #[serde(rename = "auto")]
-    Auto,
     /// 2.
     #[serde(rename = "2")]
     Square,
@@ -74,6 +69,7 @@ pub enum ClipNorm {
     #[serde(rename = "2.5")]
     Between,
     /// 3.
+    #[default]
     #[serde(rename = "3")]
     Cube,
 }
@@ -134,7 +130,7 @@ pub struct SolverSettings {
     /// p of [`Clip::Weighted`], 0 (all columns alike) to 1 (as the loss counts them). Below 1 single
     /// massive channels no longer leave the rest of their group uncounted.
     pub clip_power: f32,
-    /// r of [`Clip::Weighted`]; where no statistics are, [`ClipNorm::Auto`].
+    /// r of [`Clip::Weighted`]; where no statistics are, its default.
     pub clip_norm: ClipNorm,
     /// Sweeps of coordinate descent over the codes after all columns are rounded. Needs α = 0 or
     /// another target than [`Target::Pull`].
@@ -159,7 +155,7 @@ impl Default for SolverSettings {
             target: Target::Pull,
             clip: Clip::None,
             clip_power: 0.5,
-            clip_norm: ClipNorm::Auto,
+            clip_norm: ClipNorm::Cube,
             sweeps: 0,
             refit_scales: true,
             unit_gain: false,

@@ -20,7 +20,7 @@ pub fn rtn(module: &str, w: &Matrix, scheme: Scheme, clip: Clip) -> Result<Quant
     let fitting = Fitting {
         scheme,
         clip,
-        clip_norm: ClipNorm::Auto,
+        clip_norm: ClipNorm::default(),
         column_weights: None,
     };
     let grids = Grids::fit(module, w, group_len, fitting)?;

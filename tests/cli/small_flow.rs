@@ -294,7 +294,7 @@ fn every_setting_counts() {
         ("clip=mse", "/clip", "mse".into()),
         ("clip=none", "/clip", "none".into()),
         ("clip_power=1", "/clip_power", 1.0.into()),
-        ("clip_norm=3", "/clip_norm", "3".into()),
+        ("clip_norm=2", "/clip_norm", "2".into()),
         ("target=least_squares", "/target", "least_squares".into()),
         (
             "target=residual_stream",

@@ -39,11 +39,7 @@ pub(super) fn search(
     let group = Group {
         weights,
         column_weights,
-        norm: match (norm, scheme.bits()) {
-            (ClipNorm::Auto, 2) => ClipNorm::Square,
-            (ClipNorm::Auto, _) => ClipNorm::Between,
-            _ => norm,
-        },
+        norm,
         scheme,
     };
     let (low, high) = range(weights);
@@ -111,9 +107,7 @@ impl Group<'_> {
     fn error_below(&self, grid: Grid, limit: f32) -> f32 {
         match self.norm {
             ClipNorm::Square => self.sum_below(grid, limit, |off| off * off),
-            ClipNorm::Auto | ClipNorm::Between => {
-                self.sum_below(grid, limit, |off| off * off * off.abs().sqrt())
-            }
+            ClipNorm::Between => self.sum_below(grid, limit, |off| off * off * off.abs().sqrt()),
             ClipNorm::Cube => self.sum_below(grid, limit, |off| off * off * off.abs()),
         }
     }
