@@ -3,7 +3,7 @@
 //! Everything that can be wrong is looked at before any work: names, group sizes, samples, the
 //! place of the output.
 
-use crate::allocation::{Allocated, allocate};
+use crate::allocation::allocate;
 use crate::calibration::{self, CalibrationSample, CalibrationSet};
 use crate::checkpoint::write::MAX_SHARD_BYTES;
 use crate::dataset::{Sample, SampleSet};
@@ -23,7 +23,6 @@ use crate::tuning::{self, TuningReport};
 use crate::{Error, QuantizedWeight, Result};
 use candle_core::Device;
 use serde::Serialize;
-use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::time::Instant;
@@ -103,30 +102,21 @@ pub fn quantize_folder(
     let began = Instant::now();
     let plan = module_plan(model, recipe)?;
     let journal = Journal::open(output, options.resume)?;
-    let pending = journal.pending()?;
-    let mut exporter = Exporter::create_in(model.checkpoint(), &plan, pending, MAX_SHARD_BYTES)?;
+    let mut exporter = open_exporter(model, &plan, &journal)?;
     check_copied(model, &plan)?;
     let checked = began.elapsed().as_secs_f64();
-    let set = load_samples(
-        model,
-        recipe,
-        choice,
-        options.memory_bytes,
-        journal.dir(),
-        observer,
-    )?;
+    let memory_bytes = options.memory_bytes;
+    let set = load_samples(model, recipe, choice, memory_bytes, journal.dir(), observer)?;
     let prepared = began.elapsed().as_secs_f64();
-    let shared = allocate(model, recipe, &set, observer)?;
-    let (recipe, allocation) = shared.map_or((Cow::Borrowed(recipe), None), Allocated::into_parts);
-    let recipe = recipe.as_ref();
-    if allocation.is_some() {
+    let allocated = allocate(model, recipe, &set, observer)?;
+    let recipe = allocated.recipe.as_ref();
+    let plan = module_plan(model, recipe)?;
+    if allocated.report.is_some() {
         // The one before was of the formats that were to be expected.
         drop(exporter);
-        let plan = module_plan(model, recipe)?;
-        let pending = journal.pending()?;
-        exporter = Exporter::create_in(model.checkpoint(), &plan, pending, MAX_SHARD_BYTES)?;
+        exporter = open_exporter(model, &plan, &journal)?;
     }
-    journal.bind(&fingerprint(recipe, &module_plan(model, recipe)?, &set)?)?;
+    journal.bind(&fingerprint(recipe, &plan, &set)?)?;
     let n_resumed_layers = journal.n_finished()?;
     let calibration = choice.filter(|_| recipe.needs_calibration());
     let calibration = calibration.map(|c| calibration_report(c, &set.samples));
@@ -147,12 +137,12 @@ pub fn quantize_folder(
         calibration,
         n_resumed_layers,
         deviations: idle_rules(model, recipe),
-        allocation,
+        allocation: allocated.report,
         seconds,
         ..RunReport::default()
     };
     layers.into_iter().for_each(|layer| report.add_layer(layer));
-    report.add_tuning(sink.tune(recipe, choice, options.memory_bytes, observer)?);
+    report.add_tuning(sink.tune(recipe, choice, memory_bytes, observer)?);
     let total = began.elapsed().as_secs_f64();
     report.seconds.insert("total".into(), total);
     report.peak_memory_bytes = peak_memory_bytes();
@@ -163,6 +153,16 @@ pub fn quantize_folder(
     let exported = exporter.finish()?;
     journal.discard()?;
     Ok((report, exported))
+}
+
+/// The output folder in the making, in the journal's hands.
+fn open_exporter<'a>(
+    model: &'a ModelSource,
+    plan: &[ModulePlan],
+    journal: &Journal,
+) -> Result<Exporter<'a>> {
+    let pending = journal.pending()?;
+    Exporter::create_in(model.checkpoint(), plan, pending, MAX_SHARD_BYTES)
 }
 
 /// Modules go to the output folder and to the journal at once.

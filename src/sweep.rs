@@ -6,7 +6,7 @@
 
 pub mod paired;
 
-use crate::allocation::{Allocated, AllocationReport, allocate};
+use crate::allocation::{AllocationReport, allocate};
 use crate::calibration::CalibrationSet;
 use crate::eval::{
     AnswerScore, Divergence, EvalItem, Reference, Task, TaskItems, TextReference, TextScore,
@@ -23,7 +23,6 @@ use crate::run::{SampleChoice, load_samples};
 use crate::tuning::{self, TuningReport};
 use crate::{Error, QuantizedWeight, Result};
 use serde::{Deserialize, Serialize};
-use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
@@ -501,9 +500,8 @@ pub fn quantize_in_memory(
     samples: RunSamples,
     observer: &dyn Observer,
 ) -> Result<QuantizedLayers> {
-    let shared = allocate(model, recipe, &samples.layers, observer)?;
-    let (recipe, allocation) = shared.map_or((Cow::Borrowed(recipe), None), Allocated::into_parts);
-    let recipe = recipe.as_ref();
+    let allocated = allocate(model, recipe, &samples.layers, observer)?;
+    let recipe = allocated.recipe.as_ref();
     let n_layers = model.decoder().n_layers;
     let layers = (0..n_layers)
         .map(|i| model.load_layer(i))
@@ -530,7 +528,7 @@ pub fn quantize_in_memory(
     Ok(QuantizedLayers {
         layers,
         tuning,
-        allocation,
+        allocation: allocated.report,
     })
 }
 

@@ -106,18 +106,11 @@ pub struct GroupReport {
 
 /// A recipe whose modules all have their widths, and how they came to them.
 #[derive(Clone, Debug)]
-pub struct Allocated {
+pub struct Allocated<'a> {
     /// The recipe.
-    pub recipe: Recipe,
-    /// What was done.
-    pub report: AllocationReport,
-}
-
-impl Allocated {
-    /// The recipe, and what was done.
-    pub fn into_parts<'a>(self) -> (Cow<'a, Recipe>, Option<AllocationReport>) {
-        (Cow::Owned(self.recipe), Some(self.report))
-    }
+    pub recipe: Cow<'a, Recipe>,
+    /// What was done; absent if there was no mean to share out.
+    pub report: Option<AllocationReport>,
 }
 
 /// Linears with the same bits, before they have them.
@@ -136,19 +129,22 @@ fn n_weights(module: &Module) -> u64 {
     (module.shape[0] * module.shape[1]) as u64
 }
 
-/// Shares out the recipe's mean bits; `None` if it has none to share.
+/// Shares out the recipe's mean bits; a recipe without one is given back as it is.
 ///
 /// # Errors
 /// [`Error::Invalid`] if rules leave too little for the other modules, or no sample has an answer;
 /// [`Error::NotFinite`] if a loss is no number; [`Error::Interrupted`]; the model's.
-pub fn allocate(
+pub fn allocate<'a>(
     model: &ModelSource,
-    recipe: &Recipe,
+    recipe: &'a Recipe,
     set: &CalibrationSet,
     observer: &dyn Observer,
-) -> Result<Option<Allocated>> {
+) -> Result<Allocated<'a>> {
     let Bits::Mean(mean) = recipe.bits() else {
-        return Ok(None);
+        return Ok(Allocated {
+            recipe: Cow::Borrowed(recipe),
+            report: None,
+        });
     };
     let began = Instant::now();
     let groups = groups(model, recipe);
@@ -177,7 +173,10 @@ pub fn allocate(
     )?;
     let mut report = report(model, &recipe, mean, groups);
     report.seconds = began.elapsed().as_secs_f64();
-    Ok(Some(Allocated { recipe, report }))
+    Ok(Allocated {
+        recipe: Cow::Owned(recipe),
+        report: Some(report),
+    })
 }
 
 /// Modules that a mean is shared out to, by what engines run as one.

@@ -118,14 +118,13 @@ fn every_way_keeps_the_budget_and_fused_linears_together() {
         let mut recipe = recipe(2.3);
         recipe.set(&format!("allocation_by={by}")).unwrap();
         let set = samples(&model, &recipe);
-        let allocated = allocate(&model, &recipe, &set, &Unobserved)
-            .unwrap()
-            .unwrap();
+        let allocated = allocate(&model, &recipe, &set, &Unobserved).unwrap();
+        let report = allocated.report.unwrap();
         let AllocationReport {
             groups,
             code_bits_per_weight,
             ..
-        } = &allocated.report;
+        } = &report;
         assert!(
             (2.25..=2.3).contains(code_bits_per_weight),
             "{by}: {code_bits_per_weight}"
@@ -156,11 +155,10 @@ fn rules_come_first_and_count() {
                  [[rule]]\npattern = 'o_proj$'\ngroup_size = 32\n";
     let recipe = with_rules(&plain, rules);
     let set = samples(&model, &recipe);
-    let allocated = allocate(&model, &recipe, &set, &Unobserved)
-        .unwrap()
-        .unwrap();
-    assert_eq!(allocated.report.groups.len(), 9);
-    assert!(allocated.report.code_bits_per_weight <= 2.75);
+    let allocated = allocate(&model, &recipe, &set, &Unobserved).unwrap();
+    let report = allocated.report.unwrap();
+    assert_eq!(report.groups.len(), 9);
+    assert!(report.code_bits_per_weight <= 2.75);
     let scheme_of = |name| allocated.recipe.scheme_of(name);
     assert_eq!(scheme_of("model.layers.0.self_attn.q_proj"), None);
     assert_eq!(scheme_of("model.layers.1.mlp.down_proj").unwrap().bits(), 4);
@@ -183,11 +181,8 @@ fn a_mean_that_nobody_shared_out_is_told() {
     let uniform = Recipe::new(Method::Gptq, scheme);
     uniform.check_shared(&model.modules()).unwrap();
     let none = CalibrationSet::none();
-    assert!(
-        allocate(&model, &uniform, &none, &Unobserved)
-            .unwrap()
-            .is_none()
-    );
+    let allocated = allocate(&model, &uniform, &none, &Unobserved).unwrap();
+    assert!(allocated.report.is_none());
     let nearest = Recipe::new(Method::Rtn, scheme).with_bits(Bits::new(2.5).unwrap());
     assert!(matches!(nearest.check(), Err(Error::Invalid { .. })));
 }
@@ -205,10 +200,8 @@ fn experts_of_a_layer_are_one_group() {
 fn rows_of_a_sweep_tell_what_was_shared_out() {
     let (model, recipe) = (opened(), recipe(2.5));
     let set = samples(&model, &recipe);
-    let report = allocate(&model, &recipe, &set, &Unobserved)
-        .unwrap()
-        .unwrap()
-        .report;
+    let allocated = allocate(&model, &recipe, &set, &Unobserved).unwrap();
+    let report = allocated.report.unwrap();
     let short = sweep::AllocatedBits::from(report.clone());
     assert_eq!(short.bits.len(), 16);
     assert_eq!(short.stored_bytes, report.stored_bytes);

@@ -247,6 +247,19 @@ fn shared_modules(model: &ModelSource, recipe: &Recipe) -> usize {
         .count()
 }
 
+/// Empty where nothing is shared out.
+fn shared_text(recipe: &Recipe, n_modules: usize) -> String {
+    match n_modules {
+        0 => String::new(),
+        n => format!(
+            "bits   {:>8} on average at most; which of {:?} each of {n} modules gets is measured \
+             before the first layer\n",
+            recipe.bits(),
+            Bits::SHARED
+        ),
+    }
+}
+
 fn dry_run(
     args: &Args,
     model: &ModelSource,
@@ -289,14 +302,7 @@ fn dry_run(
             modules.len(),
             mb(memory.total())
         );
-        if shared > 0 {
-            text += &format!(
-                "bits   {:>8} on average at most; which of {:?} each of {shared} modules gets is \
-                 measured before the first layer\n",
-                recipe.bits(),
-                Bits::SHARED
-            );
-        }
+        text += &shared_text(recipe, shared);
         if memory.streams_on_disk > 0 {
             text += &format!(
                 "disk   {:>8.1} MB of hidden states while at work\n",

@@ -3,13 +3,14 @@
 use super::{json, quantize, repository, text, vlmq};
 use serde_json::Value;
 use std::collections::BTreeSet;
+use std::path::Path;
 
 fn bits_of<'a>(modules: &'a [Value], name: &str) -> &'a Value {
     let module = modules.iter().find(|m| m["name"] == name);
     &module.unwrap_or_else(|| panic!("{name}"))["scheme"]["bits"]
 }
 
-fn tensor_bytes(model: &std::path::Path) -> u64 {
+fn tensor_bytes(model: &Path) -> u64 {
     let inspect = vlmq()
         .arg("inspect")
         .arg(model)
@@ -17,6 +18,15 @@ fn tensor_bytes(model: &std::path::Path) -> u64 {
         .output()
         .unwrap();
     json(&inspect.stdout)["tensor_bytes"].as_u64().unwrap()
+}
+
+/// Of the formats in the folder's configuration.
+fn written_widths(folder: &Path) -> BTreeSet<u64> {
+    let config = json(&std::fs::read(folder.join("config.json")).unwrap());
+    let formats = &config["quantization_config"]["config_groups"];
+    let formats = formats.as_object().unwrap().values();
+    let widths = formats.map(|f| f["weights"]["num_bits"].as_u64().unwrap());
+    widths.collect()
 }
 
 #[test]
@@ -63,14 +73,7 @@ fn a_mean_of_bits_is_kept_reported_and_read_back() {
     assert_eq!(printed["tensor_bytes"].as_u64(), Some(expected));
     assert_eq!(tensor_bytes(&output), expected);
 
-    let config = json(&std::fs::read(output.join("config.json")).unwrap());
-    let formats = config["quantization_config"]["config_groups"]
-        .as_object()
-        .unwrap();
-    let written = formats
-        .values()
-        .map(|f| f["weights"]["num_bits"].as_u64().unwrap());
-    assert_eq!(written.collect::<BTreeSet<u64>>(), widths);
+    assert_eq!(written_widths(&output), widths);
     assert!(widths.len() > 1);
 
     let eval = vlmq()
