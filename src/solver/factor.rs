@@ -51,7 +51,7 @@ enum Drift {
     /// P `[in, in]` for α = 1 in solving order, meaningful above the diagonal ([`super::drift`]).
     Pull(Matrix),
     /// What the target is made with.
-    Target(target::Drift),
+    Target(target::DriftMoments),
 }
 
 impl Factor {
@@ -90,7 +90,7 @@ impl Factor {
         let drift = match (settings.target, cross, output_cross) {
             (_, None, None) | (Target::Pull, None, _) => None,
             (Target::Pull, Some(cross), _) => Some(Drift::Pull(pull(cross, &triangle))),
-            (_, cross, output_cross) => Some(Drift::Target(target::Drift {
+            (_, cross, output_cross) => Some(Drift::Target(target::DriftMoments {
                 cross,
                 output_cross,
                 pivots: pivots.clone(),
@@ -157,7 +157,7 @@ impl Factor {
     }
 
     /// What the target is made with; absent without cross moments, and where they were made into a pull.
-    pub(super) fn drift_moments(&self) -> Option<&target::Drift> {
+    pub(super) fn drift_moments(&self) -> Option<&target::DriftMoments> {
         match &self.drift {
             Some(Drift::Target(drift)) => Some(drift),
             _ => None,

@@ -26,7 +26,7 @@ use rayon::prelude::*;
 use std::ops::Range;
 
 /// C and S, and what is needed to solve with H.
-pub(super) struct Drift {
+pub(super) struct DriftMoments {
     /// C, original order; absent where S holds all.
     pub(super) cross: Option<Matrix>,
     /// S `[out, in]`, original order; absent where C holds all.
@@ -39,7 +39,12 @@ pub(super) struct Drift {
 /// W + α E H⁻¹, and the mean of α over rows.
 ///
 /// Shapes: `w [out, in]`, a factor of the same `in`.
-pub(super) fn target(w: &Matrix, factor: &Factor, drift: &Drift, alpha: f32) -> (Matrix, f32) {
+pub(super) fn target(
+    w: &Matrix,
+    factor: &Factor,
+    drift: &DriftMoments,
+    alpha: f32,
+) -> (Matrix, f32) {
     let n = w.cols();
     let part = factor.part.as_deref();
     let part = part.and_then(|part| Some((part, part.drift_moments()?)));
@@ -82,7 +87,12 @@ pub(super) fn target(w: &Matrix, factor: &Factor, drift: &Drift, alpha: f32) -> 
 
 /// Where the first column in solving order alone would make up for the drift: w + α E_q / H_qq, by row.
 /// Qronos rounds it from there (arXiv:2505.11695, first step).
-pub(super) fn first_values(w: &Matrix, factor: &Factor, drift: &Drift, alpha: f32) -> Vec<f32> {
+pub(super) fn first_values(
+    w: &Matrix,
+    factor: &Factor,
+    drift: &DriftMoments,
+    alpha: f32,
+) -> Vec<f32> {
     let Some(first) = factor.order.first().copied() else {
         return Vec::new();
     };
@@ -105,7 +115,7 @@ pub(super) fn first_values(w: &Matrix, factor: &Factor, drift: &Drift, alpha: f3
 struct HeldOut<'a> {
     whole: &'a Factor,
     part: &'a Factor,
-    part_drift: &'a Drift,
+    part_drift: &'a DriftMoments,
 }
 
 impl HeldOut<'_> {
@@ -137,7 +147,7 @@ fn row_alpha(gain: f64, energy: f64) -> f32 {
     (2.0 * half / (1.0 + half)) as f32
 }
 
-impl Drift {
+impl DriftMoments {
     /// E at `row` and `column`.
     fn of_entry(&self, w: &Matrix, row: usize, column: usize) -> f64 {
         let own = |s: &Matrix| f64::from(s[(row, column)]);
