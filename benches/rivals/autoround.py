@@ -7,8 +7,8 @@ Usage: autoround.py run MODEL --calibration DATA --tasks DATA --work DIR --outpu
 `run` adds to ROWS one line of the form of `vlmq compare` for each seed and format that it lacks, in
 which `seconds` are those of tuning and `process` has the whole process as the kernel counts it.
 CHOOSE is the example choose_samples, PYTHON that of an environment with auto-round. With --beside each
-run has one of vlmq's methods before it, timed alike. `table` has means and the ratios of KL paired by
-seed, with 95 % intervals of Student's t, of every method to METHOD.
+run has vlmq's methods before it, timed alike. `table` has means and the ratios of KL paired by seed, with
+95 % intervals of Student's t, of every method to METHOD, over the seeds that METHOD has.
 """
 
 import argparse
@@ -134,7 +134,8 @@ def table(args):
     formats = sorted({key[1:3] for key in rows if key[1]}, key=lambda f: (-f[0], f[1]))
     print("| bits, group | method | seeds | accuracy | KL | KL to " + args.of + " |\n" + "|---" * 6 + "|")
     for bits, group in formats:
-        own = {key: row for key, row in rows.items() if key[1:3] == (bits, group)}
+        seeds = {key[3] for key in rows if key[:3] == (args.of, bits, group)}
+        own = {key: row for key, row in rows.items() if key[1:3] == (bits, group) and key[3] in seeds}
         for method in dict.fromkeys(key[0] for key in own):
             mine = [row for key, row in own.items() if key[0] == method]
             accuracy, kl = (mean([row[name] for row in mine]) for name in ["accuracy", "kl"])
