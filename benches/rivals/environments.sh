@@ -30,7 +30,7 @@ environment() {
 environment gptqmodel 2.15.0 0.29.2 transformers==5.23.0 \
   gptqmodel==7.7.0 compressed-tensors==0.20.0 optimum==2.3.0
 environment llmcompressor 2.14.0 0.29.0 transformers==5.17.0 \
-  llmcompressor==0.14.0.1 compressed-tensors==0.19.0 datasets
+  llmcompressor==0.14.0.1 compressed-tensors==0.19.0 datasets auto-round==0.15.1
 
 # GPTQModel packs with a piece of C++ that it compiles at first use; here, so that no measured run does
 # and none does without. It needs g++ and, on the path, the environment's ninja.

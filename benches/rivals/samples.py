@@ -10,9 +10,15 @@ ROLES = {"human": "user", "gpt": "assistant"}
 
 def write_folder(source, out, start, n):
     """Samples start to start + n of a folder with samples.jsonl and images.zip, as a folder of files."""
-    lines = (source / "samples.jsonl").read_text().splitlines()[start:start + n]
-    if len(lines) < n:
-        raise SystemExit(f"{source}: fewer than {start + n} samples")
+    write_lines(source, out, range(start, start + n))
+
+
+def write_lines(source, out, places):
+    """Those lines of the same, counted from zero, in the order of `places`."""
+    every = (source / "samples.jsonl").read_text().splitlines()
+    if max(places) >= len(every):
+        raise SystemExit(f"{source}: fewer than {max(places) + 1} samples")
+    lines = [every[i] for i in places]
     out.mkdir(parents=True)
     (out / "samples.jsonl").write_text("".join(line + "\n" for line in lines))
     with zipfile.ZipFile(source / "images.zip") as archive:
@@ -37,12 +43,15 @@ def conversations(folder):
 
 
 def processor_of(model):
-    """The model's processor with the image processor that resamples as Pillow does, as vlmq does."""
+    """The model's processor with the image processor that resamples as Pillow does, as vlmq does.
+
+    For other families than Qwen2-VL its own: good for images that need no resampling."""
     from transformers import AutoProcessor
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     processor = AutoProcessor.from_pretrained(model)
-    processor.image_processor = Qwen2VLImageProcessorPil.from_pretrained(model)
+    if "qwen2_vl" in json.loads((Path(model) / "config.json").read_text())["model_type"]:
+        processor.image_processor = Qwen2VLImageProcessorPil.from_pretrained(model)
     return processor
 
 
@@ -67,4 +76,4 @@ def peak_bytes():
 def module_of(name):
     """`model.layers.I.PART.PROJ` from any spelling of a decoder module, or None for other modules."""
     at = name.find("layers.")
-    return "model." + name[at:] if at >= 0 and "visual" not in name else None
+    return "model." + name[at:] if at >= 0 and "vis" not in name[:at] else None
