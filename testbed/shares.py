@@ -30,8 +30,8 @@ def main():
     report = json.load(open(sys.argv[1]))
     counts = report["calibration"]["n_tokens"]
     share = counts.get("vision", 0) / sum(counts.values())
-    print(f"{sum(counts.values()):,} tokens, {100 * share:.0f} % of them vision; vision's share of Σω in %, ESS in "
-          "% of the tokens\n")
+    print(f"{sum(counts.values()):,} tokens, {100 * share:.0f} % of them vision; "
+          "vision's share of Σω in %, ESS in % of the tokens\n")
     print("| layer | " + " | ".join(name[0] for name in LINEARS) + " |")
     print("|---" * (len(LINEARS) + 1) + "|")
     for layer, found in sorted(rows(report).items()):

@@ -4,8 +4,8 @@ use super::value::{count, flag, number, word};
 use crate::solver::{Clip, ClipNorm, DampeningUnit, SolverSettings, Target};
 
 /// All keys, for messages.
-pub(super) const KEYS: &str = "dampening_frac, dampening_unit, col_block, act_order, target, clip, clip_power, clip_norm, \
-                               sweeps, refit_scales, unit_gain";
+pub(super) const KEYS: &str = "dampening_frac, dampening_unit, col_block, act_order, target, clip, \
+                               clip_power, clip_norm, sweeps, refit_scales, unit_gain";
 
 const UNITS: [(&str, DampeningUnit); 2] = [
     ("mean_diagonal", DampeningUnit::MeanDiagonal),
