@@ -100,7 +100,7 @@ pub fn quantize_folder(
     observer: &dyn Observer,
 ) -> Result<(RunReport, Exported)> {
     let began = Instant::now();
-    let plan = module_plan(model, recipe)?;
+    let mut plan = module_plan(model, recipe)?;
     let journal = Journal::open(output, options.resume)?;
     let mut exporter = open_exporter(model, &plan, &journal)?;
     check_copied(model, &plan)?;
@@ -110,9 +110,9 @@ pub fn quantize_folder(
     let prepared = began.elapsed().as_secs_f64();
     let allocated = allocate(model, recipe, &set, observer)?;
     let recipe = allocated.recipe.as_ref();
-    let plan = module_plan(model, recipe)?;
     if allocated.report.is_some() {
-        // The one before was of the formats that were to be expected.
+        // Those before were of the formats that were to be expected.
+        plan = module_plan(model, recipe)?;
         drop(exporter);
         exporter = open_exporter(model, &plan, &journal)?;
     }

@@ -24,8 +24,6 @@ from samples import write_lines
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parents[1] / "testbed"))
-# Names of variants in the rows of vlmq compare.
-NAMES = {"vlmq:clip=weighted": "vlmq, weighted grid"}
 
 
 def chosen(args, seed):
@@ -84,7 +82,7 @@ def own_row(method, bits, group, seed, args):
     report = done["said"]["report"]
     tokens = sum(report["calibration"]["n_tokens"].values())
     tasks = scores(out, f"own-{bits}-{group}-{seed}", args)
-    return row_of(NAMES.get(method, method), bits, group, seed, tasks, done,
+    return row_of(method, bits, group, seed, tasks, done,
                   dict(seconds=report["seconds"]["total"], tokens=tokens, threads=args.threads))
 
 

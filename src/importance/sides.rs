@@ -1,7 +1,7 @@
 //! The two sides of each linear of a layer: what went into it, and the gradient with respect to
 //! what came out.
 
-use super::backward::{AttentionPass, LayerGradients};
+use super::backward::{AttentionPass, LayerGradients, MlpGradients};
 use crate::Result;
 use crate::model::experts::Routing;
 use crate::model::projection::{Projection, Slot};
@@ -13,8 +13,47 @@ use std::ops::Range;
 pub struct Sides<'a> {
     pass: &'a AttentionPass<'a>,
     gradients: &'a LayerGradients,
-    /// Where tokens were sent, in a mixture, and which rows are each expert's.
-    routing: Option<(Routing, BTreeMap<usize, Range<usize>>)>,
+    /// The MLP's, in a mixture.
+    experts: Option<ByExpert>,
+}
+
+/// The rows of an MLP's linears by expert, and which of them are each expert's.
+struct ByExpert {
+    runs: BTreeMap<usize, Range<usize>>,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    /// What goes into gate and up.
+    n2: Tensor,
+    /// What goes into down.
+    h: Tensor,
+}
+
+impl ByExpert {
+    fn new(routing: &Routing, mlp: &MlpGradients) -> Result<Self> {
+        let runs = routing.runs();
+        Ok(Self {
+            runs: runs.map(|(expert, run)| (expert, run.clone())).collect(),
+            gate: routing.by_expert(&mlp.gate)?,
+            up: routing.by_expert(&mlp.up)?,
+            down: routing.by_expert(&mlp.down)?,
+            n2: routing.dispatch(&mlp.n2)?,
+            h: routing.by_expert(&mlp.h)?,
+        })
+    }
+
+    fn of(&self, expert: usize, projection: Projection) -> Result<Option<(Tensor, Tensor)>> {
+        let Some(run) = self.runs.get(&expert) else {
+            return Ok(None);
+        };
+        let (p, u) = match projection {
+            Projection::Down => (&self.down, &self.h),
+            Projection::Up => (&self.up, &self.n2),
+            _ => (&self.gate, &self.n2),
+        };
+        let own = |rows: &Tensor| rows.narrow(0, run.start, run.len());
+        Ok(Some((own(p)?, own(u)?)))
+    }
 }
 
 impl<'a> Sides<'a> {
@@ -23,15 +62,12 @@ impl<'a> Sides<'a> {
     /// # Errors
     /// A tensor error if shapes disagree.
     pub fn new(pass: &'a AttentionPass<'a>, gradients: &'a LayerGradients) -> Result<Self> {
-        let routing = pass.layer().routing(&gradients.mlp.n2)?.map(|routing| {
-            let runs = routing.runs();
-            let runs = runs.map(|(expert, run)| (expert, run.clone())).collect();
-            (routing, runs)
-        });
+        let routing = pass.layer().routing(&gradients.mlp.n2)?;
+        let experts = routing.map(|routing| ByExpert::new(&routing, &gradients.mlp));
         Ok(Self {
             pass,
             gradients,
-            routing,
+            experts: experts.transpose()?,
         })
     }
 
@@ -41,19 +77,11 @@ impl<'a> Sides<'a> {
     /// # Errors
     /// A tensor error if shapes disagree.
     pub fn of(&self, slot: Slot) -> Result<Option<(Tensor, Tensor)>> {
+        if let (Some(expert), Some(experts)) = (slot.expert, &self.experts) {
+            return experts.of(expert, slot.projection);
+        }
         let (p, u) = self.of_all(slot.projection);
-        let (Some(expert), Some((routing, runs))) = (slot.expert, &self.routing) else {
-            return Ok(Some((p.clone(), u.clone())));
-        };
-        let Some(run) = runs.get(&expert) else {
-            return Ok(None);
-        };
-        let u = match slot.projection {
-            Projection::Down => routing.by_expert(u)?,
-            _ => routing.dispatch(u)?,
-        };
-        let own = |rows: &Tensor| rows.narrow(0, run.start, run.len());
-        Ok(Some((own(&routing.by_expert(p)?)?, own(&u)?)))
+        Ok(Some((p.clone(), u.clone())))
     }
 
     /// The same of all experts together, by token.

@@ -31,7 +31,7 @@ use super::grid::{Fitting, Grids, steps};
 use super::loss::{dot, live_difference, quantization_loss, weighted_energy};
 use super::refine::refine;
 use super::target;
-use super::{Solved, SolverSettings, Target, check_weight};
+use super::{Clip, Solved, SolverSettings, Target, check_weight};
 use crate::plan::Scheme;
 use crate::statistics::Statistics;
 use crate::{Error, Matrix, QuantizedWeight, Result};
@@ -102,12 +102,13 @@ pub fn solve(
     let first_values = drift.filter(|_| settings.target == Target::Qronos);
     let first_values =
         first_values.map(|drift| target::first_values(w, factor, drift, settings.alpha));
-    let column_weights = factor.column_weights(settings.clip_power);
+    let is_weighted = settings.clip == Clip::Weighted;
+    let column_weights = is_weighted.then(|| factor.column_weights(settings.clip_power));
     let fitting = Fitting {
         scheme,
         clip: settings.clip,
         clip_norm: settings.clip_norm,
-        column_weights: Some(&column_weights),
+        column_weights: column_weights.as_deref(),
     };
     let grids = match factor.act_order {
         true => Some(Grids::fit(module, target, group_len, fitting)?),

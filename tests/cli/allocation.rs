@@ -1,6 +1,6 @@
 //! A mean of bits shared out among the modules of the bundled model.
 
-use super::{json, quantize, repository, text, vlmq};
+use super::{eval_counting, json, quantize, repository, text, vlmq};
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -76,17 +76,7 @@ fn a_mean_of_bits_is_kept_reported_and_read_back() {
     assert_eq!(written_widths(&output), widths);
     assert!(widths.len() > 1);
 
-    let eval = vlmq()
-        .arg("eval")
-        .arg(&output)
-        .arg("--task")
-        .arg(repository("testbed/eval/counting.parquet"))
-        .args(["--limit", "3", "--json", "--reference"])
-        .arg(&model)
-        .output()
-        .unwrap();
-    assert!(eval.status.success(), "{}", text(&eval.stderr));
-    let kl = json(&eval.stdout)["tasks"]["counting"]["kl_per_answer_token"].as_f64();
+    let kl = eval_counting(&output, &model)["kl_per_answer_token"].as_f64();
     assert!(kl.is_some_and(|kl| kl > 0.0 && kl < 1.0), "{kl:?}");
 }
 

@@ -1,6 +1,6 @@
 //! From the bundled model to a written folder and its answers.
 
-use super::{json, quantize, repository, text, vlmq};
+use super::{eval_counting, json, quantize, repository, text, vlmq};
 use serde_json::Value;
 use std::path::Path;
 
@@ -37,17 +37,7 @@ fn every_method_writes_a_folder_that_answers() {
             assert_eq!(uniform.len(), 4, "q, k, v and o of the first layer only");
             assert!(uniform.iter().all(|d| d["layer_idx"] == 0));
         }
-        let eval = vlmq()
-            .arg("eval")
-            .arg(&output)
-            .arg("--task")
-            .arg(repository("testbed/eval/counting.parquet"))
-            .args(["--limit", "3", "--json", "--reference"])
-            .arg(&model)
-            .output()
-            .unwrap();
-        assert!(eval.status.success(), "{method}: {}", text(&eval.stderr));
-        let task = &json(&eval.stdout)["tasks"]["counting"];
+        let task = eval_counting(&output, &model);
         assert_eq!(task["accuracy"]["n"], 3);
         assert!(task["kl_per_answer_token"].as_f64().unwrap() > 0.0);
     }

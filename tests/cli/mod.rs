@@ -43,6 +43,22 @@ fn quantize(model: &Path, output: &Path, more: &[&str]) -> Output {
     command.args(more).output().unwrap()
 }
 
+/// What `vlmq eval FOLDER` says of the first three counting questions, beside the original.
+fn eval_counting(folder: &Path, original: &Path) -> serde_json::Value {
+    let eval = vlmq()
+        .arg("eval")
+        .arg(folder)
+        .arg("--task")
+        .arg(repository("testbed/eval/counting.parquet"))
+        .args(["--limit", "3", "--json", "--reference"])
+        .arg(original)
+        .output()
+        .unwrap();
+    let folder = folder.display();
+    assert!(eval.status.success(), "{folder}: {}", text(&eval.stderr));
+    json(&eval.stdout)["tasks"]["counting"].take()
+}
+
 /// A copy of the bundled model that may be damaged.
 fn model_copy(home: &Path) -> PathBuf {
     let copy = home.join("model");

@@ -163,58 +163,34 @@ fn kill(n_kills: usize, output: &Path, run: impl Fn(&Path) -> Command) {
     }
 }
 
-#[test]
-fn a_run_killed_at_a_hundred_moments_writes_the_same_bytes() {
+/// Runs of a small model with these flags, killed again and again.
+fn kill_small(n_kills: usize, flags: &[&str]) {
     let home = Home::new(Spelling::USUAL);
-    kill(100, &home.output(), |output| {
+    kill(n_kills, &home.output(), |output| {
         let mut command = vlmq();
-        command
-            .arg("quantize")
-            .arg(home.model())
-            .arg("--calibration")
-            .arg(home.data());
-        command.args([
-            "--bits",
-            "3",
-            "--group-size",
-            "32",
-            "--samples",
-            "6",
-            "--json",
-        ]);
+        command.arg("quantize").arg(home.model());
+        command.arg("--calibration").arg(home.data()).args(flags);
+        command.args(["--group-size", "32", "--samples", "6", "--json"]);
         command.arg("--output").arg(output);
         command
     });
 }
 
+#[test]
+fn a_run_killed_at_a_hundred_moments_writes_the_same_bytes() {
+    kill_small(100, &["--bits", "3"]);
+}
+
 /// The layers that are left get the bits that they would have had.
 #[test]
 fn a_killed_run_with_shared_bits_writes_the_same_bytes() {
-    let home = Home::new(Spelling::USUAL);
-    kill(40, &home.output(), |output| {
-        let mut command = vlmq();
-        command.arg("quantize").arg(home.model());
-        command.arg("--calibration").arg(home.data());
-        command.args(["--bits", "2.6", "--group-size", "32"]);
-        command.args(["--samples", "6", "--json", "--output"]);
-        command.arg(output);
-        command
-    });
+    kill_small(40, &["--bits", "2.6"]);
 }
 
 /// Norms that were changed come back with their layers.
 #[test]
 fn a_killed_awq_run_writes_the_same_bytes() {
-    let home = Home::new(Spelling::USUAL);
-    kill(60, &home.output(), |output| {
-        let mut command = vlmq();
-        command.arg("quantize").arg(home.model());
-        command.arg("--calibration").arg(home.data());
-        command.args(["--method", "awq", "--bits", "3", "--group-size", "32"]);
-        command.args(["--samples", "6", "--json", "--output"]);
-        command.arg(output);
-        command
-    });
+    kill_small(60, &["--method", "awq", "--bits", "3"]);
 }
 
 #[test]

@@ -104,6 +104,7 @@ impl Group<'_> {
         is_better
     }
 
+    /// Σ D · |error|^norm, or anything from `limit` on.
     fn error_below(&self, grid: Grid, limit: f32) -> f32 {
         match self.norm {
             ClipNorm::Square => self.sum_below(grid, limit, |off| off * off),
