@@ -106,6 +106,22 @@ impl Scheme {
         Self::new(bits, self.group_size, self.symmetric, self.scale_dtype)
     }
 
+    /// The same format with other groups.
+    ///
+    /// # Errors
+    /// As [`Scheme::new`].
+    pub fn with_group_size(self, group_size: Option<usize>) -> Result<Self> {
+        Self::new(self.bits, group_size, self.symmetric, self.scale_dtype)
+    }
+
+    /// The same format with scales stored in another type.
+    pub fn with_scale_dtype(self, scale_dtype: ScaleDtype) -> Self {
+        Self {
+            scale_dtype,
+            ..self
+        }
+    }
+
     /// Bits per code.
     pub fn bits(self) -> u8 {
         self.bits

@@ -7,8 +7,7 @@ use crate::allocation::allocate;
 use crate::calibration::{self, CalibrationSample, CalibrationSet};
 use crate::checkpoint::write::MAX_SHARD_BYTES;
 use crate::dataset::{Sample, SampleSet};
-use crate::export::ModulePlan;
-use crate::export::compressed_tensors::{Exported, Exporter};
+use crate::export::{Exported, Exporter, Format, ModulePlan};
 use crate::families::open_processor;
 use crate::hidden_states::Store;
 use crate::journal::{Fingerprint, Journal, LayerWriter, Resume};
@@ -43,6 +42,8 @@ pub struct SampleChoice {
 /// What a run does otherwise than another of the same result.
 #[derive(Clone, Copy, Debug)]
 pub struct RunOptions {
+    /// How the result is written.
+    pub format: Format,
     /// What to do about the layers of an earlier run.
     pub resume: Resume,
     /// Bytes of memory to stay below, as far as it can be: hidden states that do not fit go to disk.
@@ -102,7 +103,7 @@ pub fn quantize_folder(
     let began = Instant::now();
     let mut plan = module_plan(model, recipe)?;
     let journal = Journal::open(output, options.resume)?;
-    let mut exporter = open_exporter(model, &plan, &journal)?;
+    let mut exporter = open_exporter(model, &plan, &journal, options.format)?;
     check_copied(model, &plan)?;
     let checked = began.elapsed().as_secs_f64();
     let memory_bytes = options.memory_bytes;
@@ -114,7 +115,7 @@ pub fn quantize_folder(
         // Those before were of the formats that were to be expected.
         plan = module_plan(model, recipe)?;
         drop(exporter);
-        exporter = open_exporter(model, &plan, &journal)?;
+        exporter = open_exporter(model, &plan, &journal, options.format)?;
     }
     journal.bind(&fingerprint(recipe, &plan, &set)?)?;
     let n_resumed_layers = journal.n_finished()?;
@@ -160,9 +161,10 @@ fn open_exporter<'a>(
     model: &'a ModelSource,
     plan: &[ModulePlan],
     journal: &Journal,
+    format: Format,
 ) -> Result<Exporter<'a>> {
     let pending = journal.pending()?;
-    Exporter::create_in(model.checkpoint(), plan, pending, MAX_SHARD_BYTES)
+    Exporter::create(model.checkpoint(), format, plan, pending, MAX_SHARD_BYTES)
 }
 
 /// Modules go to the output folder and to the journal at once.

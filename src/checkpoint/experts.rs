@@ -140,8 +140,12 @@ impl Checkpoint {
         self.fused(prefix).map(|_| format!("{prefix}.{other}"))
     }
 
-    /// Type and shape `[out, in]` of a linear's plain weight, wherever it is.
+    /// Type and shape `[out, in]` of a linear's plain weight, wherever it is; of a quantized one the
+    /// type of its scales.
     pub fn linear_info(&self, module: &str) -> Option<(DType, Vec<usize>)> {
+        if self.is_quantized(module) {
+            return self.packed_info(module).ok();
+        }
         match self.info(&format!("{module}.weight")) {
             Some(info) => Some((info.dtype, info.shape.clone())),
             None => {

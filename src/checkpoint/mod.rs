@@ -16,7 +16,8 @@ pub mod write;
 
 pub use dtype::DType;
 pub use folder::PendingFolder;
-pub use quantization::{QuantizationConfig, QuantizationGroup};
+pub use quantization::{Awq, CompressedTensors, Gptq, Mlx, Quantization, QuantizationGroup};
+pub(crate) use quantization::{NIBBLE_OF_OUTPUT, mlx_bias};
 
 use crate::{Error, Matrix, Result};
 use serde_json::Value;
@@ -58,7 +59,7 @@ pub struct Checkpoint {
     dir: PathBuf,
     config: Value,
     config_text: String,
-    quantization: Option<QuantizationConfig>,
+    quantization: Option<Quantization>,
     shards: Vec<Shard>,
     tensors: BTreeMap<String, TensorInfo>,
 }
@@ -89,7 +90,7 @@ impl Checkpoint {
         let config_path = require(dir, CONFIG_FILE)?;
         let config_text = read_text(&config_path)?;
         let config = parse_object(&config_path, &config_text)?;
-        let quantization = QuantizationConfig::from_config(&config_path, &config)?;
+        let quantization = Quantization::from_config(&config_path, &config)?;
         let mut checkpoint = Self {
             dir: dir.to_path_buf(),
             config,
@@ -324,25 +325,7 @@ impl Checkpoint {
             let name = format!("{module}.weight");
             return Matrix::from_vec(&name, out, inp, self.load(&name, &[out, inp])?);
         }
-        let packed = self.packed_module(module)?;
-        if (packed.rows(), packed.cols()) != (out, inp) {
-            return Err(Error::Shape {
-                module: module.to_owned(),
-                expected: vec![out, inp],
-                found: vec![packed.rows(), packed.cols()],
-            });
-        }
-        Ok(packed.dequantize())
-    }
-
-    /// Whether the weight of this linear is stored as packed codes.
-    pub fn is_quantized(&self, module: &str) -> bool {
-        self.quantization.is_some() && self.contains(&format!("{module}.weight_packed"))
-    }
-
-    /// How the folder's weights are quantized, if they are.
-    pub fn quantization(&self) -> Option<&QuantizationConfig> {
-        self.quantization.as_ref()
+        self.dequantized(module, out, inp)
     }
 
     /// Every regular file directly in the folder that holds no weights, sorted, `config.json`

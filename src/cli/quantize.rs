@@ -9,6 +9,7 @@ use std::process::ExitCode;
 use vlmq::Error;
 use vlmq::checkpoint::DType;
 use vlmq::dataset::open_samples;
+use vlmq::export::Format;
 use vlmq::families::open_processor;
 use vlmq::journal::{Journal, Resume};
 use vlmq::memory::{plan_disk, plan_memory};
@@ -41,9 +42,9 @@ pub struct Args {
     /// Raw texts are read in pieces of at most so many tokens; conversations are never cut
     #[arg(long, value_name = "N", default_value_t = MAX_TEXT_TOKENS)]
     max_tokens: usize,
-    /// Output format
-    #[arg(long, value_parser = ["compressed-tensors"], default_value = "compressed-tensors")]
-    format: String,
+    /// How it is written: compressed-tensors, gptq, awq, mlx, or numbers as bf16, f16, f32
+    #[arg(long, value_name = "F", default_value = "compressed-tensors")]
+    format: Format,
     /// What to do with the layers that an earlier run for the same output finished
     #[arg(long, value_enum, default_value_t)]
     resume: ResumeArg,
@@ -111,8 +112,8 @@ pub struct RecipeArgs {
 }
 
 impl RecipeArgs {
-    /// The recipe for a model; scales are stored in the type of its weights.
-    pub fn recipe(&self, model: &ModelSource) -> vlmq::Result<Recipe> {
+    /// The recipe for a model; scales are stored in the type that the format has for them.
+    pub fn recipe(&self, model: &ModelSource, format: Format) -> vlmq::Result<Recipe> {
         let group_size = match self.group_size {
             -1 => None,
             n => Some(usize::try_from(n).map_err(|_| Error::Invalid {
@@ -121,7 +122,8 @@ impl RecipeArgs {
             })?),
         };
         let bits: Bits = self.bits.parse()?;
-        let scheme = Scheme::new(bits.ceil(), group_size, self.symmetric, scale_dtype(model))?;
+        let scales = format.scale_dtype(scale_dtype(model));
+        let scheme = Scheme::new(bits.ceil(), group_size, self.symmetric, scales)?;
         let mut recipe = Recipe::new(self.method.parse::<Method>()?, scheme).with_bits(bits);
         if let Some(path) = &self.recipe {
             recipe.read_rules(path)?;
@@ -177,7 +179,7 @@ pub fn scale_dtype(model: &ModelSource) -> ScaleDtype {
 
 pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
     let model = open_model(&args.model.model)?;
-    let recipe = args.recipe.recipe(&model)?;
+    let recipe = args.recipe.recipe(&model, args.format)?;
     let choice = match (&args.calibration, recipe.needs_calibration()) {
         (Some(path), true) => Some(SampleChoice {
             set: open_samples(path)?,
@@ -193,6 +195,7 @@ pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
     let output = args.output.as_deref().context("--output DIR is needed")?;
     let progress = Progress::start()?;
     let options = RunOptions {
+        format: args.format,
         resume: args.resume.into(),
         memory_bytes: args.memory_bytes(),
     };
@@ -268,6 +271,7 @@ fn dry_run(
     json: bool,
 ) -> anyhow::Result<ExitCode> {
     let modules = module_plan(model, recipe)?;
+    args.format.check(model.checkpoint(), &modules)?;
     if let Some(output) = args.output.as_deref().filter(|o| o.exists()) {
         return Err(Error::Exists {
             path: output.to_path_buf(),

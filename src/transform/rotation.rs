@@ -22,7 +22,7 @@
 use super::orthogonal::{Rotation, RotationKind};
 use crate::checkpoint::write::{MAX_SHARD_BYTES, ShardedWriter, TensorSpec};
 use crate::checkpoint::{CONFIG_FILE, Checkpoint, DType, PendingFolder};
-use crate::export::compressed_tensors::copy_side_files;
+use crate::export::copy_side_files;
 use crate::families;
 use crate::model::changed::LayerPart;
 use crate::model::decoder_config::NormScale;

@@ -1,7 +1,7 @@
 //! Looking at a written folder with the eyes of whoever will read it.
 
-use super::config::Ignore;
-use crate::checkpoint::Checkpoint;
+use super::names::Ignore;
+use crate::checkpoint::{Checkpoint, Quantization};
 use crate::{Error, Matrix, QuantizedWeight, Result};
 use std::collections::BTreeMap;
 
@@ -20,39 +20,44 @@ pub struct Verified {
 /// The first breach, as [`Checkpoint::packed_module`]; [`Error::Unsupported`] if the folder is not
 /// quantized; [`Error::Format`] for a quantization tensor that belongs to no packed module.
 pub fn verify(written: &Checkpoint) -> Result<Verified> {
-    let config = written.quantization().ok_or_else(|| Error::Unsupported {
+    let quantization = written.quantization().ok_or_else(|| Error::Unsupported {
         what: format!(
-            "{}: config.json has no quantization_config",
+            "{}: config.json speaks of no quantization",
             written.dir().display()
         ),
     })?;
-    let ignored: Vec<Ignore> = config.ignore().iter().map(|e| Ignore::new(e)).collect();
-    let mut seen = Verified {
-        n_quantized: 0,
-        n_plain: 0,
+    let ignored: Vec<Ignore> = match quantization {
+        Quantization::CompressedTensors(q) => q.ignore().iter().map(|e| Ignore::new(e)).collect(),
+        _ => Vec::new(),
     };
+    let mut n_plain = 0;
     for name in written.names() {
-        let Some((module, suffix)) = split_packed(name) else {
-            seen.n_plain += 1;
+        let Some(module) = written.packed_owner(name) else {
+            n_plain += 1;
             continue;
         };
         let fail = |why: &str| Error::format(written.dir(), format!("tensor {name}"), why);
         if !written.is_quantized(module) {
-            return Err(fail("has no weight_packed beside it"));
+            return Err(fail("has no codes beside it"));
         }
-        if written.contains(&format!("{module}.weight")) {
+        let plain = format!("{module}.weight");
+        if written.contains(&plain) && written.packed_owner(&plain).is_none() {
             return Err(fail("there is a plain weight of the same module"));
         }
-        if suffix == "weight_packed" {
-            let packed = written.packed_module(module)?;
-            check_zero_point_presence(written, module, &packed)?;
-            seen.n_quantized += 1;
-            if ignored.iter().any(|entry| entry.matches(module)) {
-                return Err(fail("is quantized, but config.json ignores it"));
-            }
+    }
+    let modules = written.quantized_modules();
+    for module in &modules {
+        let packed = written.packed_module(module)?;
+        check_zero_point_presence(written, module, &packed)?;
+        if ignored.iter().any(|entry| entry.matches(module)) {
+            let why = "is quantized, but config.json ignores it";
+            return Err(Error::format(written.dir(), module, why));
         }
     }
-    Ok(seen)
+    Ok(Verified {
+        n_quantized: modules.len(),
+        n_plain,
+    })
 }
 
 /// Checks that `written` is `source` with some weights quantized: [`verify`], and every tensor of
@@ -65,7 +70,8 @@ pub fn verify_against(written: &Checkpoint, source: &Checkpoint) -> Result<Verif
 }
 
 /// As [`verify_against`], with plain tensors that were changed: each has the type and the shape of
-/// the source's, and its bytes this digest.
+/// the source's, and its bytes this digest. `source` may be quantized, and `written` may have plain
+/// weights in their stead.
 ///
 /// # Errors
 /// As [`verify_against`].
@@ -74,10 +80,20 @@ pub fn verify_changed(
     source: &Checkpoint,
     changed: &BTreeMap<String, blake3::Hash>,
 ) -> Result<Verified> {
-    let seen = verify(written)?;
+    let seen = match written.quantization() {
+        Some(_) => verify(written)?,
+        None => Verified {
+            n_quantized: 0,
+            n_plain: written.names().count(),
+        },
+    };
     for name in source.names() {
+        if source.packed_owner(name).is_some() {
+            continue;
+        }
         let modules = source.modules_of(name);
-        if written.contains(name) || modules.is_empty() {
+        let is_plain = written.contains(name) && written.packed_owner(name).is_none();
+        if is_plain || modules.is_empty() {
             check_plain(written, source, name, changed.get(name))?;
             continue;
         }
@@ -85,13 +101,14 @@ pub fn verify_changed(
             check_linear(written, source, module)?;
         }
     }
+    for module in source.quantized_modules() {
+        check_shape(written, source, &module)?;
+    }
     let is_known = |name: &&str| {
-        let plain = name.strip_suffix(".weight");
-        let packed = split_packed(name).map(|(module, _)| module);
-        source.contains(name)
-            || packed
-                .or(plain)
-                .is_some_and(|m| source.linear_info(m).is_some())
+        let module = written
+            .packed_owner(name)
+            .or_else(|| name.strip_suffix(".weight"));
+        source.contains(name) || module.is_some_and(|m| source.linear_info(m).is_some())
     };
     match written.names().find(|name| !is_known(name)) {
         Some(name) => {
@@ -105,20 +122,10 @@ pub fn verify_changed(
 /// A weight that the source has in another form: quantized with the same shape, or, of an expert,
 /// by itself with the same values.
 fn check_linear(written: &Checkpoint, source: &Checkpoint, module: &str) -> Result<()> {
-    let expected = source.linear_info(module);
     if written.is_quantized(module) {
-        let packed = written.packed_module(module)?;
-        let expected = expected.map(|(_, shape)| shape);
-        let found = vec![packed.rows(), packed.cols()];
-        return match expected.as_ref() == Some(&found) {
-            true => Ok(()),
-            false => Err(Error::Shape {
-                module: format!("{module}.weight"),
-                expected: expected.unwrap_or_default(),
-                found,
-            }),
-        };
+        return check_shape(written, source, module);
     }
+    let expected = source.linear_info(module);
     let found = written.linear_bytes(module)?;
     if written.linear_info(module) == expected && found == source.linear_bytes(module)? {
         return Ok(());
@@ -129,6 +136,24 @@ fn check_linear(written: &Checkpoint, source: &Checkpoint, module: &str) -> Resu
         format!("tensor {module}.weight"),
         why,
     ))
+}
+
+/// A weight of any form that has the source's shape.
+fn check_shape(written: &Checkpoint, source: &Checkpoint, module: &str) -> Result<()> {
+    let shape = |checkpoint: &Checkpoint| checkpoint.linear_info(module).map(|(_, shape)| shape);
+    let (expected, found) = (shape(source), shape(written));
+    let found = found.ok_or_else(|| Error::Missing {
+        what: format!("the weight of {module}"),
+        place: written.dir().display().to_string(),
+    })?;
+    match expected.as_ref() == Some(&found) {
+        true => Ok(()),
+        false => Err(Error::Shape {
+            module: format!("{module}.weight"),
+            expected: expected.unwrap_or_default(),
+            found,
+        }),
+    }
 }
 
 /// Checks that a module read back is bit for bit the weight that the solver meant.
@@ -199,16 +224,4 @@ fn check_zero_point_presence(
         return Err(Error::format(written.dir(), format!("tensor {name}"), why));
     }
     Ok(())
-}
-
-/// Module and suffix of a tensor that belongs to the packed form of a weight.
-fn split_packed(name: &str) -> Option<(&str, &str)> {
-    const SUFFIXES: [&str; 4] = [
-        "weight_packed",
-        "weight_scale",
-        "weight_shape",
-        "weight_zero_point",
-    ];
-    name.rsplit_once('.')
-        .filter(|(_, suffix)| SUFFIXES.contains(suffix))
 }

@@ -1,11 +1,16 @@
-use super::config::{Ignore, stable_part, topmost_free};
+mod formats;
+
+use super::names::{Ignore, ignore_patterns, stable_part, topmost_free};
 use super::*;
 use crate::Matrix;
+use crate::QuantizedWeight;
+use crate::checkpoint::write::{MAX_SHARD_BYTES, ShardedWriter, TensorSpec};
+use crate::checkpoint::{CONFIG_FILE, Checkpoint, PendingFolder, Quantization};
 use crate::checkpoint::{INDEX_FILE, WEIGHTS_FILE};
-use proptest::prelude::*;
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
 /// A `[rows, 32]` weight of numbers without pattern, from a linear congruential sequence.
@@ -87,6 +92,18 @@ fn plan(modules: &[(&str, Scheme)]) -> Vec<ModulePlan> {
     plan.collect()
 }
 
+/// An exporter to compressed-tensors.
+fn create<'a>(source: &'a Checkpoint, plan: &[ModulePlan], output: &Path) -> Result<Exporter<'a>> {
+    let pending = PendingFolder::create(output)?;
+    Exporter::create(
+        source,
+        Format::CompressedTensors,
+        plan,
+        pending,
+        MAX_SHARD_BYTES,
+    )
+}
+
 /// Exports made-up weights for `modules` from a fresh source to `output`.
 fn export(modules: &[(&str, Scheme)], output: &Path, max_shard_bytes: u64) -> Exported {
     let names: Vec<&str> = modules.iter().map(|(name, _)| *name).collect();
@@ -94,7 +111,14 @@ fn export(modules: &[(&str, Scheme)], output: &Path, max_shard_bytes: u64) -> Ex
     let checkpoint = Checkpoint::open(dir.path()).unwrap();
     let plan = plan(modules);
     let pending = PendingFolder::create(output).unwrap();
-    let mut exporter = Exporter::create_in(&checkpoint, &plan, pending, max_shard_bytes).unwrap();
+    let mut exporter = Exporter::create(
+        &checkpoint,
+        Format::CompressedTensors,
+        &plan,
+        pending,
+        max_shard_bytes,
+    )
+    .unwrap();
     for (i, (name, scheme)) in modules.iter().enumerate().rev() {
         let weight = weight(*scheme, 12, i as u32);
         exporter.write_module(name, &weight).unwrap();
@@ -210,7 +234,10 @@ fn shards_and_mixed_schemes_read_back() {
     export(&modules, &output, 300);
     assert!(output.join(INDEX_FILE).exists() && !output.join(WEIGHTS_FILE).exists());
     let written = Checkpoint::open(&output).unwrap();
-    let groups = written.quantization().unwrap().groups();
+    let Some(Quantization::CompressedTensors(config)) = written.quantization() else {
+        panic!("another format");
+    };
+    let groups = config.groups();
     assert_eq!(groups[0].targets, ["Linear"]);
     assert_eq!(groups[1].targets, ["re:.*layers\\.0\\.mlp\\.down_proj$"]);
     assert_eq!(verify(&written).unwrap().n_quantized, 3);
@@ -224,7 +251,7 @@ fn ignore_patterns_match_under_every_loader_s_names_and_spare_the_quantized() {
         (Q_PROJ, scheme(4, None, true)),
         (DOWN_PROJ, scheme(4, None, true)),
     ]);
-    let schemes = schemes_by_name(&checkpoint, &plan).unwrap();
+    let schemes = plan.into_iter().map(|m| (m.name, m.scheme)).collect();
     let ignore = ignore_patterns(&checkpoint, &schemes).unwrap();
     let entries: Vec<Ignore> = ignore.iter().map(|e| Ignore::new(e)).collect();
     let is_ignored = |name: &str| entries.iter().any(|e| e.matches(name));
@@ -293,15 +320,15 @@ fn a_bad_plan_leaves_nothing_behind() {
         (plan(&[]), "no module given"),
     ];
     for (plan, expected) in cases {
-        let error = Exporter::create(&checkpoint, &plan, &home.path().join("out"))
+        let error = create(&checkpoint, &plan, &home.path().join("out"))
             .err()
             .unwrap();
         assert!(error.to_string().contains(expected), "{error}");
     }
-    let taken = Exporter::create(&checkpoint, &plan(&[(Q_PROJ, good)]), home.path()).err();
+    let taken = create(&checkpoint, &plan(&[(Q_PROJ, good)]), home.path()).err();
     assert!(matches!(taken, Some(Error::Exists { .. })));
     let output = home.path().join("out");
-    let exporter = Exporter::create(&checkpoint, &plan(&[(Q_PROJ, good)]), &output).unwrap();
+    let exporter = create(&checkpoint, &plan(&[(Q_PROJ, good)]), &output).unwrap();
     let error = exporter.finish().unwrap_err().to_string();
     assert!(
         error.contains("missing data of tensor model.layers.0"),
@@ -317,7 +344,7 @@ fn a_module_that_the_format_cannot_hold_is_refused() {
     let home = tempfile::tempdir().unwrap();
     let bf16 = Scheme::new(3, Some(16), true, ScaleDtype::Bf16).unwrap();
     let plan = plan(&[(Q_PROJ, bf16)]);
-    let mut exporter = Exporter::create(&checkpoint, &plan, &home.path().join("out")).unwrap();
+    let mut exporter = create(&checkpoint, &plan, &home.path().join("out")).unwrap();
     let mut refused = |name: &str, weight: QuantizedWeight, expected: &str| {
         let error = exporter.write_module(name, &weight).unwrap_err();
         assert!(error.to_string().contains(expected), "{error}");
@@ -404,7 +431,7 @@ fn a_quantized_source_is_not_quantized_again() {
     export(&[(Q_PROJ, scheme(4, None, true))], &output, MAX_SHARD_BYTES);
     let written = Checkpoint::open(&output).unwrap();
     let plan = plan(&[(DOWN_PROJ, scheme(4, None, true))]);
-    let error = Exporter::create(&written, &plan, &dir.path().join("again"))
+    let error = create(&written, &plan, &dir.path().join("again"))
         .err()
         .unwrap();
     assert!(matches!(error, Error::Unsupported { .. }));
@@ -416,41 +443,13 @@ fn a_null_entry_in_the_config_is_replaced() {
     let text = "{\"quantization_config\": null, \"a\": 1}";
     fs::write(dir.path().join(CONFIG_FILE), text).unwrap();
     let checkpoint = Checkpoint::open(dir.path()).unwrap();
-    let schemes = [(Q_PROJ.to_owned(), scheme(4, None, true))].into();
-    let text = config_with_quantization(&checkpoint, &schemes, &[]).unwrap();
+    let value = json!({"format": "pack-quantized"});
+    let key = "quantization_config";
+    let entry = super::layout::ConfigEntry { key, value };
+    let text = super::config::config_text(&checkpoint, Some(&entry)).unwrap();
     let config: Value = serde_json::from_str(&text).unwrap();
     assert_eq!(config["a"], 1);
     assert_eq!(config["quantization_config"]["format"], "pack-quantized");
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(32))]
-
-    #[test]
-    fn zero_points_pack_down_their_columns(
-        bits in prop::sample::select(Scheme::BITS.to_vec()),
-        rows in 1usize..40,
-        n_groups in 1usize..5,
-        seed in any::<u8>(),
-    ) {
-        let mask = ((1u16 << bits) - 1) as u8;
-        let zeros: Vec<u8> = (0..rows * n_groups)
-            .map(|i| (i as u8).wrapping_mul(37).wrapping_add(seed) & mask)
-            .collect();
-        let bytes = packed_columns(&zeros, n_groups, bits);
-        let n_words = words_for(rows, bits).unwrap();
-        prop_assert_eq!(bytes.len(), 4 * n_words * n_groups);
-        let (words, _) = bytes.as_chunks::<4>();
-        for (i, zero) in zeros.iter().enumerate() {
-            let (row, group) = (i / n_groups, i % n_groups);
-            let code = (0..usize::from(bits)).fold(0u8, |code, b| {
-                let bit = row * usize::from(bits) + b;
-                let word = u32::from_le_bytes(words[bit / 32 * n_groups + group]);
-                code | (((word >> (bit % 32)) & 1) as u8) << b
-            });
-            prop_assert_eq!(code, *zero);
-        }
-    }
 }
 
 /// The values of a plain tensor of a folder.
@@ -470,7 +469,7 @@ fn plain_tensors_may_be_changed_and_nothing_else_of_them() {
     let original = source(&[Q_PROJ]);
     let original = Checkpoint::open(original.path()).unwrap();
     let scheme = scheme(3, Some(16), true);
-    let mut exporter = Exporter::create(&original, &plan(&[(Q_PROJ, scheme)]), &output).unwrap();
+    let mut exporter = create(&original, &plan(&[(Q_PROJ, scheme)]), &output).unwrap();
     exporter
         .write_module(Q_PROJ, &weight(scheme, 12, 0))
         .unwrap();
