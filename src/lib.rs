@@ -45,6 +45,7 @@
 pub mod allocation;
 pub mod calibration;
 pub mod checkpoint;
+pub mod conversion;
 pub mod dataset;
 pub mod error;
 pub mod eval;
@@ -69,6 +70,7 @@ pub mod statistics;
 pub mod sweep;
 pub mod transform;
 pub mod tuning;
+pub mod verification;
 
 pub use error::{Error, Result};
 pub use matrix::Matrix;

@@ -6,6 +6,7 @@
 use crate::allocation::allocate;
 use crate::calibration::{self, CalibrationSample, CalibrationSet};
 use crate::checkpoint::write::MAX_SHARD_BYTES;
+use crate::conversion::{base_card, folder_name};
 use crate::dataset::{Sample, SampleSet};
 use crate::export::{Exported, Exporter, Format, ModulePlan};
 use crate::families::open_processor;
@@ -15,6 +16,7 @@ use crate::memory::plan_memory;
 use crate::model::{ChangedTensor, ModelSource, Module};
 use crate::pipeline::{self, FinishedLayer, LayerOutcome, LayerSink, Observer, ScaleSearch};
 use crate::recipe::Recipe;
+use crate::report::card::{CARD_FILE, Card};
 use crate::report::{
     CalibrationReport, Deviation, REPORT_FILE, RunReport, SCHEMA, peak_memory_bytes,
 };
@@ -151,9 +153,35 @@ pub fn quantize_folder(
         exporter, journal, ..
     } = sink;
     exporter.write_file(REPORT_FILE, &json_bytes(&report))?;
+    write_card(&exporter, model, &plan, options.format, &report, output)?;
     let exported = exporter.finish()?;
     journal.discard()?;
     Ok((report, exported))
+}
+
+/// The card of the output, beside that of the model it is made of.
+fn write_card(
+    exporter: &Exporter,
+    model: &ModelSource,
+    plan: &[ModulePlan],
+    format: Format,
+    report: &RunReport,
+    output: &Path,
+) -> Result<()> {
+    let card = Card {
+        name: &folder_name(output),
+        source: model.checkpoint(),
+        decoder: model.decoder(),
+        plan,
+        format,
+        report: Some(report),
+        evaluation: None,
+    };
+    exporter.write_file(CARD_FILE, card.text().as_bytes())?;
+    match base_card(model.checkpoint(), false)? {
+        Some((name, bytes)) => exporter.write_file(&name, &bytes),
+        None => Ok(()),
+    }
 }
 
 /// The output folder in the making, in the journal's hands.

@@ -156,8 +156,8 @@ fn a_bad_config_is_named() {
         ("[1]", "JSON: expected an object"),
         ("{", "JSON: EOF"),
         (
-            "{\"quantization_config\": {\"quant_method\": \"gptq\"}}",
-            "quant_method is \"gptq\"",
+            "{\"quantization_config\": {\"quant_method\": \"bitsandbytes\"}}",
+            "quant_method is \"bitsandbytes\"",
         ),
         ("{\"quantization_config\": 3}", "quant_method is null"),
     ] {

@@ -3,6 +3,7 @@
 
 mod compare;
 mod eval;
+mod export;
 mod generate;
 mod inspect;
 mod log;
@@ -12,6 +13,7 @@ mod quantize;
 mod rotate;
 mod summary;
 mod trace;
+mod verify;
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
@@ -50,6 +52,10 @@ enum Command {
     Inspect(inspect::Args),
     /// Quantize a model into a new folder
     Quantize(quantize::Args),
+    /// Write a quantized folder once more, in another format
+    Export(export::Args),
+    /// Read a quantized folder as its readers will, and compare it with its source
+    Verify(verify::Args),
     /// Turn a model's residual stream by an orthogonal matrix, its function kept, into a new folder
     Rotate(rotate::Args),
     /// Answer the questions of a task and count right answers
@@ -108,6 +114,8 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
     match cli.command {
         Command::Inspect(args) => inspect::run(&args, cli.json),
         Command::Quantize(args) => quantize::run(&args, cli.json),
+        Command::Export(args) => export::run(&args, cli.json),
+        Command::Verify(args) => verify::run(&args, cli.json),
         Command::Rotate(args) => rotate::run(&args, cli.json),
         Command::Eval(args) => eval::run(&args, cli.json),
         Command::Compare(args) => compare::run(&args, cli.json),

@@ -17,6 +17,9 @@ use crate::checkpoint::{CONFIG_FILE, Checkpoint, DType, PendingFolder};
 use crate::{Error, QuantizedWeight, Result};
 use std::collections::BTreeMap;
 
+/// Files that repeat how weights are quantized, which is another way in another format.
+pub(crate) const QUANTIZATION_FILES: [&str; 2] = ["quantize_config.json", "quant_config.json"];
+
 /// Rows of a weight that are digested together.
 const DIGEST_ROWS: usize = 64;
 
@@ -418,7 +421,8 @@ fn add_values(hasher: &mut blake3::Hasher, values: impl Iterator<Item = f32>) {
     hasher.update(&bytes);
 }
 
-/// Copies every file beside the weights but `config.json`, and names them.
+/// Copies every file beside the weights but `config.json` and those that say how weights are
+/// quantized, unless there is one of the same name already, and names them.
 pub(crate) fn copy_side_files(source: &Checkpoint, pending: &PendingFolder) -> Result<Vec<String>> {
     let mut copied = Vec::new();
     for path in source.side_files()? {
@@ -426,7 +430,8 @@ pub(crate) fn copy_side_files(source: &Checkpoint, pending: &PendingFolder) -> R
         let name = name.to_str().ok_or_else(|| Error::Unsupported {
             what: format!("{}: a file name that is not UTF-8", path.display()),
         })?;
-        if name != CONFIG_FILE && !pending.path().join(name).exists() {
+        let is_copied = name != CONFIG_FILE && !QUANTIZATION_FILES.contains(&name);
+        if is_copied && !pending.path().join(name).exists() {
             pending.copy_from(source.dir(), name)?;
             copied.push(name.to_owned());
         }

@@ -25,11 +25,13 @@ mod names;
 mod scales;
 mod verify;
 
-pub use convert::convert;
-pub(crate) use folder::copy_side_files;
+pub use convert::{convert, plan_of};
 pub use folder::{Exported, Exporter};
+pub(crate) use folder::{QUANTIZATION_FILES, copy_side_files};
 pub use scales::RoundedScales;
-pub use verify::{Verified, verify, verify_against, verify_changed, verify_module};
+pub use verify::{
+    Verified, check_config, check_unchanged, verify, verify_against, verify_changed, verify_module,
+};
 
 use crate::checkpoint::{Checkpoint, DType};
 use crate::plan::{ScaleDtype, Scheme};

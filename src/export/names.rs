@@ -142,9 +142,14 @@ pub(super) enum Ignore<'e> {
 impl<'e> Ignore<'e> {
     pub(super) fn new(entry: &'e str) -> Self {
         match entry.strip_prefix("re:") {
-            Some(p) => Self::Pattern(regex::Regex::new(&format!("^(?:{p})")).ok()),
+            Some(p) => Self::pattern(p),
             None => Self::Name(entry),
         }
+    }
+
+    /// From a regular expression without a mark.
+    pub(super) fn pattern(pattern: &str) -> Self {
+        Self::Pattern(regex::Regex::new(&format!("^(?:{pattern})")).ok())
     }
 
     pub(super) fn matches(&self, module: &str) -> bool {

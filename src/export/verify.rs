@@ -1,9 +1,11 @@
 //! Looking at a written folder with the eyes of whoever will read it.
 
-use super::names::Ignore;
+use super::layout::Schemes;
+use super::names::{Ignore, plain_matrices, stable_part};
 use crate::checkpoint::{Checkpoint, Quantization};
 use crate::{Error, Matrix, QuantizedWeight, Result};
-use std::collections::BTreeMap;
+use serde_json::Value;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// What [`verify`] looked at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -104,13 +106,10 @@ pub fn verify_changed(
     for module in source.quantized_modules() {
         check_shape(written, source, &module)?;
     }
-    let is_known = |name: &&str| {
-        let module = written
-            .packed_owner(name)
-            .or_else(|| name.strip_suffix(".weight"));
-        source.contains(name) || module.is_some_and(|m| source.linear_info(m).is_some())
-    };
-    match written.names().find(|name| !is_known(name)) {
+    match written
+        .names()
+        .find(|name| !is_known(written, source, name))
+    {
         Some(name) => {
             let why = "is not in the source";
             Err(Error::format(written.dir(), format!("tensor {name}"), why))
@@ -156,6 +155,156 @@ fn check_shape(written: &Checkpoint, source: &Checkpoint, module: &str) -> Resul
     }
 }
 
+/// What in a folder's configuration disagrees with its tensors: a module that has codes and is
+/// said to have none, a plain matrix of the decoder that a loader would take for codes.
+pub fn check_config(written: &Checkpoint) -> Vec<String> {
+    let modules = written.quantized_modules();
+    let Some(quantization) = written.quantization() else {
+        return Vec::new();
+    };
+    if modules.is_empty() {
+        return vec!["config.json speaks of a quantization, and no module has codes".into()];
+    }
+    let schemes: Schemes = modules
+        .iter()
+        .filter_map(|name| Some((name.clone(), written.packed_module(name).ok()?.scheme())))
+        .collect();
+    let left_out = LeftOut::of(quantization, written.config());
+    let plain = plain_matrices(written, &schemes);
+    let coded = modules
+        .iter()
+        .filter(|name| left_out.has(name) == Some(true));
+    let mut problems: Vec<String> = coded
+        .map(|name| format!("{name}: is quantized, but config.json leaves it out"))
+        .collect();
+    let layers = modules
+        .first()
+        .and_then(|name| name.strip_suffix(stable_part(name)));
+    let in_decoder = |name: &&String| layers.is_some_and(|layers| name.starts_with(layers));
+    let forgotten = plain.iter().filter(in_decoder);
+    let forgotten = forgotten.filter(|name| left_out.has(name) == Some(false));
+    problems
+        .extend(forgotten.map(|name| {
+            format!("{name}: is not quantized, and config.json does not leave it out")
+        }));
+    problems.extend(second_config(written));
+    problems
+}
+
+/// Which modules a configuration leaves out.
+enum LeftOut<'c> {
+    /// Names and patterns.
+    Entries(Vec<Ignore<'c>>),
+    /// Parts of names.
+    Parts(Vec<&'c str>),
+    /// It says nothing of that: tensors speak for themselves.
+    Unsaid,
+}
+
+impl<'c> LeftOut<'c> {
+    fn of(quantization: &'c Quantization, config: &'c Value) -> Self {
+        let config = &config["quantization_config"];
+        let strings = |value: &'c Value| value.as_array().into_iter().flatten();
+        match quantization {
+            Quantization::CompressedTensors(q) => {
+                Self::Entries(q.ignore().iter().map(|e| Ignore::new(e)).collect())
+            }
+            Quantization::Gptq(_) => {
+                let Some(rules) = config["dynamic"].as_object().filter(|r| !r.is_empty()) else {
+                    return Self::Unsaid;
+                };
+                let patterns = rules.keys().filter_map(|rule| rule.strip_prefix("-:"));
+                Self::Entries(patterns.map(Ignore::pattern).collect())
+            }
+            Quantization::Awq(_) => {
+                let parts = strings(&config["modules_to_not_convert"]);
+                Self::Parts(parts.filter_map(Value::as_str).collect())
+            }
+            Quantization::Mlx(_) => Self::Unsaid,
+        }
+    }
+
+    /// Whether it leaves this one out, if it says.
+    fn has(&self, module: &str) -> Option<bool> {
+        match self {
+            Self::Entries(entries) => Some(entries.iter().any(|entry| entry.matches(module))),
+            Self::Parts(parts) => Some(parts.iter().any(|part| module.contains(part))),
+            Self::Unsaid => None,
+        }
+    }
+}
+
+/// `quantize_config.json`, which some readers of GPTQ ask first, must say the same.
+fn second_config(written: &Checkpoint) -> Option<String> {
+    let text = std::fs::read_to_string(written.dir().join("quantize_config.json")).ok()?;
+    let found = serde_json::from_str::<Value>(&text).ok();
+    let expected = written.config().get("quantization_config");
+    (found.as_ref() != expected)
+        .then(|| "quantize_config.json: differs from config.json's quantization_config".into())
+}
+
+/// What of `source` is not in `written` as it should be: plain tensors have the same bytes, unless
+/// they are among `changed`, linears with codes and those that are `dequantized` the same shape, and
+/// nothing is there that the source has not.
+pub fn check_unchanged(
+    written: &Checkpoint,
+    source: &Checkpoint,
+    changed: &BTreeSet<String>,
+    dequantized: &BTreeSet<String>,
+) -> Vec<String> {
+    let mut problems = Vec::new();
+    let mut tell = |result: Result<()>| problems.extend(result.err().map(|e| e.to_string()));
+    for name in source
+        .names()
+        .filter(|name| source.packed_owner(name).is_none())
+    {
+        let modules = source.modules_of(name);
+        let in_other_form = modules.iter().any(|module| dequantized.contains(module));
+        let is_plain = written.contains(name) && written.packed_owner(name).is_none();
+        match !in_other_form && (is_plain || modules.is_empty()) {
+            true if changed.contains(name) => tell(check_same_kind(written, source, name)),
+            true => tell(check_plain(written, source, name, None)),
+            false => modules.iter().for_each(|module| {
+                tell(match dequantized.contains(module) {
+                    true => check_shape(written, source, module),
+                    false => check_linear(written, source, module),
+                });
+            }),
+        }
+    }
+    for module in source.quantized_modules() {
+        tell(check_shape(written, source, &module));
+    }
+    let unknown = written
+        .names()
+        .filter(|name| !is_known(written, source, name));
+    let added = unknown.map(|name| format!("tensor {name}: is not in the source"));
+    let added: Vec<String> = added.collect();
+    problems.extend(added);
+    problems
+}
+
+/// A tensor has the type and shape of the source's.
+fn check_same_kind(written: &Checkpoint, source: &Checkpoint, name: &str) -> Result<()> {
+    let found = written.info(name).map(|i| (i.dtype, &i.shape));
+    let expected = source.info(name).map(|i| (i.dtype, &i.shape));
+    match found == expected {
+        true => Ok(()),
+        false => {
+            let why = format!("expected {expected:?}, found {found:?}");
+            Err(Error::format(written.dir(), format!("tensor {name}"), why))
+        }
+    }
+}
+
+/// Whether a tensor of a folder is one of the source's, or stands for one.
+fn is_known(written: &Checkpoint, source: &Checkpoint, name: &str) -> bool {
+    let module = written
+        .packed_owner(name)
+        .or_else(|| name.strip_suffix(".weight"));
+    source.contains(name) || module.is_some_and(|m| source.linear_info(m).is_some())
+}
+
 /// Checks that a module read back is bit for bit the weight that the solver meant.
 ///
 /// # Errors
@@ -185,11 +334,8 @@ fn check_plain(
     name: &str,
     changed: Option<&blake3::Hash>,
 ) -> Result<()> {
-    let found = written.info(name).map(|i| (i.dtype, &i.shape));
-    let expected = source.info(name).map(|i| (i.dtype, &i.shape));
-    if found.is_some() && found != expected {
-        let why = format!("expected {expected:?}, found {found:?}");
-        return Err(Error::format(written.dir(), format!("tensor {name}"), why));
+    if written.contains(name) {
+        check_same_kind(written, source, name)?;
     }
     if let Some(expected) = changed {
         let mut found = blake3::Hasher::new();

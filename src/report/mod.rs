@@ -1,6 +1,7 @@
 //! What a run did, as data: every module with its loss, every deviation from the plan, time and
 //! memory. Written beside the model as JSON; nothing is decided from it.
 
+pub mod card;
 pub(crate) mod log;
 mod memory;
 

@@ -1,0 +1,71 @@
+//! `vlmq export`
+
+use super::{ModelArg, SCHEMA, open_model, print_json, say};
+use anyhow::Context;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use vlmq::Error;
+use vlmq::conversion::export_folder;
+use vlmq::export::{Exported, Format};
+
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    model: ModelArg,
+    /// How it is written: compressed-tensors, gptq, awq, mlx, or numbers as bf16, f16, f32
+    #[arg(long, value_name = "F")]
+    format: Format,
+    /// Folder to make
+    #[arg(long, value_name = "DIR")]
+    output: PathBuf,
+    /// What `vlmq eval --json` printed of this model, for the model card
+    #[arg(long, value_name = "FILE")]
+    evaluation: Option<PathBuf>,
+}
+
+pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
+    let evaluation = args
+        .evaluation
+        .as_deref()
+        .map(read_evaluation)
+        .transpose()?;
+    let model = open_model(&args.model.model)?;
+    let exported = export_folder(&model, args.format, &args.output, evaluation.as_ref())?;
+    match json {
+        true => print_json(serde_json::json!({
+            "schema": SCHEMA,
+            "command": "export",
+            "format": args.format.name(),
+            "output": args.output,
+            "n_modules": exported.n_quantized,
+            "tensor_bytes": exported.tensor_bytes,
+            "rounded_scales": exported.rounded_scales,
+        }))?,
+        false => say(&text(args, &exported))?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn read_evaluation(path: &Path) -> anyhow::Result<serde_json::Value> {
+    let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, "read", e))?;
+    serde_json::from_str(&text).with_context(|| format!("{}: no JSON", path.display()))
+}
+
+fn text(args: &Args, exported: &Exported) -> String {
+    let rounded = exported.rounded_scales;
+    let mut text = String::new();
+    if rounded.n_rounded > 0 {
+        text += &format!(
+            "{} scales rounded to this format's type, by {:.1e} at most\n",
+            rounded.n_rounded, rounded.largest_change
+        );
+    }
+    text += &format!(
+        "wrote {} ({}, {} modules, {:.1} MB of tensors)\n",
+        args.output.display(),
+        args.format.name(),
+        exported.n_quantized,
+        exported.tensor_bytes as f64 / 1e6,
+    );
+    text
+}

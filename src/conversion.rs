@@ -1,0 +1,68 @@
+//! A quantized folder once more, in another format, with a card of its own.
+
+use crate::checkpoint::Checkpoint;
+use crate::export::{Exported, Format, convert, plan_of};
+use crate::model::ModelSource;
+use crate::report::card::{BASE_CARD_FILE, CARD_FILE, Card};
+use crate::report::{REPORT_FILE, RunReport};
+use crate::{Error, Result};
+use serde_json::Value;
+use std::path::Path;
+
+/// Writes the quantized `model` to the new folder `output`; `evaluation` is what `vlmq eval --json`
+/// said of it, for the card.
+///
+/// # Errors
+/// As [`plan_of`] and [`convert`]. Nothing is left behind then.
+pub fn export_folder(
+    model: &ModelSource,
+    format: Format,
+    output: &Path,
+    evaluation: Option<&Value>,
+) -> Result<Exported> {
+    let source = model.checkpoint();
+    let plan = plan_of(source)?;
+    let report = report_of(source)?;
+    let card = Card {
+        name: &folder_name(output),
+        source,
+        decoder: model.decoder(),
+        plan: &plan,
+        format,
+        report: report.as_ref(),
+        evaluation,
+    };
+    let mut files = vec![(CARD_FILE.to_owned(), card.text().into_bytes())];
+    files.extend(base_card(source, report.is_some())?);
+    convert(source, format, &plan, output, &files)
+}
+
+/// The report of the run that made the codes, if the folder is of our making.
+fn report_of(source: &Checkpoint) -> Result<Option<RunReport>> {
+    let path = source.dir().join(REPORT_FILE);
+    if !path.exists() {
+        return Ok(None);
+    }
+    let text = std::fs::read_to_string(&path).map_err(|e| Error::io(&path, "read", e))?;
+    let report = serde_json::from_str(&text);
+    report
+        .map(Some)
+        .map_err(|e| Error::format(&path, "JSON", e.to_string()))
+}
+
+/// The card of the model that was quantized, under its other name; none if the folder has it under
+/// that name already, or has only ours.
+pub(crate) fn base_card(source: &Checkpoint, is_ours: bool) -> Result<Option<(String, Vec<u8>)>> {
+    let path = source.dir().join(CARD_FILE);
+    if is_ours || !path.exists() {
+        return Ok(None);
+    }
+    let card = std::fs::read(&path).map_err(|e| Error::io(&path, "read", e))?;
+    Ok(Some((BASE_CARD_FILE.to_owned(), card)))
+}
+
+/// What a folder is called.
+pub(crate) fn folder_name(output: &Path) -> String {
+    let name = output.file_name().unwrap_or_default();
+    name.to_string_lossy().into_owned()
+}

@@ -1,0 +1,192 @@
+//! Which engine loads what, by what command, and how it may be shared out between devices.
+//!
+//! Sources: vLLM 0.33 (`compressed_tensors_wNa16.py`, `auto_gptq.py`, `auto_awq.py`), SGLang 0.5.23
+//! (`layers/quantization`), transformers 5.23 (`quantizers`), mlx-vlm 0.3.
+
+use crate::export::{Format, ModulePlan};
+use crate::model::decoder_config::DecoderConfig;
+use crate::plan::Scheme;
+
+/// Devices that people share a model out to.
+const DEVICES: [usize; 3] = [2, 4, 8];
+
+/// Codes that a GPTQ reader takes apart at once.
+const GPTQ_CODES: usize = 32;
+
+/// Commands for every engine that loads such a folder, and a word on those that do not.
+pub(super) fn commands(name: &str, format: Format, plan: &[ModulePlan]) -> String {
+    let kinds = Kinds::of(plan);
+    let mut lines = Vec::new();
+    let mut engine = |engine: &str, answer: Answer| match answer {
+        Answer::Command(command, note) => {
+            lines.push(format!("{engine}{note}\n```\n{command}\n```\n"));
+        }
+        Answer::No(why) => lines.push(format!("{engine}: no, {why}.\n")),
+    };
+    engine("vLLM", vllm(name, format, kinds));
+    engine("SGLang", sglang(name, format, kinds));
+    engine("transformers", transformers(name, format));
+    engine("MLX", mlx(name, format));
+    engine("llama.cpp", llama_cpp(name, format));
+    lines.join("\n")
+}
+
+enum Answer {
+    /// The command, and what must be known of it.
+    Command(String, String),
+    No(&'static str),
+}
+
+/// What engines distinguish.
+#[derive(Clone, Copy)]
+struct Kinds {
+    /// All of 4 or 8 bits.
+    wide: bool,
+    symmetric: bool,
+}
+
+impl Kinds {
+    fn of(plan: &[ModulePlan]) -> Self {
+        let all = |f: fn(Scheme) -> bool| plan.iter().all(|module| f(module.scheme));
+        Self {
+            wide: all(|s| s.bits() == 4 || s.bits() == 8),
+            symmetric: all(Scheme::symmetric),
+        }
+    }
+}
+
+fn vllm(name: &str, format: Format, kinds: Kinds) -> Answer {
+    let serve = |flags: &str, note: &str| {
+        let limit = "--limit-mm-per-prompt '{\"image\": 1}'";
+        Answer::Command(format!("vllm serve {name}{flags} {limit}"), note.into())
+    };
+    let humming = " (0.33 and later; 2 and 3 bits need its Humming kernels, NVIDIA of SM 7.5 and \
+                   above):";
+    match format {
+        Format::CompressedTensors if kinds.wide => serve("", ":"),
+        Format::CompressedTensors => serve("", humming),
+        Format::Gptq if kinds.wide && kinds.symmetric => serve("", ":"),
+        Format::Gptq => serve(" --quantization humming", humming),
+        Format::Awq | Format::Dense(_) => serve("", ":"),
+        Format::Mlx => Answer::No("it does not read MLX folders"),
+    }
+}
+
+fn sglang(name: &str, format: Format, kinds: Kinds) -> Answer {
+    let serve = || {
+        let command = format!("python -m sglang.launch_server --model-path {name}");
+        Answer::Command(command, ":".into())
+    };
+    match format {
+        Format::CompressedTensors if !kinds.wide => Answer::No(
+            "its compressed-tensors knows 4 and 8 bits; `vlmq export --format gptq` makes what it \
+             reads",
+        ),
+        Format::Mlx => Answer::No("it does not read MLX folders"),
+        _ => serve(),
+    }
+}
+
+fn transformers(name: &str, format: Format) -> Answer {
+    let needs = match format {
+        Format::CompressedTensors => " with compressed-tensors 0.18 or later:",
+        Format::Gptq => " with optimum and gptqmodel:",
+        Format::Awq => " with gptqmodel:",
+        Format::Dense(_) => ":",
+        Format::Mlx => return Answer::No("it does not read MLX folders"),
+    };
+    let command = format!(
+        "from transformers import AutoModelForImageTextToText, AutoProcessor\n\
+         model = AutoModelForImageTextToText.from_pretrained(\"{name}\", dtype=\"auto\")\n\
+         processor = AutoProcessor.from_pretrained(\"{name}\")"
+    );
+    Answer::Command(command, needs.into())
+}
+
+fn mlx(name: &str, format: Format) -> Answer {
+    match format {
+        Format::Mlx | Format::Dense(_) => Answer::Command(
+            format!("python -m mlx_vlm generate --model {name} --image IMAGE --prompt TEXT"),
+            ":".into(),
+        ),
+        _ => Answer::No("`vlmq export --format mlx` makes what it reads"),
+    }
+}
+
+fn llama_cpp(_name: &str, _format: Format) -> Answer {
+    Answer::No("`vlmq export --format gguf` makes what it reads")
+}
+
+/// What does not divide when the decoder is shared out to several devices.
+pub(super) fn tensor_parallel(
+    decoder: &DecoderConfig,
+    plan: &[ModulePlan],
+    format: Format,
+) -> String {
+    let mut text = String::from("\n## Sharing it out (tensor parallelism)\n");
+    for n in DEVICES {
+        let problems = problems(decoder, plan, format, n);
+        let answer = match problems.is_empty() {
+            true => "everything divides".to_owned(),
+            false => problems.join("; "),
+        };
+        text += &format!("- {n} devices: {answer}\n");
+    }
+    text
+}
+
+/// Attention is shared by heads, the MLP by its inner width; groups and words must not be cut.
+fn problems(decoder: &DecoderConfig, plan: &[ModulePlan], format: Format, n: usize) -> Vec<String> {
+    let mut problems = Vec::new();
+    let mut check = |what: &str, size: usize, unit: usize| {
+        if !size.is_multiple_of(n * unit) {
+            let parts = match unit {
+                1 => format!("{n}"),
+                _ => format!("{n} parts of whole {unit}s"),
+            };
+            problems.push(format!("{what} {size} does not divide into {parts}"));
+        }
+    };
+    check("heads", decoder.n_heads, 1);
+    if !n.is_multiple_of(decoder.n_kv_heads) {
+        check("key-value heads", decoder.n_kv_heads, 1);
+    }
+    let groups = plan.iter().filter_map(|module| module.scheme.group_size());
+    let group = groups.max().unwrap_or(1);
+    let unit = match format {
+        Format::Gptq => group.max(GPTQ_CODES),
+        Format::Dense(_) => 1,
+        _ => group,
+    };
+    check("the MLP's width", decoder.intermediate_size, unit);
+    check(
+        "attention's width",
+        decoder.n_heads * decoder.head_dim,
+        unit,
+    );
+    problems
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::ScaleDtype;
+
+    fn plan(bits: u8, symmetric: bool) -> Vec<ModulePlan> {
+        let scheme = Scheme::new(bits, Some(128), symmetric, ScaleDtype::Bf16).unwrap();
+        let name = "model.layers.0.mlp.down_proj".into();
+        vec![ModulePlan { name, scheme }]
+    }
+
+    #[test]
+    fn low_bits_get_the_flags_they_need() {
+        let text = |format, bits, symmetric| commands("m", format, &plan(bits, symmetric));
+        assert!(text(Format::Gptq, 3, true).contains("--quantization humming"));
+        assert!(text(Format::Gptq, 4, false).contains("--quantization humming"));
+        assert!(!text(Format::Gptq, 4, true).contains("humming"));
+        assert!(text(Format::CompressedTensors, 3, true).contains("Humming"));
+        assert!(text(Format::CompressedTensors, 3, true).contains("SGLang: no"));
+        assert!(!text(Format::CompressedTensors, 4, true).contains("SGLang: no"));
+        assert!(text(Format::Mlx, 4, true).contains("vLLM: no"));
+    }
+}
