@@ -40,14 +40,14 @@ def main():
     p.add_argument("--bits", type=int, default=4)
     p.add_argument("--group", type=int, default=128)
     p.add_argument("--asymmetric", action="store_true")
-    p.add_argument("--order", choices=["static", "group-aware", "none"], default="static",
-                   help="group-aware is GPTQModel's own default")
+    p.add_argument("--order", choices=["static", "group-aware", "scattered", "none"], default="static",
+                   help="group-aware is GPTQModel's own default; scattered: groups as columns are visited")
     args = p.parse_args()
     torch.set_num_threads(int(THREADS))
     imported, import_peak = time.time(), peak_bytes()["peak_bytes"]
     config = QuantizeConfig(
         bits=args.bits, group_size=args.group, sym=not args.asymmetric, damp_percent=0.01,
-        desc_act=args.order == "static", static_groups=args.order == "static",
+        desc_act=args.order in ("static", "scattered"), static_groups=args.order == "static",
         act_group_aware=args.order == "group-aware")
     model = GPTQModel.load(str(args.model), config, device="cpu")
     processor = processor_of(args.model)

@@ -3,10 +3,13 @@
 //! Nothing of AWQ's method is in it, no scaled channels: any 4-bit grid fits. Zero points are always
 //! stored, so that a symmetric grid is written as one whose zero point is 8 throughout. Scales are
 //! float16. Tensor layout: [`crate::checkpoint::Awq`].
+//!
+//! `modules_to_not_convert` is written twice over: vLLM and SGLang look for an entry anywhere in a
+//! name (`visual`), transformers 5 takes it for a pattern from the start of the name (`.*visual`).
 
 use super::file_dtype;
 use super::layout::{ConfigEntry, Layout, Part, Schemes, float_bytes, refusal, turned, word_bytes};
-use super::names::unquantized_parts;
+use super::names::{regex_for, unquantized_parts};
 use crate::checkpoint::{Checkpoint, DType, NIBBLE_OF_OUTPUT};
 use crate::plan::{ScaleDtype, Scheme};
 use crate::{Error, QuantizedWeight, Result};
@@ -58,6 +61,9 @@ impl Layout for Awq {
                 what: "awq: modules with groups of several sizes, of which it knows one".into(),
             });
         }
+        let parts = unquantized_parts(source, schemes)?;
+        let patterns: Vec<String> = parts.iter().map(|part| regex_for(part, "")).collect();
+        let left_out = [parts, patterns].concat();
         Ok(Some(ConfigEntry {
             key: "quantization_config",
             value: json!({
@@ -66,7 +72,7 @@ impl Layout for Awq {
                 "group_size": first.map_or(-1, |size| size as i64),
                 "zero_point": true,
                 "version": "gemm",
-                "modules_to_not_convert": unquantized_parts(source, schemes)?,
+                "modules_to_not_convert": left_out,
             }),
         }))
     }

@@ -7,23 +7,12 @@ float32, so the weights of both sides are the same numbers: codes times stored s
 """
 
 import json
-import os
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
+from folders import CALIBRATION, MODEL, image, inputs_for, relative, tensors_of, trace, vlmq  # noqa: F401
 from packing_fix import packed_zero_points_on_meta  # noqa: F401
-from PIL import Image
-from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, AutoProcessor
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-ROOT = Path(__file__).resolve().parents[2]
-PROGRAM = os.environ.get("VLMQ_BIN", str(ROOT / "target/release/vlmq"))
-MODEL = Path(os.environ.get("VLMQ_MODEL", ROOT / "testbed/model"))
-CALIBRATION = Path(os.environ.get("VLMQ_CALIBRATION", ROOT / "testbed/calibration"))
-PROMPT = "What is in the image?"
+from transformers import AutoModelForImageTextToText
 
 # Largest difference over largest value. Both sides compute in f32 with sums in another order.
 LOGITS_TOLERANCE = 1e-3
@@ -42,36 +31,8 @@ SCHEMES = [
 ]
 
 
-def vlmq(*arguments):
-    command = [PROGRAM, *map(str, arguments)]
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=1800)
-
-
-def relative(found, expected):
-    """Largest difference over largest value; NaN is never small."""
-    difference = (found - expected).abs().max() / expected.abs().max()
-    return float(difference.nan_to_num(float("inf")))
-
-
 def module_names(folder, suffix):
-    tensors = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        tensors |= load_file(path)
-    return {name.removesuffix(suffix) for name in tensors if name.endswith(suffix)}
-
-
-@pytest.fixture(scope="module")
-def image(tmp_path_factory):
-    """A colour gradient with a dark rectangle: sides that need resizing, and no symmetry."""
-    width, height = 173, 130
-    picture = Image.new("RGB", (width, height))
-    for y in range(height):
-        for x in range(width):
-            is_dark = 40 < x < 90 and 30 < y < 70
-            picture.putpixel((x, y), (10, 20, 30) if is_dark else (x, 255 - y, (x + 2 * y) % 256))
-    path = tmp_path_factory.mktemp("image") / "image.png"
-    picture.save(path)
-    return path
+    return {name.removesuffix(suffix) for name in tensors_of(folder) if name.endswith(suffix)}
 
 
 @pytest.fixture(scope="module", params=SCHEMES)
@@ -96,38 +57,23 @@ def loaded(quantized):
     return model.eval()
 
 
-def inputs_for(folder, image):
-    processor = AutoProcessor.from_pretrained(folder)
-    # The torchvision variant, which AutoProcessor prefers, resamples otherwise than Pillow.
-    processor.image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
-    content = [{"type": "image"}, {"type": "text", "text": PROMPT}]
-    messages = [{"role": "user", "content": content}]
-    text = processor.apply_chat_template(messages, add_generation_prompt=True)
-    picture = Image.open(image).convert("RGB")
-    return processor(text=[text], images=[picture], return_tensors="pt")
-
-
 def test_logits_agree_with_an_image_in_the_input(quantized, loaded, image, tmp_path):
-    trace_path = tmp_path / "trace.safetensors"
-    vlmq("trace", quantized, "--image", image, "--prompt", PROMPT, "--output", trace_path)
-    trace = load_file(trace_path)
+    own = trace(quantized, image, tmp_path)
     inputs = inputs_for(quantized, image)
     ids = inputs["input_ids"]
-    assert trace["input_ids"].flatten().tolist() == ids.flatten().tolist()
+    assert own["input_ids"].flatten().tolist() == ids.flatten().tolist()
     pixels = inputs["pixel_values"]
-    assert torch.equal(trace["pixel_values"].reshape(pixels.shape).float(), pixels)
+    assert torch.equal(own["pixel_values"].reshape(pixels.shape).float(), pixels)
     with torch.no_grad():
         logits = loaded(**inputs).logits[0]
     assert int((ids == loaded.config.image_token_id).sum()) > 0
-    found = trace["logits"].float().reshape(-1, logits.shape[-1])
+    found = own["logits"].float().reshape(-1, logits.shape[-1])
     # A trace may hold the logits of the last positions only.
     assert relative(found, logits[-found.shape[0] :]) < LOGITS_TOLERANCE
 
 
 def test_vision_features_agree(quantized, loaded, image, tmp_path):
-    trace_path = tmp_path / "trace.safetensors"
-    vlmq("trace", quantized, "--image", image, "--prompt", PROMPT, "--output", trace_path)
-    found = load_file(trace_path)["image_features"].float()
+    found = trace(quantized, image, tmp_path)["image_features"].float()
     inputs = inputs_for(quantized, image)
     with torch.no_grad():
         features = loaded.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])

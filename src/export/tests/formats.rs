@@ -245,7 +245,16 @@ fn modules_without_codes_are_told_to_gptq_and_awq() {
         (
             Format::Awq,
             "modules_to_not_convert",
-            json!(["embed_tokens", "lm_head", "mlp", "visual"]),
+            json!([
+                "embed_tokens",
+                "lm_head",
+                "mlp",
+                "visual",
+                ".*embed_tokens",
+                ".*lm_head",
+                ".*mlp",
+                ".*visual"
+            ]),
         ),
     ] {
         let output = home.path().join(format.name());

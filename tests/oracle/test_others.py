@@ -1,0 +1,84 @@
+"""Folders that other tools made: vlmq reads them as their makers' readers do.
+
+GPTQModel quantizes the bundled model here, in each of its orders of columns. llm-compressor needs
+other versions of torch and transformers: its folder, of a small random model, is made by
+`llm_compressor_golden.py` and kept in testdata/others.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from folders import CALIBRATION, MODEL, ROOT, image, inputs_for, relative, tensors_of, trace, vlmq  # noqa: F401
+from packing_fix import packed_zero_points_on_meta  # noqa: F401
+from transformers import AutoModelForImageTextToText
+
+RIVALS = ROOT / "benches/rivals"
+sys.path.append(str(RIVALS))
+from samples import write_folder  # noqa: E402
+
+GOLDEN = ROOT / "testdata/others"
+LOGITS_TOLERANCE = 1e-3
+CASES = [
+    pytest.param((4, "none", False), id="4-as-they-are"),
+    pytest.param((3, "static", True), id="3-static-groups-asymmetric"),
+    pytest.param((2, "group-aware", False), id="2-group-aware"),
+    pytest.param((4, "scattered", False), id="4-scattered-groups"),
+]
+
+
+@pytest.fixture(scope="module", params=CASES)
+def of_gptqmodel(request, tmp_path_factory):
+    bits, order, is_asymmetric = request.param
+    home = tmp_path_factory.mktemp("gptqmodel")
+    write_folder(CALIBRATION, home / "samples", 0, 4)
+    command = [sys.executable, RIVALS / "gptqmodel_run.py", MODEL, "--samples", home / "samples",
+               "--out", home / "out", "--bits", bits, "--group", 64, "--order", order]
+    command += ["--asymmetric"] * is_asymmetric
+    environment = os.environ | dict(GPTQMODEL_CPU_WORKERS="2", HF_HUB_OFFLINE="1")
+    subprocess.run(list(map(str, command)), env=environment, check=True, timeout=1200,
+                   capture_output=True)
+    return home / "out", order
+
+
+def logits_of(folder, inputs):
+    model, report = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=torch.float32, device_map="cpu", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    with torch.no_grad():
+        return model.eval()(**inputs).logits[0].float()
+
+
+def own(folder, image, tmp_path):
+    logits = trace(folder, image, tmp_path)["logits"].float()
+    return logits.reshape(-1, logits.shape[-1])
+
+
+def test_a_folder_of_gptqmodel(of_gptqmodel, image, tmp_path):
+    folder, order = of_gptqmodel
+    said = json.loads(vlmq("inspect", folder, "--json"))
+    assert said["n_quantized_modules"] == said["n_modules"]
+    expected = logits_of(folder, inputs_for(MODEL, image))
+    found = own(folder, image, tmp_path)
+    assert relative(found, expected[-len(found):]) < LOGITS_TOLERANCE
+    output = tmp_path / "ct"
+    refused = order == "scattered"
+    vlmq("export", folder, "--format", "compressed-tensors", "--output", output,
+         exit_code=2 if refused else 0)
+    assert output.exists() != refused
+    if not refused:
+        again = logits_of(output, inputs_for(MODEL, image))
+        assert relative(again, expected) < LOGITS_TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["gptq-4", "awq-3-asymmetric", "mixed"])
+def test_a_folder_of_llm_compressor(name):
+    folder = GOLDEN / name
+    expected = tensors_of(folder / "expected")
+    assert expected
+    said = json.loads(vlmq("verify", folder, "--json"))["verification"]
+    assert said["format"] == "compressed-tensors" and said["n_quantized"] == len(expected)
+    raise NotImplementedError
