@@ -177,11 +177,11 @@ pub fn check_config(written: &Checkpoint) -> Vec<String> {
     let mut problems: Vec<String> = coded
         .map(|name| format!("{name}: is quantized, but config.json leaves it out"))
         .collect();
-    let layers = modules
-        .first()
-        .and_then(|name| name.strip_suffix(stable_part(name)));
-    let in_decoder = |name: &&String| layers.is_some_and(|layers| name.starts_with(layers));
-    let forgotten = plain.iter().filter(in_decoder);
+    let in_layers = |name: &&String| {
+        let first = modules.first().map(|first| layers_of(first));
+        first.is_some_and(|layers| layers_of(name) == layers)
+    };
+    let forgotten = plain.iter().filter(in_layers);
     let forgotten = forgotten.filter(|name| left_out.has(name) == Some(false));
     problems
         .extend(forgotten.map(|name| {
@@ -189,6 +189,13 @@ pub fn check_config(written: &Checkpoint) -> Vec<String> {
         }));
     problems.extend(second_config(written));
     problems
+}
+
+/// What is before the number of a module's layer, `model.layers` of `model.layers.3.mlp.up_proj`.
+fn layers_of(module: &str) -> &str {
+    let numbered = stable_part(module);
+    let word = numbered.split('.').next().unwrap_or_default();
+    &module[..module.len() - numbered.len() + word.len()]
 }
 
 /// Which modules a configuration leaves out.

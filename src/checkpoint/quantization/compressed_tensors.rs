@@ -93,14 +93,31 @@ impl CompressedTensors {
         if let [only] = self.groups.as_slice() {
             return Some(only);
         }
+        let in_memory = name_in_memory(module);
+        self.group_named(module)
+            .or_else(|| self.group_named(in_memory.as_deref()?))
+            .or_else(|| {
+                let mut groups = self.groups.iter();
+                groups.find(|g| g.targets.iter().any(|target| target == "Linear"))
+            })
+    }
+
+    fn group_named(&self, module: &str) -> Option<&QuantizationGroup> {
         let find = |f: &dyn Fn(&str) -> bool| {
             let mut groups = self.groups.iter();
             groups.find(|g| g.targets.iter().any(|target| f(target)))
         };
-        find(&|target| target == module)
-            .or_else(|| find(&|target| pattern_matches(target, module)))
-            .or_else(|| find(&|target| target == "Linear"))
+        find(&|target| target == module).or_else(|| find(&|target| pattern_matches(target, module)))
     }
+}
+
+/// What transformers 5 calls a linear of the decoder in memory, where its name in the file is another:
+/// other tools write their targets by that name.
+fn name_in_memory(module: &str) -> Option<String> {
+    const IN_MEMORY: &str = "model.language_model.layers.";
+    let rest = |prefix| module.strip_prefix(prefix);
+    let rest = rest("model.layers.").or_else(|| rest("language_model.model.layers."))?;
+    Some(format!("{IN_MEMORY}{rest}"))
 }
 
 /// Whether a `re:` target matches from the start of the name, as Python's `re.match` does.
