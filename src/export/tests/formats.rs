@@ -74,6 +74,10 @@ fn write(format: Format, modules: &[(&str, Scheme)], output: &Path) -> Result<Ex
     exporter.finish()
 }
 
+fn in_format(source: &Checkpoint, format: Format, output: &Path) -> Result<Exported> {
+    convert(source, format, &plan_of(source)?, output, &[])
+}
+
 fn of(bits: u8, group_size: Option<usize>, symmetric: bool) -> Scheme {
     Scheme::new(bits, group_size, symmetric, ScaleDtype::Bf16).unwrap()
 }
@@ -110,7 +114,7 @@ fn codes_survive_every_format_and_the_way_back() {
             write(Format::CompressedTensors, &modules, &first).unwrap();
             for (name, format) in Format::NAMES {
                 let output = first.with_extension(name);
-                let result = convert(&Checkpoint::open(&first).unwrap(), format, &output);
+                let result = in_format(&Checkpoint::open(&first).unwrap(), format, &output);
                 let fits = match format {
                     Format::Awq => bits == 4,
                     Format::Mlx => size.is_some() && (bits < 8 || symmetric),
@@ -145,7 +149,7 @@ fn check_converted(format: Format, output: &Path, scheme: Scheme) {
     same_weight(&found, &expected);
     assert_eq!(found.scheme(), as_read(format, scheme));
     let back = output.with_extension(format!("{}-back", format.name()));
-    convert(&written, Format::CompressedTensors, &back).unwrap();
+    in_format(&written, Format::CompressedTensors, &back).unwrap();
     let again = Checkpoint::open(&back).unwrap();
     same_weight(&again.packed_module(Q_PROJ).unwrap(), &grid(scheme, 0));
 }
@@ -218,6 +222,19 @@ fn mixed_formats_are_named_module_by_module() {
         &written.packed_module(GATE).unwrap(),
         &grid(modules[1].1, 1),
     );
+    let alike = [
+        (Q_PROJ, of(4, Some(64), true)),
+        ("model.layers.1.self_attn.q_proj", of(4, Some(64), true)),
+        ("model.layers.2.self_attn.q_proj", of(4, Some(64), true)),
+        (GATE, of(2, Some(64), true)),
+        (up, of(2, Some(64), true)),
+    ];
+    let one = home.path().join("alike");
+    write(Format::Gptq, &alike, &one).unwrap();
+    let written = Checkpoint::open(&one).unwrap();
+    let rules = &written.config()["quantization_config"]["dynamic"];
+    let rule = "+:.*layers\\.0\\.mlp\\.(gate_up_proj|gate_proj|up_proj)$";
+    assert_eq!(rules[rule]["bits"], 2);
     let mlx = home.path().join("mlx");
     write(Format::Mlx, &modules, &mlx).unwrap();
     let written = Checkpoint::open(&mlx).unwrap();
@@ -285,7 +302,7 @@ fn what_a_format_cannot_hold_is_refused_with_the_reason() {
     }
     let plain = wide_source(&[GATE]);
     let source = Checkpoint::open(plain.path()).unwrap();
-    let error = convert(&source, Format::Gptq, &home.path().join("out")).unwrap_err();
+    let error = in_format(&source, Format::Gptq, &home.path().join("out")).unwrap_err();
     assert!(error.to_string().contains("not quantized"), "{error}");
 }
 
