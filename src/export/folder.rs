@@ -10,7 +10,7 @@
 use super::config::config_text;
 use super::layout::{Layout, Schemes};
 use super::scales::{RoundedScales, with_scales_in};
-use super::verify::verify_changed;
+use super::verify::verify_export;
 use super::{Format, ModulePlan};
 use crate::checkpoint::write::{ShardedWriter, TensorSpec};
 use crate::checkpoint::{CONFIG_FILE, Checkpoint, DType, PendingFolder};
@@ -222,7 +222,8 @@ impl<'a> Exporter<'a> {
         }
         let side_files = copy_side_files(self.source, &self.pending)?;
         let written = Checkpoint::open(self.pending.path())?;
-        verify_changed(&written, self.source, &self.changed)?;
+        let is_rewritten = |module: &str| self.contents.schemes.contains_key(module);
+        verify_export(&written, self.source, &self.changed, is_rewritten)?;
         for (name, expected) in &self.digests {
             if digest_of(&written, name)? != *expected {
                 let why = "read back, its weight differs from what was written";

@@ -17,7 +17,7 @@ fn side_files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
         .unwrap()
         .map(|e| e.unwrap().path());
     let named = entries.map(|p| (p.file_name().unwrap().to_string_lossy().into_owned(), p));
-    let own = ["config.json", "vlmq_report.json"];
+    let own = ["config.json", "vlmq_report.json", "README.md"];
     named
         .filter(|(name, _)| !name.contains(".safetensors") && !own.contains(&name.as_str()))
         .map(|(name, path)| (name, std::fs::read(path).unwrap()))
