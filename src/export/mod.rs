@@ -3,6 +3,7 @@
 //! and only then lets the output folder appear.
 
 pub mod compressed_tensors;
+pub mod gguf;
 
 use crate::plan::Scheme;
 
