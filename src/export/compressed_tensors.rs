@@ -378,7 +378,7 @@ fn scale_dtype(dtype: ScaleDtype) -> DType {
     match dtype {
         ScaleDtype::Bf16 => DType::Bf16,
         ScaleDtype::F16 => DType::F16,
-        ScaleDtype::F32 => DType::F32,
+        ScaleDtype::F32 | ScaleDtype::Superblock => DType::F32,
     }
 }
 

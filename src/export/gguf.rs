@@ -2,13 +2,17 @@
 //!
 //! - `model-TYPES.gguf`: the language model with its tokenizer. Quantized linears keep their codes
 //!   (see [`blocks`]); everything else is in the type that it is stored in.
-//! - `mmproj-TYPE.gguf`: vision tower and projector, where llama.cpp has the family's.
+//! - `mmproj-TYPE.gguf`: vision tower and projector, where llama.cpp has the family's;
+//! - `imatrix.gguf`: the weights' importance for `llama-quantize`, if `vlmq quantize --imatrix` left
+//!   it in the quantized folder.
 //!
 //! Nothing is quantized here: a folder that is not quantized gives files of floats, which
 //! `llama-quantize` can work on.
 
 mod blocks;
 mod container;
+mod imatrix;
+mod mmproj;
 mod read;
 mod super_block;
 mod tensors;
@@ -17,11 +21,13 @@ mod tokenizer;
 
 pub use blocks::{Rounding, decode};
 pub use container::{TensorSpec, TensorType, Value, Writer};
+pub use imatrix::{IMATRIX_FILE, imatrix_file};
 pub use read::GgufFile;
 
 use crate::checkpoint::{Checkpoint, PendingFolder};
 use crate::families::architecture_of;
 use crate::{Error, Result};
+use mmproj::Mmproj;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -40,6 +46,8 @@ pub struct GgufExported {
     pub mmproj: Option<GgufWritten>,
     /// Why there is no such file, if there is none.
     pub mmproj_absent: Option<String>,
+    /// Whether the quantized folder had an importance matrix, which was copied.
+    pub has_imatrix: bool,
     /// How far scales moved on their way to f16.
     pub rounding: Rounding,
 }
@@ -67,24 +75,35 @@ pub fn export(source: &Checkpoint, output: &Path) -> Result<GgufExported> {
     let architecture = architecture_of(source)?;
     let text = TextModel::of(source, &architecture)?;
     let tensors = text.tensors()?;
-    let kinds = tensors.iter().map(|planned| planned.spec.kind);
-    let file_type = FileType::of(tensors.iter());
-    let mut keys = general_keys(source, text.arch.name, "model", file_type);
-    if kinds.clone().any(TensorType::is_quantized) {
-        let version = format!("vlmq {}", env!("CARGO_PKG_VERSION"));
-        keys.push(("general.quantized_by".into(), Value::Text(version)));
-    }
+    let mut keys = general_keys(source, text.arch.name, "model", &tensors);
     keys.extend(text.keys()?);
     keys.extend(tokenizer::keys(source, architecture.decoder.vocab_size)?);
+    let (mmproj, mmproj_absent) = match mmproj::plan(source, &architecture) {
+        Ok(plan) => (Some(plan), None),
+        Err(Error::Unsupported { what }) => (None, Some(what)),
+        Err(error) => return Err(error),
+    };
     let pending = PendingFolder::create(output)?;
     let mut rounding = Rounding::default();
     let file = format!("model-{}.gguf", types_in_name(&tensors));
     let model = write_file(source, &pending, file, &keys, &tensors, &mut rounding)?;
+    let write_mmproj = |Mmproj { keys, tensors }| {
+        let mut all = general_keys(source, "clip", "mmproj", &tensors);
+        all.extend(keys);
+        let file = format!("mmproj-{}.gguf", types_in_name(&tensors));
+        write_file(source, &pending, file, &all, &tensors, &mut rounding)
+    };
+    let mmproj = mmproj.map(write_mmproj).transpose()?;
+    let has_imatrix = source.dir().join(IMATRIX_FILE).is_file();
+    if has_imatrix {
+        pending.copy_from(source.dir(), IMATRIX_FILE)?;
+    }
     pending.commit()?;
     Ok(GgufExported {
         model,
-        mmproj: None,
-        mmproj_absent: Some("not written yet".into()),
+        mmproj,
+        mmproj_absent,
+        has_imatrix,
         rounding,
     })
 }
@@ -94,7 +113,7 @@ fn general_keys(
     source: &Checkpoint,
     architecture: &str,
     kind: &str,
-    file_type: FileType,
+    tensors: &[Planned],
 ) -> Vec<(String, Value)> {
     let name = source.dir().file_name().unwrap_or_default();
     let name = name.to_string_lossy().into_owned();
@@ -102,11 +121,19 @@ fn general_keys(
         ("architecture", architecture.into()),
         ("type", kind.into()),
         ("name", Value::Text(name)),
-        ("file_type", Value::U32(file_type as u32)),
+        ("file_type", Value::U32(FileType::of(tensors) as u32)),
         ("quantization_version", Value::U32(QUANTIZATION_VERSION)),
     ];
     let keys = keys.map(|(key, value)| (format!("general.{key}"), value));
-    keys.into()
+    let mut keys = Vec::from(keys);
+    if tensors
+        .iter()
+        .any(|planned| planned.spec.kind.is_quantized())
+    {
+        let version = format!("vlmq {}", env!("CARGO_PKG_VERSION"));
+        keys.push(("general.quantized_by".into(), Value::Text(version)));
+    }
+    keys
 }
 
 /// What most of a file's weights are stored in, as llama.cpp numbers it; it is shown to users and
@@ -124,16 +151,8 @@ enum FileType {
 }
 
 impl FileType {
-    /// The type of most weights in matrices; codes outweigh floats.
-    fn of<'a>(tensors: impl Iterator<Item = &'a Planned>) -> Self {
-        let mut n_weights: BTreeMap<TensorType, usize> = BTreeMap::new();
-        for Planned { spec, .. } in tensors.filter(|planned| planned.spec.shape.len() > 1) {
-            *n_weights.entry(spec.kind).or_default() += spec.shape.iter().product::<usize>();
-        }
-        let most = n_weights
-            .into_iter()
-            .max_by_key(|(kind, n)| (kind.is_quantized(), *n));
-        match most.map_or(TensorType::F32, |(kind, _)| kind) {
+    fn of(tensors: &[Planned]) -> Self {
+        match main_kind(tensors) {
             TensorType::F32 => Self::F32,
             TensorType::F16 => Self::F16,
             TensorType::Bf16 => Self::Bf16,
@@ -146,19 +165,32 @@ impl FileType {
     }
 }
 
-/// The types of codes that a file has, or that of its matrices if it has none, for its name.
+/// The types of codes that a file has, or that of most weights if it has none, for its name.
 fn types_in_name(tensors: &[Planned]) -> String {
-    let matrices = tensors
-        .iter()
-        .filter(|planned| planned.spec.shape.len() > 1);
-    let mut kinds: Vec<TensorType> = matrices.map(|planned| planned.spec.kind).collect();
-    if kinds.iter().any(|kind| kind.is_quantized()) {
-        kinds.retain(|kind| kind.is_quantized());
+    let kinds = tensors.iter().map(|planned| planned.spec.kind);
+    let mut kinds: Vec<TensorType> = kinds.filter(|kind| kind.is_quantized()).collect();
+    if kinds.is_empty() {
+        kinds.push(main_kind(tensors));
     }
     kinds.sort();
     kinds.dedup();
     let names: Vec<&str> = kinds.into_iter().map(TensorType::name).collect();
     names.join("-")
+}
+
+/// The type of most weights in matrices; codes outweigh floats.
+fn main_kind(tensors: &[Planned]) -> TensorType {
+    let mut n_weights: BTreeMap<TensorType, usize> = BTreeMap::new();
+    let matrices = tensors
+        .iter()
+        .filter(|planned| planned.spec.shape.len() > 1);
+    for Planned { spec, .. } in matrices {
+        *n_weights.entry(spec.kind).or_default() += spec.shape.iter().product::<usize>();
+    }
+    let most = n_weights
+        .into_iter()
+        .max_by_key(|(kind, n)| (kind.is_quantized(), *n));
+    most.map_or(TensorType::F32, |(kind, _)| kind)
 }
 
 /// Writes one file into the folder, and holds it against what was meant.

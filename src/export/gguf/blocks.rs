@@ -13,8 +13,9 @@
 //! Source: ggml-org/llama.cpp `ggml/src/ggml-common.h` and `ggml-quants.c`, `dequantize_row_*`.
 
 use super::container::TensorType;
-use super::super_block::{self, GROUP, SUPER};
+use super::super_block;
 use crate::plan::Scheme;
+use crate::plan::super_block::{GROUP, SUPER};
 use crate::{Error, QuantizedWeight, Result};
 use half::f16;
 use serde::Serialize;

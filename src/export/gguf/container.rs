@@ -231,17 +231,7 @@ impl Writer {
     /// [`Error::Invalid`] for a key or name that comes twice and as [`TensorSpec::n_bytes`];
     /// [`Error::Io`] if the file exists or cannot be written.
     pub fn create(path: &Path, keys: &[(String, Value)], tensors: Vec<TensorSpec>) -> Result<Self> {
-        let mut names: BTreeSet<&str> = BTreeSet::new();
-        let keys_and_tensors = keys.iter().map(|(key, _)| key.as_str());
-        for name in keys_and_tensors.chain(tensors.iter().map(|spec| spec.name.as_str())) {
-            if !names.insert(name) {
-                let (what, why) = (
-                    format!("{name} in {}", path.display()),
-                    "comes twice".into(),
-                );
-                return Err(Error::Invalid { what, why });
-            }
-        }
+        check_names(path, keys, &tensors)?;
         let header = header_of(keys, &tensors)?;
         let file = File::create_new(path).map_err(|e| Error::io(path, "create", e))?;
         let mut writer = Self {
@@ -314,6 +304,37 @@ impl Writer {
         let flush = self.out.flush();
         flush.map_err(|e| Error::io(&self.path, "write", e))?;
         Ok(self.data_bytes)
+    }
+}
+
+/// A small file as a whole, from keys and tensors of F32 with their values.
+///
+/// # Errors
+/// As [`Writer::create`].
+pub(super) fn in_memory(
+    keys: &[(String, Value)],
+    tensors: &[(TensorSpec, Vec<f32>)],
+) -> Result<Vec<u8>> {
+    let specs: Vec<TensorSpec> = tensors.iter().map(|(spec, _)| spec.clone()).collect();
+    check_names(Path::new("the file"), keys, &specs)?;
+    let mut out = header_of(keys, &specs)?;
+    for (_, values) in tensors {
+        out.extend(values.iter().flat_map(|value| value.to_le_bytes()));
+        out.resize(out.len().next_multiple_of(ALIGNMENT as usize), 0);
+    }
+    Ok(out)
+}
+
+fn check_names(path: &Path, keys: &[(String, Value)], tensors: &[TensorSpec]) -> Result<()> {
+    let mut names: BTreeSet<&str> = BTreeSet::new();
+    let keys = keys.iter().map(|(key, _)| key.as_str());
+    let mut all = keys.chain(tensors.iter().map(|spec| spec.name.as_str()));
+    match all.find(|name| !names.insert(name)) {
+        Some(name) => Err(Error::Invalid {
+            what: format!("{name} in {}", path.display()),
+            why: "comes twice".into(),
+        }),
+        None => Ok(()),
     }
 }
 

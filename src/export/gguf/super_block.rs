@@ -1,60 +1,22 @@
 //! The super-blocks Q2_K and Q3_K: 256 columns in 16 groups, whose scales are small whole multiples
 //! of one f16 number.
 //!
-//! A weight whose scales lie on such a grid already is stored exactly; [`common_unit`] finds the
-//! number that they are multiples of. No scale is fitted here: where there is no such number that is
+//! A weight whose scales lie on such a grid already, as [`ScaleDtype::Superblock`] puts them, is
+//! stored exactly. No scale is fitted here: where there is no such number that is
 //! an error, not an approximation.
 
+#[cfg(doc)]
+use crate::plan::ScaleDtype;
+use crate::plan::super_block::{
+    GROUP, MAX_THREE, MAX_TWO, Multiples, N_GROUPS, SUPER, common_unit,
+};
 use crate::{Error, Result};
 use half::f16;
-
-/// Columns that share a scale.
-pub const GROUP: usize = 16;
-/// Columns of a super-block.
-pub const SUPER: usize = 256;
-/// Groups of a super-block.
-pub const N_GROUPS: usize = SUPER / GROUP;
-/// Largest multiple that Q2_K stores.
-pub const MAX_TWO: u8 = 15;
-/// Largest multiple that Q3_K stores; it also has negative ones, which no scale of ours is.
-pub const MAX_THREE: u8 = 31;
 
 /// Columns whose 2-bit parts share bytes.
 const HALF: usize = 128;
 /// Bytes that hold the 2-bit parts of [`HALF`] columns; also columns that share a bit's position.
 const RUN: usize = 32;
-
-/// Scales as multiples of one number.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Multiples {
-    /// The number.
-    pub unit: f16,
-    /// The multiples, from 1.
-    pub multiples: [u8; N_GROUPS],
-}
-
-/// The number, and the multiples up to `max`, that the 16 scales are exactly; `None` if there are no
-/// such. Of several the largest number, that is the smallest multiples.
-pub fn common_unit(scales: &[f32], max: u8) -> Option<Multiples> {
-    let largest = scales.iter().copied().fold(0.0, f32::max);
-    (1..=max).find_map(|top| {
-        let unit = f16::from_f32(largest / f32::from(top));
-        let value = unit.to_f32();
-        if !(unit.is_finite() && value > 0.0) {
-            return None;
-        }
-        let mut multiples = [0; N_GROUPS];
-        for (multiple, scale) in multiples.iter_mut().zip(scales) {
-            let ratio = (scale / value).round();
-            // The product of 11 and 5 bits is exact in f32.
-            if !(1.0..=f32::from(max)).contains(&ratio) || value * ratio != *scale {
-                return None;
-            }
-            *multiple = ratio as u8;
-        }
-        Some(Multiples { unit, multiples })
-    })
-}
 
 /// Appends a row's super-blocks: Q3_K if `is_three`, else Q2_K.
 ///
@@ -77,7 +39,7 @@ pub fn encode_row(
         let found = common_unit(scales, max).ok_or_else(|| Error::Unsupported {
             what: format!(
                 "{module}: the scales of 256 columns are not multiples up to {max} of one f16 \
-                 number, as {name} needs them; quantize it on that grid from the start, or with \
+                 number, as {name} needs them; quantize it with scale_dtype = \"superblock\", or with \
                  --group-size 32 or a multiple"
             ),
         })?;

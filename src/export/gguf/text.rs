@@ -63,6 +63,27 @@ const GEMMA3: Arch = Arch {
     default_context: 131_072,
 };
 
+/// Names of a layer's linears here and in the file.
+const LINEARS: [(&str, &str); 7] = [
+    ("self_attn.q_proj", "attn_q"),
+    ("self_attn.k_proj", "attn_k"),
+    ("self_attn.v_proj", "attn_v"),
+    ("self_attn.o_proj", "attn_output"),
+    ("mlp.gate_proj", "ffn_gate"),
+    ("mlp.up_proj", "ffn_up"),
+    ("mlp.down_proj", "ffn_down"),
+];
+
+/// The name in the file, without `.weight`, of a linear of the decoder whose names begin with
+/// `prefix`; `None` if it is not one that every layer has.
+pub(super) fn linear_name(prefix: &str, module: &str) -> Option<String> {
+    let rest = module.strip_prefix(prefix)?.strip_prefix(".layers.")?;
+    let (layer, module) = rest.split_once('.')?;
+    let layer: usize = layer.parse().ok()?;
+    let (_, name) = LINEARS.iter().find(|(own, _)| *own == module)?;
+    Some(format!("blk.{layer}.{name}"))
+}
+
 /// A language model under its configuration.
 pub(super) struct TextModel<'a> {
     pub(super) arch: Arch,
@@ -200,18 +221,15 @@ impl<'a> TextModel<'a> {
     fn add_layer(&self, layer: usize, tensors: &mut Vec<Planned>) -> Result<()> {
         let decoder = self.decoder();
         let prefix = format!("{}.layers.{layer}", self.architecture.names.decoder);
-        for (module, name, n_heads) in [
-            ("self_attn.q_proj", "attn_q", Some(decoder.n_heads)),
-            ("self_attn.k_proj", "attn_k", Some(decoder.n_kv_heads)),
-            ("self_attn.v_proj", "attn_v", None),
-            ("self_attn.o_proj", "attn_output", None),
-            ("mlp.gate_proj", "ffn_gate", None),
-            ("mlp.up_proj", "ffn_up", None),
-            ("mlp.down_proj", "ffn_down", None),
-        ] {
-            let rows = match n_heads.filter(|_| self.arch.is_paired) {
-                Some(n_heads) => Rows::Paired { n_heads },
-                None => Rows::Same,
+        for (module, name) in LINEARS {
+            let rows = match name {
+                "attn_q" if self.arch.is_paired => Rows::Paired {
+                    n_heads: decoder.n_heads,
+                },
+                "attn_k" if self.arch.is_paired => Rows::Paired {
+                    n_heads: decoder.n_kv_heads,
+                },
+                _ => Rows::Same,
             };
             let module = format!("{prefix}.{module}");
             let name = format!("blk.{layer}.{name}");

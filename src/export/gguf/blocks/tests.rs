@@ -1,6 +1,7 @@
 use super::*;
 use crate::Matrix;
 use crate::plan::ScaleDtype;
+use crate::plan::super_block::common_unit;
 use proptest::prelude::*;
 
 /// A weight of two rows whose codes, scales and zero points follow from `seed`.
@@ -141,11 +142,11 @@ fn scales_that_f16_lacks_are_counted_or_refused() {
 fn scales_on_no_grid_are_refused() {
     let mut scales = [1.0f32; 16];
     scales[3] = 1.0 / 3.0;
-    assert_eq!(super_block::common_unit(&scales, 31), None);
+    assert_eq!(common_unit(&scales, 31), None);
     let error = super_block::encode_row("layer.q", &[0; 256], &scales, true, &mut Vec::new());
     assert!(error.unwrap_err().to_string().contains("layer.q"));
     scales[3] = 0.5;
-    let found = super_block::common_unit(&scales, 15).unwrap();
+    let found = common_unit(&scales, 15).unwrap();
     assert_eq!(
         (found.unit.to_f32(), found.multiples[3], found.multiples[4]),
         (0.5, 1, 2)
