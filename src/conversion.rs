@@ -1,6 +1,7 @@
 //! A quantized folder once more, in another format, with a card of its own.
 
 use crate::checkpoint::Checkpoint;
+use crate::export::gguf::{self, GgufExported};
 use crate::export::{Exported, Format, convert, plan_of};
 use crate::model::ModelSource;
 use crate::report::card::{BASE_CARD_FILE, CARD_FILE, Card};
@@ -35,6 +36,39 @@ pub fn export_folder(
     let mut files = vec![(CARD_FILE.to_owned(), card.text().into_bytes())];
     files.extend(base_card(source, report.is_some())?);
     convert(source, format, &plan, output, &files)
+}
+
+/// Writes `model`, quantized or not, as GGUF files into the new folder `output`, with a card if it is
+/// quantized.
+///
+/// # Errors
+/// As [`gguf::export`]. Nothing is left behind then.
+pub fn export_gguf(
+    model: &ModelSource,
+    output: &Path,
+    evaluation: Option<&Value>,
+) -> Result<GgufExported> {
+    let source = model.checkpoint();
+    if source.quantization().is_none() {
+        return gguf::export(source, output, |_| Vec::new());
+    }
+    let plan = plan_of(source)?;
+    let report = report_of(source)?;
+    let base_card = base_card(source, report.is_some())?;
+    gguf::export(source, output, |exported| {
+        let card = Card {
+            name: &folder_name(output),
+            source,
+            decoder: model.decoder(),
+            plan: &plan,
+            format: Format::Gguf,
+            report: report.as_ref(),
+            evaluation,
+        };
+        let text = card.text_of_gguf(exported);
+        let card = (CARD_FILE.to_owned(), text.into_bytes());
+        base_card.into_iter().chain([card]).collect()
+    })
 }
 
 /// The report of the run that made the codes, if the folder is of our making.

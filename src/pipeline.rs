@@ -31,7 +31,7 @@ use crate::plan::Scheme;
 use crate::recipe::Recipe;
 use crate::report::{ChangeReport, Deviation, ModuleReport, ScaleReport, log};
 use crate::solver::{Target, rtn};
-use crate::statistics::is_output_cheaper;
+use crate::statistics::{InputSquares, is_output_cheaper};
 use crate::{Error, QuantizedWeight, Result};
 use inputs::{Shared, Summing};
 pub use scaled::ScaleSearch;
@@ -75,6 +75,9 @@ pub struct LayerOutcome {
     pub changed: Vec<ChangeReport>,
     /// Everything that went another way than planned.
     pub deviations: Vec<Deviation>,
+    /// How large the inputs of its linears are, where statistics of them were kept.
+    #[serde(default)]
+    pub input_squares: Vec<InputSquares>,
     /// Wall time per stage in seconds.
     pub seconds: BTreeMap<String, f64>,
 }

@@ -3,6 +3,7 @@
 //! Everything here is validated when it is made, so nothing downstream meets a raw flag.
 
 mod bits;
+pub mod super_block;
 
 pub use bits::Bits;
 
@@ -48,6 +49,10 @@ pub enum ScaleDtype {
     F16,
     /// IEEE single precision.
     F32,
+    /// Single precision, but in each 256 columns of a row whole multiples of one half-precision number,
+    /// up to 15 for 2 bits and 31 for 3: the scales of GGUF's Q2_K and Q3_K, which then hold the codes
+    /// as they are. For symmetric groups of 16 columns.
+    Superblock,
 }
 
 impl ScaleDtype {
@@ -56,7 +61,7 @@ impl ScaleDtype {
         match self {
             Self::Bf16 => half::bf16::from_f32(value).to_f32(),
             Self::F16 => half::f16::from_f32(value).to_f32(),
-            Self::F32 => value,
+            Self::F32 | Self::Superblock => value,
         }
     }
 }
@@ -87,6 +92,17 @@ impl Scheme {
                 why: format!(
                     "{} given, a positive multiple of 8 or -1 (per channel) expected",
                     group_size.unwrap_or(0)
+                ),
+            });
+        }
+        let fits = symmetric && bits < 4 && group_size == Some(super_block::GROUP);
+        if scale_dtype == ScaleDtype::Superblock && !fits {
+            return Err(Error::Invalid {
+                what: "scale_dtype superblock".into(),
+                why: format!(
+                    "{bits} bits, group size {group_size:?}, symmetric {symmetric} given; 2 or 3 \
+                     bits, group size {} and symmetric expected",
+                    super_block::GROUP
                 ),
             });
         }
@@ -153,6 +169,17 @@ impl Scheme {
     /// [`Error::Invalid`] naming `module` if the group size does not divide `in_features`.
     pub fn group_len(self, module: &str, in_features: usize) -> Result<usize> {
         let group_len = self.group_size.unwrap_or(in_features);
+        let is_super = self.scale_dtype == ScaleDtype::Superblock;
+        if is_super && !in_features.is_multiple_of(super_block::SUPER) {
+            return Err(Error::Invalid {
+                what: "scale_dtype superblock".into(),
+                why: format!(
+                    "{module} has {in_features} input columns, a multiple of {} expected; give it a \
+                     rule of its own",
+                    super_block::SUPER
+                ),
+            });
+        }
         if in_features == 0 || !in_features.is_multiple_of(group_len) {
             return Err(Error::Invalid {
                 what: format!("--group-size {group_len}"),
@@ -168,10 +195,9 @@ impl Scheme {
     /// Stored bits per weight, scales and zero points included, for rows of `in_features`.
     pub fn bits_per_weight(self, in_features: usize) -> f64 {
         let group = self.group_size.unwrap_or(in_features) as f64;
-        let scale_bits = if self.scale_dtype == ScaleDtype::F32 {
-            32.0
-        } else {
-            16.0
+        let scale_bits = match self.scale_dtype {
+            ScaleDtype::F32 | ScaleDtype::Superblock => 32.0,
+            _ => 16.0,
         };
         let zero_bits = if self.symmetric {
             0.0

@@ -343,6 +343,15 @@ impl Recipe {
                 ..self.solver.clone()
             };
             solver.check()?;
+            if self.needs_calibration() && !self.method.is_scaled() {
+                solver.check_scheme(scheme)?;
+            }
+            if scheme.scale_dtype() == ScaleDtype::Superblock && self.tuning().is_some() {
+                return Err(Error::Invalid {
+                    what: "tune_steps".into(),
+                    why: "tuning moves scales one by one, which scale_dtype superblock ties".into(),
+                });
+            }
         }
         if matches!(self.bits, Bits::Mean(_)) && !self.needs_calibration() {
             return Err(Error::Invalid {

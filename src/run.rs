@@ -8,6 +8,7 @@ use crate::calibration::{self, CalibrationSample, CalibrationSet};
 use crate::checkpoint::write::MAX_SHARD_BYTES;
 use crate::conversion::{base_card, folder_name};
 use crate::dataset::{Sample, SampleSet};
+use crate::export::gguf::{IMATRIX_FILE, imatrix_file};
 use crate::export::{Exported, Exporter, Format, ModulePlan};
 use crate::families::open_processor;
 use crate::hidden_states::Store;
@@ -50,6 +51,8 @@ pub struct RunOptions {
     pub resume: Resume,
     /// Bytes of memory to stay below, as far as it can be: hidden states that do not fit go to disk.
     pub memory_bytes: u64,
+    /// Whether to leave the importance matrix for llama.cpp beside the model.
+    pub imatrix: bool,
 }
 
 /// The formats of all modules, those left as they are aside.
@@ -104,6 +107,15 @@ pub fn quantize_folder(
 ) -> Result<(RunReport, Exported)> {
     let began = Instant::now();
     let mut plan = module_plan(model, recipe)?;
+    if options.imatrix && !keeps_statistics(recipe) {
+        return Err(Error::Invalid {
+            what: "--imatrix".into(),
+            why: format!(
+                "{} keeps no statistics of inputs; gptq, gptaq, qronos and vlmq do",
+                recipe.method.name()
+            ),
+        });
+    }
     let journal = Journal::open(output, options.resume)?;
     let mut exporter = open_exporter(model, &plan, &journal, options.format)?;
     check_copied(model, &plan)?;
@@ -144,6 +156,13 @@ pub fn quantize_folder(
         seconds,
         ..RunReport::default()
     };
+    if options.imatrix {
+        let squares = layers.iter().flat_map(|layer| &layer.input_squares);
+        let n_sequences = report.calibration.as_ref().map_or(0, |c| c.n_sequences);
+        let prefix = model.decoder_prefix();
+        let bytes = imatrix_file(prefix, squares, "calibration", n_sequences)?;
+        sink.exporter.write_file(IMATRIX_FILE, &bytes)?;
+    }
     layers.into_iter().for_each(|layer| report.add_layer(layer));
     report.add_tuning(sink.tune(recipe, choice, memory_bytes, observer)?);
     let total = began.elapsed().as_secs_f64();
@@ -182,6 +201,11 @@ fn write_card(
         Some((name, bytes)) => exporter.write_file(&name, &bytes),
         None => Ok(()),
     }
+}
+
+/// Whether the method sums up H.
+fn keeps_statistics(recipe: &Recipe) -> bool {
+    recipe.needs_calibration() && !recipe.method.is_scaled()
 }
 
 /// The output folder in the making, in the journal's hands.

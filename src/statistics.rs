@@ -53,6 +53,24 @@ pub enum StatisticsDtype {
     Bf16,
 }
 
+/// How large the inputs of some linears are, column by column.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InputSquares {
+    /// The linears, by checkpoint name, which see the same inputs.
+    pub modules: Vec<String>,
+    /// Tokens seen, whatever their weight.
+    pub n_tokens: u64,
+    /// Bits of Σ ω u² / Σ ω as f32, `[in]`: as text a number might come back as its neighbour.
+    pub mean_bits: Vec<u32>,
+}
+
+impl InputSquares {
+    /// Σ ω u² / Σ ω, `[in]`.
+    pub fn mean(&self) -> impl Iterator<Item = f32> {
+        self.mean_bits.iter().map(|bits| f32::from_bits(*bits))
+    }
+}
+
 /// H and, if asked for, C and S of one linear.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Statistics {
@@ -200,6 +218,20 @@ impl Statistics {
         self.weight_sum += other.weight_sum;
         self.weight_square_sum += other.weight_square_sum;
         Ok(())
+    }
+
+    /// The mean square of each input of `modules`, weighted as H is; all zero before the first token
+    /// of positive weight.
+    pub fn input_squares(&self, modules: Vec<String>) -> InputSquares {
+        let mean = |j: usize| match self.weight_sum > 0.0 {
+            true => (f64::from(self.hessian_lower.row(j)[j]) / self.weight_sum) as f32,
+            false => 0.0,
+        };
+        InputSquares {
+            modules,
+            n_tokens: self.n_tokens,
+            mean_bits: (0..self.in_features()).map(|j| mean(j).to_bits()).collect(),
+        }
     }
 
     /// Number of input columns.

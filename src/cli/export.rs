@@ -5,14 +5,15 @@ use anyhow::Context;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use vlmq::Error;
-use vlmq::conversion::export_folder;
+use vlmq::conversion::{export_folder, export_gguf};
+use vlmq::export::gguf::GgufExported;
 use vlmq::export::{Exported, Format};
 
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]
     model: ModelArg,
-    /// How it is written: compressed-tensors, gptq, awq, mlx, or numbers as bf16, f16, f32
+    /// How it is written: compressed-tensors, gptq, awq, mlx, gguf, or numbers as bf16, f16, f32
     #[arg(long, value_name = "F")]
     format: Format,
     /// Folder to make
@@ -30,6 +31,20 @@ pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
         .map(read_evaluation)
         .transpose()?;
     let model = open_model(&args.model.model)?;
+    if args.format == Format::Gguf {
+        let exported = export_gguf(&model, &args.output, evaluation.as_ref())?;
+        match json {
+            true => print_json(serde_json::json!({
+                "schema": SCHEMA,
+                "command": "export",
+                "format": args.format.name(),
+                "output": args.output,
+                "gguf": exported,
+            }))?,
+            false => say(&gguf_text(args, &exported))?,
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
     let exported = export_folder(&model, args.format, &args.output, evaluation.as_ref())?;
     match json {
         true => print_json(serde_json::json!({
@@ -49,6 +64,24 @@ pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
 fn read_evaluation(path: &Path) -> anyhow::Result<serde_json::Value> {
     let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, "read", e))?;
     serde_json::from_str(&text).with_context(|| format!("{}: no JSON", path.display()))
+}
+
+fn gguf_text(args: &Args, exported: &GgufExported) -> String {
+    let mut text = String::new();
+    for file in [Some(&exported.model), exported.mmproj.as_ref()] {
+        let Some(file) = file else { continue };
+        let types: Vec<String> = file
+            .n_tensors
+            .iter()
+            .map(|(name, n)| format!("{n} {name}"))
+            .collect();
+        let megabytes = file.tensor_bytes as f64 / 1e6;
+        text += &format!("{} ({megabytes:.1} MB: {})\n", file.file, types.join(", "));
+    }
+    if let Some(why) = &exported.mmproj_absent {
+        text += &format!("no mmproj file: {why}\n");
+    }
+    text + &format!("wrote {} (gguf)\n", args.output.display())
 }
 
 fn text(args: &Args, exported: &Exported) -> String {

@@ -52,6 +52,10 @@ pub struct Args {
     /// Three quarters of what the system has free if absent
     #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
     memory: Option<u64>,
+    /// Also write imatrix.gguf, the importance of each linear's input columns as the samples have it,
+    /// which `llama-quantize --imatrix` reads
+    #[arg(long)]
+    imatrix: bool,
     /// Say what would be done and what it would cost, and do nothing
     #[arg(long)]
     dry_run: bool,
@@ -198,6 +202,7 @@ pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
         format: args.format,
         resume: args.resume.into(),
         memory_bytes: args.memory_bytes(),
+        imatrix: args.imatrix,
     };
     let outcome = quantize_folder(&model, &recipe, choice.as_ref(), output, options, &progress);
     progress.finish();

@@ -6,6 +6,7 @@
 //! | `gptq` | 2, 3, 4, 8 | any, or per channel | symmetric (v1), asymmetric (v2) | [`gptq`] |
 //! | `awq` | 4 | any, or per channel | both, as asymmetric | [`awq`] |
 //! | `mlx` | 2, 3, 4, 8 | 32, 64, 128 | both, as asymmetric | [`mlx`] |
+//! | `gguf` | 2, 3, 4, 8 | multiples of 32, super-blocks, or per channel | both | [`gguf`] |
 //! | `bf16`, `f16`, `f32` | | | numbers, no codes | [`dense`] |
 //!
 //! [`Exporter`] is the way of all of them: it takes quantized modules one by one as they are solved,
@@ -18,6 +19,7 @@ mod config;
 mod convert;
 mod dense;
 mod folder;
+pub mod gguf;
 mod gptq;
 mod layout;
 mod mlx;
@@ -59,17 +61,20 @@ pub enum Format {
     Awq,
     /// MLX affine: mlx-vlm.
     Mlx,
+    /// GGUF files: llama.cpp. Written from a folder of another format, by [`gguf::export`].
+    Gguf,
     /// Plain numbers of one type, for programs that know no quantization.
     Dense(ScaleDtype),
 }
 
 impl Format {
     /// Every format, by its name on the command line.
-    pub const NAMES: [(&'static str, Self); 7] = [
+    pub const NAMES: [(&'static str, Self); 8] = [
         ("compressed-tensors", Self::CompressedTensors),
         ("gptq", Self::Gptq),
         ("awq", Self::Awq),
         ("mlx", Self::Mlx),
+        ("gguf", Self::Gguf),
         ("bf16", Self::Dense(ScaleDtype::Bf16)),
         ("f16", Self::Dense(ScaleDtype::F16)),
         ("f32", Self::Dense(ScaleDtype::F32)),
@@ -85,7 +90,7 @@ impl Format {
     /// `model_dtype`: what a solver should round them to.
     pub fn scale_dtype(self, model_dtype: ScaleDtype) -> ScaleDtype {
         match self {
-            Self::Gptq | Self::Awq => ScaleDtype::F16,
+            Self::Gptq | Self::Awq | Self::Gguf => ScaleDtype::F16,
             Self::CompressedTensors | Self::Mlx | Self::Dense(_) => model_dtype,
         }
     }
@@ -99,8 +104,16 @@ impl Format {
     }
 
     /// How it lays out modules of these formats.
-    fn layout(self, schemes: &Schemes) -> &'static dyn Layout {
-        match self {
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for GGUF, which is no folder of safetensors.
+    fn layout(self, schemes: &Schemes) -> Result<&'static dyn Layout> {
+        Ok(match self {
+            Self::Gguf => {
+                let what = "--format gguf here: write compressed-tensors first, and then use \
+                            `vlmq export --format gguf`";
+                return Err(Error::Unsupported { what: what.into() });
+            }
             Self::CompressedTensors => &compressed_tensors::CompressedTensors,
             Self::Gptq if schemes.values().all(|scheme| scheme.symmetric()) => &gptq::V1,
             Self::Gptq => &gptq::V2,
@@ -108,8 +121,8 @@ impl Format {
             Self::Mlx => &mlx::Mlx,
             Self::Dense(ScaleDtype::Bf16) => &dense::BF16,
             Self::Dense(ScaleDtype::F16) => &dense::F16,
-            Self::Dense(ScaleDtype::F32) => &dense::F32,
-        }
+            Self::Dense(ScaleDtype::F32 | ScaleDtype::Superblock) => &dense::F32,
+        })
     }
 }
 
@@ -133,7 +146,7 @@ fn file_dtype(dtype: ScaleDtype) -> DType {
     match dtype {
         ScaleDtype::Bf16 => DType::Bf16,
         ScaleDtype::F16 => DType::F16,
-        ScaleDtype::F32 => DType::F32,
+        ScaleDtype::F32 | ScaleDtype::Superblock => DType::F32,
     }
 }
 

@@ -62,10 +62,17 @@ pub const FAMILIES: &[Family] = &[
 /// [`Error::Unsupported`] for an unknown family; else the family's, and those of
 /// [`ModelSource::new`].
 pub fn open_model(checkpoint: Checkpoint, device: Device) -> Result<ModelSource> {
-    let place = checkpoint.dir().join("config.json");
-    let family = family_of(&place, checkpoint.config())?;
-    let architecture = (family.architecture)(&checkpoint)?;
+    let architecture = architecture_of(&checkpoint)?;
     ModelSource::new(checkpoint, architecture, device)
+}
+
+/// What an open checkpoint says of its model.
+///
+/// # Errors
+/// [`Error::Unsupported`] for an unknown family; else the family's.
+pub fn architecture_of(checkpoint: &Checkpoint) -> Result<Architecture> {
+    let place = checkpoint.dir().join("config.json");
+    (family_of(&place, checkpoint.config())?.architecture)(checkpoint)
 }
 
 /// The processor of a checkpoint folder.

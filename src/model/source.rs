@@ -94,6 +94,11 @@ impl ModelSource {
         &self.architecture.decoder
     }
 
+    /// What the names of the decoder's tensors begin with.
+    pub fn decoder_prefix(&self) -> &str {
+        &self.architecture.names.decoder
+    }
+
     /// The vision tower as data.
     pub fn vision(&self) -> &dyn VisionConfig {
         self.architecture.vision.as_ref()

@@ -30,6 +30,9 @@ impl Run<'_> {
             return self.round_unreached(modules, quantized, sink);
         }
         let effective_sample_size = statistics.effective_sample_size();
+        let names = modules.iter().map(|module| module.name.clone()).collect();
+        let squares = statistics.input_squares(names);
+        self.outcome.input_squares.push(squares);
         let (factor, is_unjudged) = self.factor(&first.name, statistics, part)?;
         for module in modules {
             self.check_cancelled()?;

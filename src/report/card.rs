@@ -7,6 +7,7 @@ mod engines;
 
 use super::RunReport;
 use crate::checkpoint::Checkpoint;
+use crate::export::gguf::GgufExported;
 use crate::export::{Format, ModulePlan};
 use crate::model::decoder_config::DecoderConfig;
 use crate::plan::Scheme;
@@ -57,9 +58,24 @@ impl Card<'_> {
         .concat()
     }
 
+    /// The card of GGUF files.
+    pub fn text_of_gguf(&self, written: &GgufExported) -> String {
+        [
+            self.front_matter(),
+            format!("# {}\n\n", self.name),
+            self.how_it_was_made(),
+            self.what_was_lost(),
+            "## Running it\n".into(),
+            engines::llama_cpp_commands(self.name, written),
+            "\nThe vision tower, the embedding and the head are as they were.\n".into(),
+        ]
+        .concat()
+    }
+
     fn front_matter(&self) -> String {
         let library = match self.format {
             Format::Mlx => "mlx",
+            Format::Gguf => "gguf",
             _ => "transformers",
         };
         let mut text = format!(

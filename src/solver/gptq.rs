@@ -88,6 +88,7 @@ pub fn solve(
     settings: &SolverSettings,
 ) -> Result<Solved> {
     settings.check()?;
+    settings.check_scheme(scheme)?;
     let group_len = check_fit(module, w, factor.in_features(), scheme)?;
     let pull = factor.pull().filter(|_| settings.alpha > 0.0);
     let drift = factor.drift_moments().filter(|_| settings.alpha > 0.0);

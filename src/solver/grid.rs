@@ -11,10 +11,11 @@
 //!
 //! Source: IST-DASLab/gptq@2d65066 quant.py. Differs: rounded scales, the symmetric convention.
 
+mod superblock;
 mod weighted;
 
 use super::{Clip, ClipNorm};
-use crate::plan::Scheme;
+use crate::plan::{ScaleDtype, Scheme};
 use crate::{Error, Matrix, Result};
 use rayon::prelude::*;
 
@@ -138,7 +139,8 @@ impl Grids {
     /// One grid for each row and each `group_len` consecutive columns of `w`.
     ///
     /// # Errors
-    /// [`Error::NotFinite`] if a scale does not fit its storage type.
+    /// [`Error::NotFinite`] if a scale does not fit its storage type; [`Error::Unsupported`] if
+    /// super-blocks cannot hold one.
     pub(crate) fn fit(
         module: &str,
         w: &Matrix,
@@ -148,7 +150,12 @@ impl Grids {
         let n_groups = (w.cols() / group_len).max(1);
         let groups = w.data().par_chunks(group_len).enumerate();
         let grid = |(index, group)| fitting.fit(group, index % n_groups * group_len);
-        let grids: Vec<Grid> = groups.map(grid).collect();
+        let mut grids: Vec<Grid> = groups.map(grid).collect();
+        if fitting.scheme.scale_dtype() == ScaleDtype::Superblock {
+            let rows = w.data().par_chunks(w.cols());
+            let rows = rows.zip(grids.par_chunks_mut(n_groups));
+            rows.try_for_each(|(row, grids)| superblock::snap(module, row, grids, fitting))?;
+        }
         let scales = grids.iter().map(|g| g.scale).collect();
         let scales = Matrix::from_vec(module, w.rows(), w.cols() / group_len, scales)?;
         check_scales(module, &scales)?;

@@ -33,6 +33,7 @@ pub use limit::{limited, search_limits};
 pub use loss::layer_loss;
 pub use rtn::rtn;
 
+use crate::plan::{ScaleDtype, Scheme};
 use crate::{Error, Matrix, QuantizedWeight, Result};
 use serde::{Deserialize, Serialize};
 
@@ -205,6 +206,31 @@ impl SolverSettings {
             return invalid("col_block", "0 given, at least 1 expected".into());
         }
         Ok(())
+    }
+
+    /// Whether grids of this number format can be kept: those of super-blocks are fitted beforehand,
+    /// and nothing may move a scale of theirs by itself.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] naming the setting that would have to be otherwise.
+    pub fn check_scheme(&self, scheme: Scheme) -> Result<()> {
+        if scheme.scale_dtype() != ScaleDtype::Superblock {
+            return Ok(());
+        }
+        let found = [
+            (!self.act_order, "act_order=false"),
+            (self.sweeps > 0 && self.refit_scales, "refit_scales=true"),
+            (self.unit_gain, "unit_gain=true"),
+        ];
+        match found.iter().find(|(is_wrong, _)| *is_wrong) {
+            Some((_, setting)) => Err(Error::Invalid {
+                what: "scale_dtype superblock".into(),
+                why: format!(
+                    "{setting} given; act_order=true, refit_scales=false and unit_gain=false expected"
+                ),
+            }),
+            None => Ok(()),
+        }
     }
 }
 

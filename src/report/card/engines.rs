@@ -3,6 +3,7 @@
 //! Sources: vLLM 0.33 (`compressed_tensors_wNa16.py`, `auto_gptq.py`, `auto_awq.py`), SGLang 0.5.23
 //! (`layers/quantization`), transformers 5.23 (`quantizers`), mlx-vlm 0.3.
 
+use crate::export::gguf::GgufExported;
 use crate::export::{Format, ModulePlan};
 use crate::model::decoder_config::DecoderConfig;
 use crate::plan::Scheme;
@@ -27,7 +28,8 @@ pub(super) fn commands(name: &str, format: Format, plan: &[ModulePlan]) -> Strin
     engine("SGLang", sglang(name, format, kinds));
     engine("transformers", transformers(name, format));
     engine("MLX", mlx(name, format));
-    engine("llama.cpp", llama_cpp(name, format));
+    let gguf = "`vlmq export --format gguf` makes what it reads";
+    engine("llama.cpp", Answer::No(gguf));
     lines.join("\n")
 }
 
@@ -68,7 +70,7 @@ fn vllm(name: &str, format: Format, kinds: Kinds) -> Answer {
         Format::Gptq if kinds.wide && kinds.symmetric => serve("", ":"),
         Format::Gptq => serve(" --quantization humming", humming),
         Format::Awq | Format::Dense(_) => serve("", ":"),
-        Format::Mlx => Answer::No("it does not read MLX folders"),
+        Format::Mlx | Format::Gguf => Answer::No("it does not read such folders"),
     }
 }
 
@@ -82,7 +84,7 @@ fn sglang(name: &str, format: Format, kinds: Kinds) -> Answer {
             "its compressed-tensors knows 4 and 8 bits; `vlmq export --format gptq` makes what it \
              reads",
         ),
-        Format::Mlx => Answer::No("it does not read MLX folders"),
+        Format::Mlx | Format::Gguf => Answer::No("it does not read such folders"),
         _ => serve(),
     }
 }
@@ -93,7 +95,7 @@ fn transformers(name: &str, format: Format) -> Answer {
         Format::Gptq => " with optimum and gptqmodel:",
         Format::Awq => " with gptqmodel:",
         Format::Dense(_) => ":",
-        Format::Mlx => return Answer::No("it does not read MLX folders"),
+        Format::Mlx | Format::Gguf => return Answer::No("it does not read such folders"),
     };
     let command = format!(
         "from transformers import AutoModelForImageTextToText, AutoProcessor\n\
@@ -113,8 +115,26 @@ fn mlx(name: &str, format: Format) -> Answer {
     }
 }
 
-fn llama_cpp(_name: &str, _format: Format) -> Answer {
-    Answer::No("`vlmq export --format gguf` makes what it reads")
+/// What runs GGUF files.
+pub(super) fn llama_cpp_commands(name: &str, written: &GgufExported) -> String {
+    let model = &written.model.file;
+    let command = match &written.mmproj {
+        Some(mmproj) => format!(
+            "llama-server -m {name}/{model} --mmproj {name}/{0}\n\
+             llama-mtmd-cli -m {name}/{model} --mmproj {name}/{0} --image IMAGE -p TEXT",
+            mmproj.file
+        ),
+        None => format!("llama-server -m {name}/{model}"),
+    };
+    let mut text = format!("llama.cpp:\n```\n{command}\n```\n");
+    if let Some(why) = &written.mmproj_absent {
+        text += &format!("\nImages need an mmproj file, which is not here: {why}.\n");
+    }
+    if written.has_imatrix {
+        text += "\n`imatrix.gguf` is for `llama-quantize --imatrix`, with the original model's own \
+                 F16 or BF16 file.\n";
+    }
+    text
 }
 
 /// What does not divide when the decoder is shared out to several devices.
