@@ -54,15 +54,18 @@ pub fn read_all(checkpoint: &Checkpoint) {
         if let Ok(values) = checkpoint.load(name, &info.shape) {
             assert_eq!(values.len() * info.dtype.n_bytes(), info.n_bytes);
         }
-        if let Some(module) = name.strip_suffix(".weight_packed")
-            && checkpoint.is_quantized(module)
-            && let Ok(weight) = checkpoint.packed_module(module)
-        {
+        if let Some(module) = checkpoint.packed_owner(name) {
+            let _ = checkpoint.linear_info(module);
+        }
+    }
+    for module in checkpoint.quantized_modules() {
+        if let Ok(weight) = checkpoint.packed_module(&module) {
             let shape = (weight.rows(), weight.cols());
-            let matrix = checkpoint.linear_weight(module, shape.0, shape.1);
+            let matrix = checkpoint.linear_weight(&module, shape.0, shape.1);
             matrix.expect("a weight that was read before");
         }
     }
+    let _ = vlmq::verification::verify_folder(checkpoint, None);
     assert_eq!(checkpoint.total_bytes(), total);
     checkpoint.digest("").expect("bytes that were read before");
 }

@@ -3,6 +3,7 @@
 use super::quantize::scale_dtype;
 use super::{ModelArg, SCHEMA, open_model, print_json, say};
 use std::process::ExitCode;
+use vlmq::checkpoint::Quantization;
 use vlmq::model::{DecoderConfig, ModelSource, Module};
 use vlmq::plan::Scheme;
 
@@ -91,6 +92,7 @@ fn summary(model: &ModelSource, candidates: &[Candidate]) -> serde_json::Value {
         "n_modules": modules.len(),
         "n_module_weights": n_weights(model),
         "n_quantized_modules": n_quantized(model),
+        "format": model.checkpoint().quantization().map(Quantization::name),
         "modules": modules.iter().map(module).collect::<Vec<_>>(),
         "schemes": candidates.iter().map(row).collect::<Vec<_>>(),
     })
@@ -124,7 +126,8 @@ fn model_text(model: &ModelSource) -> String {
     );
     let n_quantized = n_quantized(model);
     if n_quantized > 0 {
-        text += &format!("quantized   {n_quantized} modules already\n");
+        let format = checkpoint.quantization().map_or("", Quantization::name);
+        text += &format!("quantized   {n_quantized} modules already, {format}\n");
     }
     text
 }

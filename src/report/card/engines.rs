@@ -26,7 +26,7 @@ pub(super) fn commands(name: &str, format: Format, plan: &[ModulePlan]) -> Strin
     };
     engine("vLLM", vllm(name, format, kinds));
     engine("SGLang", sglang(name, format, kinds));
-    engine("transformers", transformers(name, format));
+    engine("transformers", transformers(name, format, kinds));
     engine("MLX", mlx(name, format));
     let gguf = "`vlmq export --format gguf` makes what it reads";
     engine("llama.cpp", Answer::No(gguf));
@@ -45,6 +45,8 @@ struct Kinds {
     /// All of 4 or 8 bits.
     wide: bool,
     symmetric: bool,
+    /// One number format for all.
+    uniform: bool,
 }
 
 impl Kinds {
@@ -53,6 +55,7 @@ impl Kinds {
         Self {
             wide: all(|s| s.bits() == 4 || s.bits() == 8),
             symmetric: all(Scheme::symmetric),
+            uniform: plan.windows(2).all(|pair| pair[0].scheme == pair[1].scheme),
         }
     }
 }
@@ -89,9 +92,18 @@ fn sglang(name: &str, format: Format, kinds: Kinds) -> Answer {
     }
 }
 
-fn transformers(name: &str, format: Format) -> Answer {
+fn transformers(name: &str, format: Format, kinds: Kinds) -> Answer {
     let needs = match format {
+        Format::CompressedTensors if !kinds.symmetric => {
+            return Answer::No(
+                "compressed-tensors up to 0.20 prepares asymmetric folders with wrong shapes there; \
+                 `vlmq export --format gptq` makes what it reads",
+            );
+        }
         Format::CompressedTensors => " with compressed-tensors 0.18 or later:",
+        Format::Gptq if !kinds.uniform => {
+            return Answer::No("optimum knows one number format for all modules of a GPTQ folder");
+        }
         Format::Gptq => " with optimum and gptqmodel:",
         Format::Awq => " with gptqmodel:",
         Format::Dense(_) => ":",
@@ -208,5 +220,7 @@ mod tests {
         assert!(text(Format::CompressedTensors, 3, true).contains("SGLang: no"));
         assert!(!text(Format::CompressedTensors, 4, true).contains("SGLang: no"));
         assert!(text(Format::Mlx, 4, true).contains("vLLM: no"));
+        assert!(text(Format::CompressedTensors, 4, false).contains("transformers: no"));
+        assert!(!text(Format::CompressedTensors, 4, true).contains("transformers: no"));
     }
 }
