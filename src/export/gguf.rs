@@ -82,7 +82,8 @@ pub fn export(
     let tensors = text.tensors()?;
     let mut keys = general_keys(source, text.arch.name, "model", &tensors);
     keys.extend(text.keys()?);
-    keys.extend(tokenizer::keys(source, architecture.decoder.vocab_size)?);
+    let vocab_size = architecture.decoder.vocab_size;
+    keys.extend(tokenizer::keys(source, vocab_size, text.is_llama())?);
     let (mmproj, mmproj_absent) = match mmproj::plan(source, &architecture) {
         Ok(plan) => (Some(plan), None),
         Err(Error::Unsupported { what }) => (None, Some(what)),

@@ -88,8 +88,6 @@ pub(super) enum Part {
     Rows(Range<usize>),
     /// One frame of a convolution `[out, in, frames, height, width]`.
     Frame(usize),
-    /// All of it, under another shape.
-    Shaped(Vec<usize>),
 }
 
 impl Part {
@@ -112,10 +110,6 @@ impl Part {
                 }
                 _ => None,
             },
-            Self::Shaped(wanted) => {
-                let n = |shape: &[usize]| shape.iter().product::<usize>();
-                (n(wanted) == n(shape)).then(|| wanted.clone())
-            }
         };
         found.ok_or_else(|| Error::Unsupported {
             what: format!("{name} of shape {shape:?} in a GGUF file; {self:?} of it was expected"),
@@ -125,7 +119,7 @@ impl Part {
     /// The bytes of the part, of a tensor's `bytes`, whose elements have `size`.
     fn of(&self, bytes: Vec<u8>, shape: &[usize], size: usize) -> Vec<u8> {
         match self {
-            Self::Whole | Self::Shaped(_) => bytes,
+            Self::Whole => bytes,
             Self::Ordered(rows) => {
                 let n = shape[0];
                 let row_bytes = bytes.len() / n;
@@ -261,7 +255,7 @@ impl Planned {
                 let turn = |bytes: Vec<u8>| converted(tensor, &bytes, dtype, *kind, *plus);
                 match part {
                     // The largest tensors are never whole in memory.
-                    Part::Whole | Part::Shaped(_) => {
+                    Part::Whole => {
                         let pieces = checkpoint.pieces(tensor)?;
                         writer.write(name, pieces.map(|piece| turn(piece?)))
                     }
@@ -356,7 +350,6 @@ mod tests {
             (Part::Frame(3), &[2, 1, 3, 2, 2][..]),
             (Part::Frame(0), &[2, 1, 3, 2]),
             (Part::Rows(2..4), &[3, 8]),
-            (Part::Shaped(vec![5]), &[2, 2]),
         ] {
             assert!(part.shape("name", shape).is_err());
         }

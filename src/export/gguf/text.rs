@@ -114,6 +114,11 @@ impl<'a> TextModel<'a> {
         Ok(model)
     }
 
+    /// Whether it is of the `llama` architecture, whose rows of q and k are paired.
+    pub(super) fn is_llama(&self) -> bool {
+        self.arch.is_paired
+    }
+
     fn decoder(&self) -> &DecoderConfig {
         &self.architecture.decoder
     }

@@ -100,12 +100,17 @@ struct Tokenizer {
     config: Json,
 }
 
-/// The keys of a checkpoint's tokenizer, of `vocab_size` tokens in all.
+/// The keys of a checkpoint's tokenizer, of `vocab_size` tokens in all; for llama.cpp's `llama`
+/// architecture with what its converter adds there.
 ///
 /// # Errors
 /// [`Error::Missing`] without `tokenizer.json`; [`Error::Format`] for a damaged one, or tokens beyond
 /// `vocab_size`; [`Error::Unsupported`] for one that is not byte-level BPE with known rules.
-pub(super) fn keys(checkpoint: &Checkpoint, vocab_size: usize) -> Result<Vec<(String, Value)>> {
+pub(super) fn keys(
+    checkpoint: &Checkpoint,
+    vocab_size: usize,
+    is_llama: bool,
+) -> Result<Vec<(String, Value)>> {
     let dir = checkpoint.dir();
     let path = dir.join("tokenizer.json");
     let main = read_json(&path)?.ok_or_else(|| Error::Missing {
@@ -136,6 +141,9 @@ pub(super) fn keys(checkpoint: &Checkpoint, vocab_size: usize) -> Result<Vec<(St
         ),
     ];
     keys.extend(tokenizer.special(checkpoint.config())?);
+    if is_llama {
+        tokenizer.add_llama_keys(vocab_size, &mut keys);
+    }
     Ok(keys)
 }
 
@@ -234,6 +242,19 @@ impl Tokenizer {
     /// The tokens added to the model's own.
     fn added(&self) -> impl Iterator<Item = &Json> {
         self.main["added_tokens"].as_array().into_iter().flatten()
+    }
+
+    /// Whether a space is put before a text, and that SmolLM's vocabulary has no first token, which
+    /// its files do not say.
+    fn add_llama_keys(&self, vocab_size: usize, keys: &mut Vec<(String, Value)>) {
+        const ADD_BOS: &str = "tokenizer.ggml.add_bos_token";
+        if let Some(adds) = self.config["add_prefix_space"].as_bool() {
+            keys.push(("tokenizer.ggml.add_space_prefix".into(), Value::Bool(adds)));
+        }
+        if vocab_size == 49_152 {
+            keys.retain(|(key, _)| key != ADD_BOS);
+            keys.push((ADD_BOS.into(), Value::Bool(false)));
+        }
     }
 
     /// Merges as two texts with a space between.
