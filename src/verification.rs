@@ -5,12 +5,14 @@
 //! a vision-language model cannot do without, and with a source all that should have stayed as it was.
 
 use crate::checkpoint::{Checkpoint, Quantization};
-use crate::export::{QUANTIZATION_FILES, check_config, check_unchanged};
+use crate::export::gguf::verify_gguf;
+use crate::export::{Format, QUANTIZATION_FILES, check_config, check_unchanged};
 use crate::report::{REPORT_FILE, RunReport};
 use crate::{Matrix, Result};
 use rayon::prelude::*;
 use serde::Serialize;
 use std::collections::BTreeSet;
+use std::path::Path;
 
 /// What was found.
 #[derive(Clone, Debug, Serialize)]
@@ -103,6 +105,27 @@ fn read_everything(written: &Checkpoint) -> Vec<String> {
         }
     }
     problems
+}
+
+/// Verifies a folder of GGUF files, against its `source` if there is one.
+///
+/// # Errors
+/// As [`verify_gguf`].
+pub fn verify_gguf_folder(dir: &Path, source: Option<&Checkpoint>) -> Result<Verification> {
+    let found = verify_gguf(dir, source)?;
+    let of_tensor = |(name, relative_error, largest_error)| ModuleDistance {
+        name,
+        relative_error,
+        largest_error,
+    };
+    Ok(Verification {
+        format: Format::Gguf.name().into(),
+        n_quantized: found.n_quantized,
+        n_plain: found.n_plain,
+        problems: found.problems,
+        modules: found.distances.into_iter().map(of_tensor).collect(),
+        changed: Vec::new(),
+    })
 }
 
 /// What the run tells that made the folder, if it is one of ours.

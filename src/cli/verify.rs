@@ -1,11 +1,12 @@
 //! `vlmq verify`
 
 use super::{ModelArg, SCHEMA, open_model, print_json, say};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use vlmq::checkpoint::Checkpoint;
+use vlmq::export::gguf::gguf_files;
 use vlmq::families::open_processor;
-use vlmq::verification::{Verification, verify_folder};
+use vlmq::verification::{Verification, verify_folder, verify_gguf_folder};
 
 /// Modules that are named for their distance from the source.
 const N_WORST: usize = 3;
@@ -22,13 +23,11 @@ pub struct Args {
 /// Exits with 1 if anything is wrong.
 pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
     let source = args.against.as_deref().map(Checkpoint::open).transpose()?;
-    let written = Checkpoint::open(&args.model.model)?;
-    let mut found = verify_folder(&written, source.as_ref())?;
-    // What a program must be able to make of it: a model with all its tensors, and its processor.
-    let opened = open_model(&args.model.model).err().map(|e| e.to_string());
-    let processor = open_processor(&args.model.model).err();
-    found.problems.extend(opened);
-    found.problems.extend(processor.map(|e| e.to_string()));
+    let folder = &args.model.model;
+    let found = match gguf_files(folder).is_ok_and(|files| !files.is_empty()) {
+        true => verify_gguf_folder(folder, source.as_ref())?,
+        false => verify_checkpoint(folder, source.as_ref())?,
+    };
     match json {
         true => print_json(serde_json::json!({
             "schema": SCHEMA,
@@ -41,6 +40,17 @@ pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
         true => ExitCode::SUCCESS,
         false => ExitCode::from(1),
     })
+}
+
+/// The folder, and what a program must be able to make of it: a model with all its tensors, and its
+/// processor.
+fn verify_checkpoint(folder: &Path, source: Option<&Checkpoint>) -> anyhow::Result<Verification> {
+    let mut found = verify_folder(&Checkpoint::open(folder)?, source)?;
+    let opened = open_model(folder).err().map(|e| e.to_string());
+    let processor = open_processor(folder).err();
+    found.problems.extend(opened);
+    found.problems.extend(processor.map(|e| e.to_string()));
+    Ok(found)
 }
 
 fn text(found: &Verification) -> String {

@@ -18,11 +18,13 @@ mod super_block;
 mod tensors;
 mod text;
 mod tokenizer;
+mod verify;
 
 pub use blocks::{Rounding, decode};
 pub use container::{TensorSpec, TensorType, Value, Writer};
 pub use imatrix::{IMATRIX_FILE, imatrix_file};
 pub use read::GgufFile;
+pub use verify::{GgufVerified, gguf_files, verify_gguf};
 
 use crate::checkpoint::{Checkpoint, PendingFolder};
 use crate::families::architecture_of;
@@ -77,6 +79,17 @@ pub fn export(
     output: &Path,
     beside: impl FnOnce(&GgufExported) -> Vec<(String, Vec<u8>)>,
 ) -> Result<GgufExported> {
+    let pending = PendingFolder::create(output)?;
+    let exported = write_all(source, &pending)?;
+    for (name, content) in beside(&exported) {
+        pending.write_file(&name, &content)?;
+    }
+    pending.commit()?;
+    Ok(exported)
+}
+
+/// The files of [`export`] in a folder that has not got its name yet.
+fn write_all(source: &Checkpoint, pending: &PendingFolder) -> Result<GgufExported> {
     let architecture = architecture_of(source)?;
     let text = TextModel::of(source, &architecture)?;
     let tensors = text.tensors()?;
@@ -89,33 +102,27 @@ pub fn export(
         Err(Error::Unsupported { what }) => (None, Some(what)),
         Err(error) => return Err(error),
     };
-    let pending = PendingFolder::create(output)?;
     let mut rounding = Rounding::default();
     let file = format!("model-{}.gguf", types_in_name(&tensors));
-    let model = write_file(source, &pending, file, &keys, &tensors, &mut rounding)?;
+    let model = write_file(source, pending, file, &keys, &tensors, &mut rounding)?;
     let write_mmproj = |Mmproj { keys, tensors }| {
         let mut all = general_keys(source, "clip", "mmproj", &tensors);
         all.extend(keys);
         let file = format!("mmproj-{}.gguf", types_in_name(&tensors));
-        write_file(source, &pending, file, &all, &tensors, &mut rounding)
+        write_file(source, pending, file, &all, &tensors, &mut rounding)
     };
     let mmproj = mmproj.map(write_mmproj).transpose()?;
     let has_imatrix = source.dir().join(IMATRIX_FILE).is_file();
     if has_imatrix {
         pending.copy_from(source.dir(), IMATRIX_FILE)?;
     }
-    let exported = GgufExported {
+    Ok(GgufExported {
         model,
         mmproj,
         mmproj_absent,
         has_imatrix,
         rounding,
-    };
-    for (name, content) in beside(&exported) {
-        pending.write_file(&name, &content)?;
-    }
-    pending.commit()?;
-    Ok(exported)
+    })
 }
 
 /// Keys that every file has.

@@ -59,6 +59,40 @@ fn every_format_is_the_same_model() {
     }
 }
 
+/// GGUF files against what they are made of, and against the original.
+#[test]
+fn gguf_files_are_held_against_both_sources() {
+    let (home, first) = home(&["--bits", "4"]);
+    let output = home.path().join("gguf");
+    let done = export(&first, "gguf", &output, &["--json"]);
+    assert!(done.status.success(), "{}", text(&done.stderr));
+    let against_original = verify(&output, 0);
+    assert_eq!(against_original["format"], "gguf");
+    assert_eq!(against_original["n_quantized"], 28);
+    let distances = against_original["modules"].as_array().unwrap();
+    assert_eq!(distances.len(), 28);
+    assert!(distances[0]["relative_error"].as_f64().unwrap() > 0.01);
+    let mut command = vlmq();
+    command.arg("verify").arg(&output).arg("--against");
+    let same = command.arg(&first).arg("--json").output().unwrap();
+    let same = json(&same.stdout)["verification"].take();
+    assert_eq!(same["modules"].as_array().unwrap().len(), 0);
+    assert_eq!(same["problems"].as_array().unwrap().len(), 0);
+    let card = std::fs::read_to_string(output.join("README.md")).unwrap();
+    assert!(card.contains("--mmproj gguf/mmproj-BF16.gguf"), "{card}");
+    let path = output.join("model-Q4_1.gguf");
+    let mut bytes = std::fs::read(&path).unwrap();
+    let last = bytes.len() - 33;
+    bytes[last] ^= 1;
+    std::fs::write(&path, &bytes).unwrap();
+    std::fs::remove_file(output.join("mmproj-BF16.gguf")).unwrap();
+    let broken = verify(&output, 1)["problems"].to_string();
+    assert!(broken.contains("mmproj-*.gguf: is not there"), "{broken}");
+    std::fs::write(&path, &bytes[..bytes.len() / 2]).unwrap();
+    let cut = verify(&output, 1)["problems"].to_string();
+    assert!(cut.contains("model-Q4_1.gguf"), "{cut}");
+}
+
 #[test]
 fn a_run_can_write_any_format() {
     for (format, key) in [("gptq", "qweight"), ("mlx", "scales"), ("f16", "weight")] {
@@ -79,6 +113,7 @@ fn what_cannot_be_held_is_refused_before_any_work() {
         ("awq", "3 bits, of which it has 4 only"),
         ("mlx", "per channel"),
         ("gguf2", "one of compressed-tensors, gptq"),
+        ("q4", "one of"),
     ] {
         let done = export(&folder, format, &output, &[]);
         assert_eq!(done.status.code(), Some(2));
