@@ -67,7 +67,8 @@ pub fn export_gguf(
         };
         let text = card.text_of_gguf(exported);
         let card = (CARD_FILE.to_owned(), text.into_bytes());
-        base_card.into_iter().chain([card]).collect()
+        let report = report.as_ref().map(|report| report.to_file());
+        base_card.into_iter().chain([card]).chain(report).collect()
     })
 }
 

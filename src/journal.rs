@@ -22,6 +22,8 @@ use std::path::{Path, PathBuf};
 
 const RUN_FILE: &str = "run.json";
 const LOCK_FILE: &str = "lock";
+/// A finished folder that becomes the output in another form.
+const CODES: &str = "codes";
 const FOLDER: &str = "folder";
 
 /// What to do about the layers of an earlier run.
@@ -120,6 +122,19 @@ impl Journal {
     /// [`Error::Io`] if the disk refuses.
     pub fn pending(&self) -> Result<PendingFolder> {
         PendingFolder::create_at(self.dir.join(FOLDER), &self.output)
+    }
+
+    /// As [`Journal::pending`], of a folder that is finished here and turned into the output then.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the disk refuses.
+    pub fn pending_codes(&self) -> Result<PendingFolder> {
+        PendingFolder::create_at(self.dir.join(FOLDER), &self.codes())
+    }
+
+    /// Where that folder is.
+    pub fn codes(&self) -> PathBuf {
+        self.dir.join(CODES)
     }
 
     /// Notes what this run is made of, or makes sure that the earlier one was made of the same.

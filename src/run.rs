@@ -5,12 +5,13 @@
 
 use crate::allocation::allocate;
 use crate::calibration::{self, CalibrationSample, CalibrationSet};
+use crate::checkpoint::Checkpoint;
 use crate::checkpoint::write::MAX_SHARD_BYTES;
-use crate::conversion::{base_card, folder_name};
+use crate::conversion::{base_card, export_gguf, folder_name};
 use crate::dataset::{Sample, SampleSet};
 use crate::export::gguf::{IMATRIX_FILE, imatrix_file};
 use crate::export::{Exported, Exporter, Format, ModulePlan};
-use crate::families::open_processor;
+use crate::families::{open_model, open_processor};
 use crate::hidden_states::Store;
 use crate::journal::{Fingerprint, Journal, LayerWriter, Resume};
 use crate::memory::plan_memory;
@@ -18,13 +19,10 @@ use crate::model::{ChangedTensor, ModelSource, Module};
 use crate::pipeline::{self, FinishedLayer, LayerOutcome, LayerSink, Observer, ScaleSearch};
 use crate::recipe::Recipe;
 use crate::report::card::{CARD_FILE, Card};
-use crate::report::{
-    CalibrationReport, Deviation, REPORT_FILE, RunReport, SCHEMA, peak_memory_bytes,
-};
+use crate::report::{CalibrationReport, Deviation, RunReport, SCHEMA, peak_memory_bytes};
 use crate::tuning::{self, TuningReport};
 use crate::{Error, QuantizedWeight, Result};
 use candle_core::Device;
-use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::time::Instant;
@@ -107,15 +105,7 @@ pub fn quantize_folder(
 ) -> Result<(RunReport, Exported)> {
     let began = Instant::now();
     let mut plan = module_plan(model, recipe)?;
-    if options.imatrix && !keeps_statistics(recipe) {
-        return Err(Error::Invalid {
-            what: "--imatrix".into(),
-            why: format!(
-                "{} keeps no statistics of inputs; gptq, gptaq, qronos and vlmq do",
-                recipe.method.name()
-            ),
-        });
-    }
+    check_imatrix(recipe, options)?;
     let journal = Journal::open(output, options.resume)?;
     let mut exporter = open_exporter(model, &plan, &journal, options.format)?;
     check_copied(model, &plan)?;
@@ -157,25 +147,40 @@ pub fn quantize_folder(
         ..RunReport::default()
     };
     if options.imatrix {
-        let squares = layers.iter().flat_map(|layer| &layer.input_squares);
-        let n_sequences = report.calibration.as_ref().map_or(0, |c| c.n_sequences);
-        let prefix = model.decoder_prefix();
-        let bytes = imatrix_file(prefix, squares, "calibration", n_sequences)?;
-        sink.exporter.write_file(IMATRIX_FILE, &bytes)?;
+        sink.write_imatrix(&layers, &report)?;
     }
     layers.into_iter().for_each(|layer| report.add_layer(layer));
     report.add_tuning(sink.tune(recipe, choice, memory_bytes, observer)?);
     let total = began.elapsed().as_secs_f64();
     report.seconds.insert("total".into(), total);
     report.peak_memory_bytes = peak_memory_bytes();
-    let Journaled {
-        exporter, journal, ..
-    } = sink;
-    exporter.write_file(REPORT_FILE, &json_bytes(&report))?;
-    write_card(&exporter, model, &plan, options.format, &report, output)?;
-    let exported = exporter.finish()?;
-    journal.discard()?;
+    let exported = sink.finish(&plan, options.format, &report, output)?;
     Ok((report, exported))
+}
+
+/// # Errors
+/// [`Error::Invalid`] if an importance matrix is asked for of a method that has none.
+fn check_imatrix(recipe: &Recipe, options: RunOptions) -> Result<()> {
+    let sums_up = recipe.needs_calibration() && !recipe.method.is_scaled();
+    if sums_up || !options.imatrix {
+        return Ok(());
+    }
+    Err(Error::Invalid {
+        what: "--imatrix".into(),
+        why: format!(
+            "{} keeps no statistics of inputs; gptq, gptaq, qronos and vlmq do",
+            recipe.method.name()
+        ),
+    })
+}
+
+/// Turns the finished folder of codes in the journal into the output; returns the bytes of tensors.
+fn write_gguf(journal: &Journal, output: &Path) -> Result<u64> {
+    let codes = Checkpoint::open(&journal.codes())?;
+    let model = open_model(codes, Device::Cpu)?;
+    let written = export_gguf(&model, output, None)?;
+    let files = [Some(written.model), written.mmproj];
+    Ok(files.iter().flatten().map(|file| file.tensor_bytes).sum())
 }
 
 /// The card of the output, beside that of the model it is made of.
@@ -203,11 +208,6 @@ fn write_card(
     }
 }
 
-/// Whether the method sums up H.
-fn keeps_statistics(recipe: &Recipe) -> bool {
-    recipe.needs_calibration() && !recipe.method.is_scaled()
-}
-
 /// The output folder in the making, in the journal's hands.
 fn open_exporter<'a>(
     model: &'a ModelSource,
@@ -215,7 +215,11 @@ fn open_exporter<'a>(
     journal: &Journal,
     format: Format,
 ) -> Result<Exporter<'a>> {
-    let pending = journal.pending()?;
+    let pending = match format == format.folder() {
+        true => journal.pending()?,
+        false => journal.pending_codes()?,
+    };
+    let format = format.folder();
     Exporter::create(model.checkpoint(), format, plan, pending, MAX_SHARD_BYTES)
 }
 
@@ -267,6 +271,34 @@ impl Journaled<'_> {
 }
 
 impl Journaled<'_> {
+    /// Leaves the importance of input columns beside the model.
+    fn write_imatrix(&self, layers: &[LayerOutcome], report: &RunReport) -> Result<()> {
+        let squares = layers.iter().flat_map(|layer| &layer.input_squares);
+        let n_sequences = report.calibration.as_ref().map_or(0, |c| c.n_sequences);
+        let prefix = self.model.decoder_prefix();
+        let bytes = imatrix_file(prefix, squares, "calibration", n_sequences)?;
+        self.exporter.write_file(IMATRIX_FILE, &bytes)
+    }
+
+    /// Adds report and card, and gives the output its name.
+    fn finish(
+        self,
+        plan: &[ModulePlan],
+        format: Format,
+        report: &RunReport,
+        output: &Path,
+    ) -> Result<Exported> {
+        let (name, bytes) = report.to_file();
+        self.exporter.write_file(&name, &bytes)?;
+        write_card(&self.exporter, self.model, plan, format, report, output)?;
+        let mut exported = self.exporter.finish()?;
+        if format == Format::Gguf {
+            exported.tensor_bytes = write_gguf(&self.journal, output)?;
+        }
+        self.journal.discard()?;
+        Ok(exported)
+    }
+
     /// The file of the layer at work.
     fn layer_writer(&mut self, layer_idx: usize) -> Result<&mut LayerWriter> {
         match &mut self.layer {
@@ -433,10 +465,4 @@ fn settings(recipe: &Recipe) -> serde_json::Value {
         settings[key.as_str()] = value.clone();
     }
     settings
-}
-
-fn json_bytes(report: &impl Serialize) -> Vec<u8> {
-    let mut bytes = serde_json::to_vec_pretty(report).expect("a report has only text keys");
-    bytes.push(b'\n');
-    bytes
 }

@@ -341,7 +341,7 @@ fn laid_out(
     plan: &[ModulePlan],
 ) -> Result<(&'static dyn Layout, Schemes)> {
     let mut schemes = schemes_by_name(source, plan)?;
-    let layout = format.layout(&schemes)?;
+    let layout = format.layout(&schemes);
     if let Some(dtype) = layout.scale_dtype() {
         let stored = schemes.values_mut();
         stored.for_each(|scheme| *scheme = scheme.with_scale_dtype(dtype));

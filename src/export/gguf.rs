@@ -26,6 +26,7 @@ pub use imatrix::{IMATRIX_FILE, imatrix_file};
 pub use read::GgufFile;
 pub use verify::{GgufVerified, gguf_files, verify_gguf};
 
+use super::ModulePlan;
 use crate::checkpoint::{Checkpoint, PendingFolder};
 use crate::families::architecture_of;
 use crate::{Error, Result};
@@ -86,6 +87,25 @@ pub fn export(
     }
     pending.commit()?;
     Ok(exported)
+}
+
+/// Holds a plan against what GGUF can hold, without any work.
+///
+/// # Errors
+/// [`Error::Unsupported`] for a family, a tokenizer or a module that it has nothing for.
+pub fn check(source: &Checkpoint, plan: &[ModulePlan]) -> Result<()> {
+    let architecture = architecture_of(source)?;
+    let text = TextModel::of(source, &architecture)?;
+    text.keys()?;
+    let vocab_size = architecture.decoder.vocab_size;
+    tokenizer::keys(source, vocab_size, text.is_llama())?;
+    for ModulePlan { name, scheme } in plan {
+        let cols = source
+            .linear_info(name)
+            .and_then(|(_, shape)| shape.last().copied());
+        blocks::kind_of(name, *scheme, cols.unwrap_or_default())?;
+    }
+    Ok(())
 }
 
 /// The files of [`export`] in a folder that has not got its name yet.

@@ -100,21 +100,24 @@ impl Format {
     /// # Errors
     /// As [`Exporter::create`] for what is no matter of files.
     pub fn check(self, source: &Checkpoint, plan: &[ModulePlan]) -> Result<()> {
-        folder::check(source, self, plan)
+        if self == Self::Gguf {
+            gguf::check(source, plan)?;
+        }
+        folder::check(source, self.folder(), plan)
     }
 
-    /// How it lays out modules of these formats.
-    ///
-    /// # Errors
-    /// [`Error::Unsupported`] for GGUF, which is no folder of safetensors.
-    fn layout(self, schemes: &Schemes) -> Result<&'static dyn Layout> {
-        Ok(match self {
-            Self::Gguf => {
-                let what = "--format gguf here: write compressed-tensors first, and then use \
-                            `vlmq export --format gguf`";
-                return Err(Error::Unsupported { what: what.into() });
-            }
-            Self::CompressedTensors => &compressed_tensors::CompressedTensors,
+    /// The format of the folder that is written, or of that which it is made of.
+    pub fn folder(self) -> Self {
+        match self {
+            Self::Gguf => Self::CompressedTensors,
+            other => other,
+        }
+    }
+
+    /// How it, or the folder that it is made of, lays out modules of these formats.
+    fn layout(self, schemes: &Schemes) -> &'static dyn Layout {
+        match self {
+            Self::CompressedTensors | Self::Gguf => &compressed_tensors::CompressedTensors,
             Self::Gptq if schemes.values().all(|scheme| scheme.symmetric()) => &gptq::V1,
             Self::Gptq => &gptq::V2,
             Self::Awq => &awq::Awq,
@@ -122,7 +125,7 @@ impl Format {
             Self::Dense(ScaleDtype::Bf16) => &dense::BF16,
             Self::Dense(ScaleDtype::F16) => &dense::F16,
             Self::Dense(ScaleDtype::F32 | ScaleDtype::Superblock) => &dense::F32,
-        })
+        }
     }
 }
 

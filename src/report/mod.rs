@@ -79,6 +79,13 @@ impl RunReport {
         self.layers.push(layer.seconds);
     }
 
+    /// Name and content of its file.
+    pub fn to_file(&self) -> (String, Vec<u8>) {
+        let mut bytes = serde_json::to_vec_pretty(self).expect("a report has only text keys");
+        bytes.push(b'\n');
+        (REPORT_FILE.to_owned(), bytes)
+    }
+
     /// Adds what tuning has to tell.
     pub fn add_tuning(&mut self, tuning: Option<TuningReport>) {
         if let Some(tuning) = &tuning {

@@ -193,3 +193,33 @@ fn a_card_tells_what_was_measured() {
     let done = export(&first, "gptq", &home.path().join("other"), &bad);
     assert_eq!(done.status.code(), Some(2));
 }
+
+/// What `quantize --format gguf` writes is what `export` makes of the same codes.
+#[test]
+fn a_run_can_write_gguf() {
+    let (home, first) = home(&["--bits", "4"]);
+    let exported = home.path().join("exported");
+    assert!(export(&first, "gguf", &exported, &[]).status.success());
+    let output = home.path().join("direct");
+    let arguments = ["--method", "rtn", "--bits", "4", "--format", "gguf"];
+    let made = quantize(&repository("testbed/model"), &output, &arguments);
+    assert!(made.status.success(), "{}", text(&made.stderr));
+    verify(&output, 0);
+    for name in ["model-Q4_1.gguf", "mmproj-BF16.gguf"] {
+        let size = |folder: &Path| std::fs::metadata(folder.join(name)).unwrap().len();
+        // The name of the source is in the file, and not the same.
+        assert!(size(&output).abs_diff(size(&exported)) < 4096, "{name}");
+    }
+    for name in ["README.md", "vlmq_report.json"] {
+        assert!(output.join(name).exists(), "{name}");
+    }
+    let left = std::fs::read_dir(home.path()).unwrap().count();
+    assert_eq!(left, 3, "nothing of the way there is left");
+    let refused = ["--bits", "8", "--format", "gguf", "--dry-run"];
+    let planned = quantize(
+        &repository("testbed/model"),
+        &home.path().join("no"),
+        &refused,
+    );
+    assert_eq!(planned.status.code(), Some(2), "{}", text(&planned.stdout));
+}
