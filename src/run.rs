@@ -104,15 +104,7 @@ pub fn quantize_folder(
 ) -> Result<(RunReport, Exported)> {
     let began = Instant::now();
     let mut plan = module_plan(model, recipe)?;
-    if options.imatrix && !keeps_statistics(recipe) {
-        return Err(Error::Invalid {
-            what: "--imatrix".into(),
-            why: format!(
-                "{} keeps no statistics of inputs; gptq, gptaq, qronos and vlmq do",
-                recipe.method.name()
-            ),
-        });
-    }
+    check_imatrix(recipe, options)?;
     let journal = Journal::open(output, options.resume)?;
     let mut exporter = open_exporter(model, &plan, &journal)?;
     check_copied(model, &plan)?;
@@ -154,11 +146,7 @@ pub fn quantize_folder(
         ..RunReport::default()
     };
     if options.imatrix {
-        let squares = layers.iter().flat_map(|layer| &layer.input_squares);
-        let n_sequences = report.calibration.as_ref().map_or(0, |c| c.n_sequences);
-        let prefix = model.decoder_prefix();
-        let bytes = imatrix_file(prefix, squares, "calibration", n_sequences)?;
-        sink.exporter.write_file(IMATRIX_FILE, &bytes)?;
+        sink.write_imatrix(&layers, &report)?;
     }
     layers.into_iter().for_each(|layer| report.add_layer(layer));
     report.add_tuning(sink.tune(recipe, choice, memory_bytes, observer)?);
@@ -174,9 +162,19 @@ pub fn quantize_folder(
     Ok((report, exported))
 }
 
-/// Whether the method sums up H.
-fn keeps_statistics(recipe: &Recipe) -> bool {
-    recipe.needs_calibration() && !recipe.method.is_scaled()
+/// An importance matrix is a part of H.
+fn check_imatrix(recipe: &Recipe, options: RunOptions) -> Result<()> {
+    let keeps_statistics = recipe.needs_calibration() && !recipe.method.is_scaled();
+    match options.imatrix && !keeps_statistics {
+        true => Err(Error::Invalid {
+            what: "--imatrix".into(),
+            why: format!(
+                "{} keeps no statistics of inputs; gptq, gptaq, qronos and vlmq do",
+                recipe.method.name()
+            ),
+        }),
+        false => Ok(()),
+    }
 }
 
 /// The output folder in the making, in the journal's hands.
@@ -237,6 +235,15 @@ impl Journaled<'_> {
 }
 
 impl Journaled<'_> {
+    /// Puts the importance matrix beside the model.
+    fn write_imatrix(&self, layers: &[LayerOutcome], report: &RunReport) -> Result<()> {
+        let squares = layers.iter().flat_map(|layer| &layer.input_squares);
+        let n_sequences = report.calibration.as_ref().map_or(0, |c| c.n_sequences);
+        let prefix = self.model.decoder_prefix();
+        let bytes = imatrix_file(prefix, squares, "calibration", n_sequences)?;
+        self.exporter.write_file(IMATRIX_FILE, &bytes)
+    }
+
     /// The file of the layer at work.
     fn layer_writer(&mut self, layer_idx: usize) -> Result<&mut LayerWriter> {
         match &mut self.layer {

@@ -220,7 +220,8 @@ class LlamaCpp:
         from llama_cpp_py_sync.llama import Llama
         from llama_cpp_py_sync.multimodal import MultimodalContext
         try:
-            self.text = Llama(str(model), n_ctx=512, n_threads=2, flash_attn_type=0, type_k="f32", type_v="f32")
+            self.text = Llama(str(model), n_ctx=512, n_threads=2, flash_attn_type=0, type_k="f32",
+                              type_v="f32")
         except RuntimeError as error:
             if "cannot load library" in str(error):
                 pytest.skip(f"the libraries of llama-cpp-py-sync do not load here: {error}")
@@ -266,8 +267,8 @@ def test_llama_cpp_answers_as_we_do(tmp_path, scheme, n_equal):
     elif scheme:
         folder = tmp_path / "quantized"
         bits, group, symmetry = scheme
-        vlmq("quantize", MODEL, "--calibration", CALIBRATION, "--samples", 8, "--bits", bits, "--group-size", group,
-             symmetry, "--output", folder)
+        vlmq("quantize", MODEL, "--calibration", CALIBRATION, "--samples", 8, "--bits", bits,
+             "--group-size", group, symmetry, "--output", folder)
     llama = LlamaCpp(*export(folder, tmp_path / "gguf"))
     ours = answers(folder, tmp_path / "eval")
     rows = pq.read_table(TASK).slice(0, N_QUESTIONS).to_pylist()
