@@ -52,8 +52,8 @@ pub struct Args {
     /// Three quarters of what the system has free if absent
     #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
     memory: Option<u64>,
-    /// Also write imatrix.gguf, the importance of each linear's input columns as the samples have it,
-    /// which `llama-quantize --imatrix` reads
+    /// Also write imatrix.gguf, the importance of each linear's input columns as the samples have
+    /// it, which `llama-quantize --imatrix` reads
     #[arg(long)]
     imatrix: bool,
     /// Say what would be done and what it would cost, and do nothing

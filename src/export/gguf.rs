@@ -3,8 +3,8 @@
 //! - `model-TYPES.gguf`: the language model with its tokenizer. Quantized linears keep their codes
 //!   (see [`blocks`]); everything else is in the type that it is stored in.
 //! - `mmproj-TYPE.gguf`: vision tower and projector, where llama.cpp has the family's;
-//! - `imatrix.gguf`: the weights' importance for `llama-quantize`, if `vlmq quantize --imatrix` left
-//!   it in the quantized folder.
+//! - `imatrix.gguf`: the weights' importance for `llama-quantize`, if `vlmq quantize --imatrix`
+//!   left it in the quantized folder.
 //!
 //! Nothing is quantized here: a folder that is not quantized gives files of floats, which
 //! `llama-quantize` can work on.

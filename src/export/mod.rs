@@ -2,16 +2,16 @@
 //!
 //! | format | bits | groups | grids | file |
 //! |---|---|---|---|---|
-//! | `compressed-tensors` | 2, 3, 4, 8 | any, or per channel | symmetric, asymmetric | [`compressed_tensors`] |
-//! | `gptq` | 2, 3, 4, 8 | any, or per channel | symmetric (v1), asymmetric (v2) | [`gptq`] |
-//! | `awq` | 4 | any, or per channel | both, as asymmetric | [`awq`] |
-//! | `mlx` | 2, 3, 4, 8 | 32, 64, 128 | both, as asymmetric | [`mlx`] |
+//! | `compressed-tensors` | 2, 3, 4, 8 | any, or per channel | symmetric, asymmetric | `compressed_tensors` |
+//! | `gptq` | 2, 3, 4, 8 | any, or per channel | symmetric (v1), asymmetric (v2) | `gptq` |
+//! | `awq` | 4 | any, or per channel | both, as asymmetric | `awq` |
+//! | `mlx` | 2, 3, 4, 8 | 32, 64, 128 | both, as asymmetric | `mlx` |
 //! | `gguf` | 2, 3, 4, 8 | multiples of 32, super-blocks, or per channel | both | [`gguf`] |
-//! | `bf16`, `f16`, `f32` | | | numbers, no codes | [`dense`] |
+//! | `bf16`, `f16`, `f32` | | | numbers, no codes | `dense` |
 //!
 //! [`Exporter`] is the way of all of them: it takes quantized modules one by one as they are solved,
 //! copies everything else of the source folder unchanged, checks what it wrote by reading it back,
-//! and only then lets the output folder appear. What a format is lies in one file each, a [`Layout`].
+//! and only then lets the output folder appear. What a format is lies in one file each, a `Layout`.
 
 mod awq;
 mod compressed_tensors;

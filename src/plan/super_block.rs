@@ -1,8 +1,8 @@
-//! Scales that lie on the grid of GGUF's super-blocks: in each 256 columns of a row whole multiples of
-//! one half-precision number.
+//! Scales that lie on the grid of GGUF's super-blocks: in each 256 columns of a row whole multiples
+//! of one half-precision number.
 //!
-//! Here is what makes such scales and what knows them again; the solver puts grids on them, the exporter
-//! writes them.
+//! Here is what makes such scales and what knows them again; the solver puts grids on them, the
+//! exporter writes them.
 
 use half::f16;
 
@@ -26,8 +26,8 @@ pub struct Multiples {
     pub multiples: [u8; N_GROUPS],
 }
 
-/// The number, and the multiples up to `max`, that the 16 scales are exactly; `None` if there are no
-/// such. Of several the largest number, that is the smallest multiples.
+/// The number, and the multiples up to `max`, that the 16 scales are exactly; `None` if there are
+/// no such. Of several the largest number, that is the smallest multiples.
 pub fn common_unit(scales: &[f32], max: u8) -> Option<Multiples> {
     let largest = scales.iter().copied().fold(0.0, f32::max);
     (1..=max).find_map(|top| {

@@ -87,7 +87,6 @@ pub fn solve(
     scheme: Scheme,
     settings: &SolverSettings,
 ) -> Result<Solved> {
-    settings.check()?;
     settings.check_scheme(scheme)?;
     let group_len = check_fit(module, w, factor.in_features(), scheme)?;
     let pull = factor.pull().filter(|_| settings.alpha > 0.0);

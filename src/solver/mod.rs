@@ -212,8 +212,10 @@ impl SolverSettings {
     /// and nothing may move a scale of theirs by itself.
     ///
     /// # Errors
-    /// [`Error::Invalid`] naming the setting that would have to be otherwise.
+    /// [`Error::Invalid`] naming the setting that would have to be otherwise; as
+    /// [`SolverSettings::check`].
     pub fn check_scheme(&self, scheme: Scheme) -> Result<()> {
+        self.check()?;
         if scheme.scale_dtype() != ScaleDtype::Superblock {
             return Ok(());
         }

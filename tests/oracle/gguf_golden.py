@@ -1,5 +1,5 @@
-"""Writes testdata/gguf/blocks.json: random blocks of every quantized type that is written, and the weights that
-the `gguf` package makes of them, as bits of float32.
+"""Writes testdata/gguf/blocks.json: random blocks of every quantized type that is written, and the
+weights that the `gguf` package makes of them, as bits of float32.
 
     python gguf_golden.py
 """

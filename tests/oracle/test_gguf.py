@@ -103,6 +103,29 @@ def test_blocks_are_our_weights(tmp_path, bits, group, symmetry, kind):
         assert n_moved == 0
 
 
+def on_super_blocks(folder, bits, home):
+    """Quantizes the bundled model to scales that Q2_K or Q3_K hold."""
+    recipe = home / "superblock.toml"
+    recipe.write_text(f"[[rule]]\npattern = '.'\nbits = {bits}\ngroup_size = 16\nsymmetric = true\n"
+                      "scale_dtype = 'superblock'\n")
+    vlmq("quantize", MODEL, "--calibration", CALIBRATION, "--samples", 8, "--bits", bits, "--symmetric",
+         "--recipe", recipe, "--set", "act_order=true", "--output", folder)
+
+
+@pytest.mark.parametrize("bits,kind", [(3, "Q3_K"), (2, "Q2_K")])
+def test_super_blocks_are_our_weights(tmp_path, bits, kind):
+    folder = tmp_path / "quantized"
+    on_super_blocks(folder, bits, tmp_path)
+    model, _ = export(folder, tmp_path / "gguf")
+    assert model.name == f"model-{kind}.gguf"
+    found = weights(GGUFReader(model))
+    for layer in range(json.loads((MODEL / "config.json").read_text())["num_hidden_layers"]):
+        for name, module in LINEARS.items():
+            tensor = found[f"blk.{layer}.{name}.weight"]
+            ours, _ = dequantized(folder, f"model.layers.{layer}.{module}", bits)
+            np.testing.assert_array_equal(gguf.quants.dequantize(tensor.data, tensor.tensor_type), ours)
+
+
 CONVERTER = """
 import runpy, sys
 root, pre = sys.argv[1:3]
@@ -197,7 +220,8 @@ class LlamaCpp:
         from llama_cpp_py_sync.llama import Llama
         from llama_cpp_py_sync.multimodal import MultimodalContext
         try:
-            self.text = Llama(str(model), n_ctx=512, n_threads=2, flash_attn_type=0, type_k="f32", type_v="f32")
+            self.text = Llama(str(model), n_ctx=512, n_threads=2, flash_attn_type=0, type_k="f32",
+                              type_v="f32")
         except RuntimeError as error:
             if "cannot load library" in str(error):
                 pytest.skip(f"the libraries of llama-cpp-py-sync do not load here: {error}")
@@ -232,15 +256,19 @@ def answers(folder, output):
 
 # llama.cpp rounds the inputs of a linear: to bfloat16 beside weights of it, to 8 bits beside blocks.
 @pytest.mark.parametrize("scheme,n_equal", [
-    (None, 58), ((4, 64, "--symmetric"), 56), ((4, 64, "--asymmetric"), 56), ((3, 32, "--symmetric"), 56)])
+    (None, 58), ((4, 64, "--symmetric"), 56), ((4, 64, "--asymmetric"), 56), ((3, 32, "--symmetric"), 56),
+    ("super-blocks", 54)])
 def test_llama_cpp_answers_as_we_do(tmp_path, scheme, n_equal):
     import pyarrow.parquet as pq
     folder = MODEL
-    if scheme:
+    if scheme == "super-blocks":
+        folder = tmp_path / "quantized"
+        on_super_blocks(folder, 3, tmp_path)
+    elif scheme:
         folder = tmp_path / "quantized"
         bits, group, symmetry = scheme
-        vlmq("quantize", MODEL, "--calibration", CALIBRATION, "--samples", 8, "--bits", bits, "--group-size", group,
-             symmetry, "--output", folder)
+        vlmq("quantize", MODEL, "--calibration", CALIBRATION, "--samples", 8, "--bits", bits,
+             "--group-size", group, symmetry, "--output", folder)
     llama = LlamaCpp(*export(folder, tmp_path / "gguf"))
     ours = answers(folder, tmp_path / "eval")
     rows = pq.read_table(TASK).slice(0, N_QUESTIONS).to_pylist()

@@ -4,8 +4,8 @@
 //! - Q4_0: d·(q − 8), so q = u − 2^(bits−1) + 8 for symmetric 2, 3 and 4 bits;
 //! - Q4_1: d·q + m, so q = u and m = −d·z for asymmetric ones;
 //! - Q8_0: d·q of signed q = u − 128 for symmetric 8 bits;
-//! - Q3_K: d·k·(q − 4) for symmetric 3 bits, and Q2_K: d·k·q − dmin·k with dmin = 2d for symmetric 2
-//!   bits, of groups of 16 whose scales are multiples k of one d for each 256 columns.
+//! - Q3_K: d·k·(q − 4) for symmetric 3 bits, and Q2_K: d·k·q − dmin·k with dmin = 2d for symmetric
+//!   2 bits, of groups of 16 whose scales are multiples k of one d for each 256 columns.
 //!
 //! Codes are never changed. A scale is exact where f16 has it; where it has not it is rounded, and
 //! [`Rounding`] says how far. Fewer bits take no less room in Q4_0: the type is exact, not small.

@@ -1,12 +1,13 @@
 //! The GGUF container: a header of typed keys, a table of tensors, and their data, all in one file.
 //!
-//! Version 3, little-endian: `GGUF`, version u32, number of tensors u64, number of keys u64, the keys,
-//! the table, and after padding to 32 bytes the data, each tensor's again padded to 32. A string is its
-//! length u64 and its bytes. Sides of a tensor are written innermost first, the other way round than
-//! everywhere else here, so [`TensorSpec::shape`] is turned when it is written and nowhere before.
+//! Version 3, little-endian: `GGUF`, version u32, number of tensors u64, number of keys u64, the
+//! keys, the table, and after padding to 32 bytes the data, each tensor's again padded to 32. A
+//! string is its length u64 and its bytes. Sides of a tensor are written innermost first, the other
+//! way round than everywhere else here, so [`TensorSpec::shape`] is turned when it is written and
+//! nowhere before.
 //!
-//! Source: ggml-org/llama.cpp `docs/gguf.md` and `gguf-py/gguf/gguf_writer.py`. Differs: data must come
-//! in the order of the table, so that no more than one tensor is ever in memory.
+//! Source: ggml-org/llama.cpp `docs/gguf.md` and `gguf-py/gguf/gguf_writer.py`. Differs: data must
+//! come in the order of the table, so that no more than one tensor is ever in memory.
 
 use crate::{Error, Result};
 use std::collections::BTreeSet;

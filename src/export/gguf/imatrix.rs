@@ -1,12 +1,13 @@
 //! What `llama-quantize --imatrix` reads: how much each input column of a linear matters.
 //!
-//! llama.cpp weighs the error of column j by the mean square of its input. Here that is the diagonal of
-//! the importance-weighted Hessian over the sum of the weights, Σ ω u_j² / Σ ω: images, and the tokens
-//! that matter, count as they did for our own codes. Readers divide `in_sum2` by `counts`, whole numbers
-//! of which they keep; `counts` is the number of tokens, and `in_sum2` the mean times it.
+//! llama.cpp weighs the error of column j by the mean square of its input. Here that is the
+//! diagonal of the importance-weighted Hessian over the sum of the weights, Σ ω u_j² / Σ ω: images,
+//! and the tokens that matter, count as they did for our own codes. Readers divide `in_sum2` by
+//! `counts`, whole numbers of which they keep; `counts` is the number of tokens, and `in_sum2` the
+//! mean times it.
 //!
-//! Rows of q and k may be paired in the model's file; columns never are, so an entry fits either way.
-//! Experts of mixtures are left out.
+//! Rows of q and k may be paired in the model's file; columns never are, so an entry fits either
+//! way. Experts of mixtures are left out.
 //!
 //! Source: ggml-org/llama.cpp `tools/imatrix/imatrix.cpp` and `common/imatrix-loader.cpp`.
 

@@ -1,10 +1,11 @@
-//! The tokenizer as keys of the file: tokens and their kinds, merges, special tokens, chat template.
+//! The tokenizer as keys of the file: tokens and their kinds, merges, special tokens, chat
+//! template.
 //!
-//! Byte-level BPE of `tokenizer.json` is written. How text is cut before merging is no data in GGUF but
-//! a name, behind which llama.cpp has the rules in code. Its converter tells the name by hashing what
-//! a test text becomes, which knows published vocabularies only. Here the rules themselves are
-//! compared, so that a vocabulary of one's own with known rules has its name too, and unknown rules are
-//! refused.
+//! Byte-level BPE of `tokenizer.json` is written. How text is cut before merging is no data in GGUF
+//! but a name, behind which llama.cpp has the rules in code. Its converter tells the name by
+//! hashing what a test text becomes, which knows published vocabularies only. Here the rules
+//! themselves are compared, so that a vocabulary of one's own with known rules has its name too,
+//! and unknown rules are refused.
 //!
 //! Source: ggml-org/llama.cpp `conversion/base.py` (`get_vocab_base`), `gguf-py/gguf/vocab.py`
 //! (`SpecialVocab`), `src/llama-vocab.cpp`. Differs: the above; and a token's text is not sent

@@ -1,9 +1,10 @@
-//! Symmetric grids whose scales are whole multiples of one half-precision number in each 256 columns.
+//! Symmetric grids whose scales are whole multiples of one half-precision number in each 256
+//! columns.
 //!
-//! The scales that were fitted one by one are the wish; of a few numbers whose largest multiple meets the
-//! largest wish, the one is taken under which rounding to nearest errs least, with the better of the two
-//! neighbouring multiples for each group. This happens before any column is rounded, so what the solver
-//! makes up for are the errors of the very grid that is written.
+//! The scales that were fitted one by one are the wish; of a few numbers whose largest multiple
+//! meets the largest wish, the one is taken under which rounding to nearest errs least, with the
+//! better of the two neighbouring multiples for each group. This happens before any column is
+//! rounded, so what the solver makes up for are the errors of the very grid that is written.
 //!
 //! Source: the idea of a shared number is llama.cpp's Q2_K and Q3_K; the fit is ours.
 

@@ -15,19 +15,42 @@ impl Tower<'_> {
     /// Qwen2-VL, or Qwen2.5-VL with its windows and gates.
     pub(super) fn qwen2(mut self, is_newer: bool) -> Result<Mmproj> {
         let prefix = self.prefix(&PREFIXES, PATCHES)?;
+        self.qwen2_keys(is_newer)?;
+        self.patches(prefix)?;
+        let mlp: &[(&str, &str)] = match is_newer {
+            true => &[
+                ("mlp.gate_proj", "ffn_gate"),
+                ("mlp.up_proj", "ffn_up"),
+                ("mlp.down_proj", "ffn_down"),
+            ],
+            false => &[("mlp.fc1", "ffn_up"), ("mlp.fc2", "ffn_down")],
+        };
+        let others = [
+            ("attn.proj", "attn_out"),
+            ("norm1", "ln1"),
+            ("norm2", "ln2"),
+        ];
+        for layer in 0..self.architecture.vision.size().depth {
+            let (from, to) = (format!("{prefix}.blocks.{layer}"), format!("v.blk.{layer}"));
+            self.split_qkv(&from, &to)?;
+            for (module, name) in mlp.iter().chain(&others) {
+                self.pair(&format!("{from}.{module}"), &format!("{to}.{name}"))?;
+            }
+        }
+        self.pair(&format!("{prefix}.merger.ln_q"), "v.post_ln")?;
+        self.pair(&format!("{prefix}.merger.mlp.0"), "mm.0")?;
+        self.pair(&format!("{prefix}.merger.mlp.2"), "mm.2")?;
+        Ok(self.done())
+    }
+
+    fn qwen2_keys(&mut self, is_newer: bool) -> Result<()> {
         let merge = self.node.size_or("spatial_merge_size", 2)?;
         if merge != 2 {
             return self.refuse(format!("spatial_merge_size {merge}"));
         }
-        let act = self
-            .node
-            .text_or("hidden_act", if is_newer { "silu" } else { "quick_gelu" })?;
-        let is_known = if is_newer {
-            act == "silu"
-        } else {
-            act == "quick_gelu"
-        };
-        if !is_known {
+        let expected = if is_newer { "silu" } else { "quick_gelu" };
+        let act = self.node.text_or("hidden_act", expected)?;
+        if act != expected {
             return self.refuse(format!("hidden_act {act}"));
         }
         // The converter reads the key that is the decoder's width here; readers go by the tensors.
@@ -35,12 +58,12 @@ impl Tower<'_> {
             true => self.architecture.vision.size().mlp_dim,
             false => self.architecture.decoder.hidden_size,
         };
+        let projector = match is_newer {
+            true => "qwen2.5vl_merger",
+            false => "qwen2vl_merger",
+        };
         self.common_keys(Sizes {
-            projector: if is_newer {
-                "qwen2.5vl_merger"
-            } else {
-                "qwen2vl_merger"
-            },
+            projector,
             image: self.node.size_or("image_size", 560)?,
             patch: self.node.size_or("patch_size", 14)?,
             feed_forward,
@@ -51,58 +74,17 @@ impl Tower<'_> {
             let pattern = self.window_pattern()?;
             self.size("n_wa_pattern", pattern);
         }
-        self.patches(prefix)?;
-        for layer in 0..self.architecture.vision.size().depth {
-            let (from, to) = (format!("{prefix}.blocks.{layer}"), format!("v.blk.{layer}"));
-            self.split_qkv(&from, &to)?;
-            let mlp: &[(&str, &str)] = match is_newer {
-                true => &[
-                    ("gate_proj", "ffn_gate"),
-                    ("up_proj", "ffn_up"),
-                    ("down_proj", "ffn_down"),
-                ],
-                false => &[("fc1", "ffn_up"), ("fc2", "ffn_down")],
-            };
-            for (module, name) in mlp {
-                self.pair(&format!("{from}.mlp.{module}"), &format!("{to}.{name}"))?;
-            }
-            for (module, name) in [
-                ("attn.proj", "attn_out"),
-                ("norm1", "ln1"),
-                ("norm2", "ln2"),
-            ] {
-                self.pair(&format!("{from}.{module}"), &format!("{to}.{name}"))?;
-            }
-        }
-        self.pair(&format!("{prefix}.merger.ln_q"), "v.post_ln")?;
-        self.pair(&format!("{prefix}.merger.mlp.0"), "mm.0")?;
-        self.pair(&format!("{prefix}.merger.mlp.2"), "mm.2")?;
-        Ok(self.done())
+        Ok(())
     }
 
     /// Qwen3-VL.
     pub(super) fn qwen3(mut self) -> Result<Mmproj> {
         let prefix = self.prefix(&PREFIXES, PATCHES)?;
-        let patch = self.node.size_or("patch_size", 16)?;
-        let n_positions = self.node.size_or("num_position_embeddings", 2304)?;
-        self.common_keys(Sizes {
-            projector: "qwen3vl_merger",
-            image: self
-                .node
-                .size_or("image_size", n_positions.isqrt() * patch)?,
-            patch,
-            feed_forward: self.architecture.vision.size().mlp_dim,
-            norm_eps: self.architecture.decoder.rms_norm_eps,
-        })?;
-        self.key("use_gelu", Value::Bool(true));
-        let merge = self.node.size_or("spatial_merge_size", 2)?;
-        self.size("spatial_merge_size", merge);
         let depth = self.architecture.vision.size().depth;
         let deep = self
             .node
             .sizes_or("deepstack_visual_indexes", &[8, 16, 24])?;
-        let is_deep = (0..depth).map(|layer| deep.contains(&layer)).collect();
-        self.key("vision.is_deepstack_layers", Value::Bools(is_deep));
+        self.qwen3_keys((0..depth).map(|layer| deep.contains(&layer)).collect())?;
         self.patches(prefix)?;
         let bias = format!("{prefix}.patch_embed.proj.bias");
         self.add(&bias, "v.patch_embd.bias", Part::Whole, None)?;
@@ -122,25 +104,37 @@ impl Tower<'_> {
                 self.pair(&format!("{from}.{module}"), &format!("{to}.{name}"))?;
             }
         }
+        let names = ["norm", "linear_fc1", "linear_fc2"];
         for (index, layer) in deep.iter().enumerate() {
             let from = format!("{prefix}.deepstack_merger_list.{index}");
-            for (module, name) in [
-                ("norm", "norm"),
-                ("linear_fc1", "fc1"),
-                ("linear_fc2", "fc2"),
-            ] {
+            for (module, name) in names.iter().zip(["norm", "fc1", "fc2"]) {
                 let name = format!("v.deepstack.{layer}.{name}");
                 self.pair(&format!("{from}.{module}"), &name)?;
             }
         }
-        for (module, name) in [
-            ("norm", "v.post_ln"),
-            ("linear_fc1", "mm.0"),
-            ("linear_fc2", "mm.2"),
-        ] {
+        for (module, name) in names.iter().zip(["v.post_ln", "mm.0", "mm.2"]) {
             self.pair(&format!("{prefix}.merger.{module}"), name)?;
         }
         Ok(self.done())
+    }
+
+    fn qwen3_keys(&mut self, is_deep: Vec<bool>) -> Result<()> {
+        let patch = self.node.size_or("patch_size", 16)?;
+        let n_positions = self.node.size_or("num_position_embeddings", 2304)?;
+        self.common_keys(Sizes {
+            projector: "qwen3vl_merger",
+            image: self
+                .node
+                .size_or("image_size", n_positions.isqrt() * patch)?,
+            patch,
+            feed_forward: self.architecture.vision.size().mlp_dim,
+            norm_eps: self.architecture.decoder.rms_norm_eps,
+        })?;
+        self.key("use_gelu", Value::Bool(true));
+        let merge = self.node.size_or("spatial_merge_size", 2)?;
+        self.size("spatial_merge_size", merge);
+        self.key("vision.is_deepstack_layers", Value::Bools(is_deep));
+        Ok(())
     }
 
     /// The convolution over two frames as two over one each.

@@ -70,7 +70,8 @@ impl Tokenizer {
         Ok(keys)
     }
 
-    /// The id of a role: of its text among the added tokens, else as the model's configuration says.
+    /// The id of a role: of its text among the added tokens, else as the model's configuration
+    /// says.
     fn id_of(&self, role: &str, special: &Special, config: &Json) -> Option<u32> {
         let of_text = special.text(role).and_then(|text| {
             let token = self.added().find(|token| token["content"] == text);
