@@ -17,8 +17,8 @@ import torch._dynamo  # noqa: F401
 import torch._inductor.compile_fx  # noqa: F401  Before a stand-in answers for its Triton.
 from engine_folders import Operations, answer_all, fits, groups_of
 
-MISSING = ["IPython", "aiohttp", "cuda", "fastapi", "openai_harmony", "partial_json_parser", "pynvml", "sgl_kernel", "starlette",
-           "triton", "tvm_ffi", "uvicorn", "uvloop", "xgrammar"]
+MISSING = ["IPython", "aiohttp", "cuda", "fastapi", "openai_harmony", "partial_json_parser",
+           "pynvml", "sgl_kernel", "starlette", "triton", "tvm_ffi", "uvicorn", "uvloop", "xgrammar"]
 DTYPE = torch.bfloat16
 RUN_AS_ONE = [("qkv_proj", "q_proj", "q"), ("qkv_proj", "k_proj", "k"), ("qkv_proj", "v_proj", "v"),
               ("gate_up_proj", "up_proj", 1), ("gate_up_proj", "gate_proj", 0)]

