@@ -12,12 +12,13 @@
 
 use super::file_dtype;
 use super::layout::{ConfigEntry, Layout, Part, Schemes, float_bytes, refusal, word_bytes};
-use super::names::{ignore_patterns, pattern, stable_part};
+use super::names::{ignore_patterns, rule_for};
 use crate::checkpoint::{Checkpoint, DType};
 use crate::pack::{pack, words_for};
 use crate::plan::Scheme;
 use crate::{QuantizedWeight, Result};
 use serde_json::{Value, json};
+use std::collections::BTreeSet;
 
 /// Oldest compressed-tensors version whose packing is ours, written to `config.json`.
 const FORMAT_VERSION: &str = "0.18.0";
@@ -74,7 +75,8 @@ impl Layout for CompressedTensors {
 }
 
 /// The `quantization_config` object. The format that most modules have is the one for every
-/// `Linear`; the modules of each other format are named by patterns.
+/// `Linear`; the modules of each other format are named by patterns. SGLang takes a whole that it runs
+/// as one for a `Linear` before it looks at its parts, so that patterns hold its name too.
 fn quantization_config(schemes: &Schemes, ignore: &[String]) -> Value {
     let mut formats: Vec<(Scheme, Vec<&str>)> = Vec::new();
     for (name, scheme) in schemes {
@@ -86,10 +88,14 @@ fn quantization_config(schemes: &Schemes, ignore: &[String]) -> Value {
     formats.sort_by_key(|(_, names)| std::cmp::Reverse(names.len()));
     let mut groups = serde_json::Map::new();
     for (i, (scheme, names)) in formats.iter().enumerate() {
-        let targets: Vec<String> = match i {
-            0 => vec!["Linear".into()],
-            _ => names.iter().map(|n| pattern(stable_part(n), "$")).collect(),
+        let rules: BTreeSet<String> = match i {
+            0 => ["Linear".to_owned()].into(),
+            _ => names
+                .iter()
+                .map(|name| format!("re:{}", rule_for(name, schemes)))
+                .collect(),
         };
+        let targets = rules.into_iter().collect();
         groups.insert(format!("group_{i}"), group_json(*scheme, targets));
     }
     json!({

@@ -18,7 +18,7 @@
 use super::compressed_tensors::packed_rows;
 use super::file_dtype;
 use super::layout::{ConfigEntry, Layout, Part, Schemes, float_bytes, refusal, turned, word_bytes};
-use super::names::{regex_for, stable_part, unquantized_patterns};
+use super::names::{rule_for, stable_part, unquantized_patterns};
 use crate::checkpoint::{Checkpoint, DType};
 use crate::pack::pack;
 use crate::plan::{ScaleDtype, Scheme};
@@ -28,12 +28,6 @@ use std::collections::{BTreeMap, BTreeSet};
 
 /// Codes whose words readers take apart at once: both sides of a weight must be multiples.
 const CODES_AT_ONCE: usize = 32;
-
-/// Linears that engines run as one, after the name of the whole.
-const RUN_AS_ONE: [(&str, &[&str]); 2] = [
-    ("qkv_proj", &["q_proj", "k_proj", "v_proj"]),
-    ("gate_up_proj", &["gate_proj", "up_proj"]),
-];
 
 /// One of the two versions.
 pub(super) struct Gptq {
@@ -134,23 +128,6 @@ fn packed_down(weight: &QuantizedWeight, bits: u8) -> Vec<u8> {
     let words: Vec<u32> = rows.flat_map(|row| pack(row, bits)).collect();
     let n_words = weight.cols() * usize::from(bits) / 32;
     word_bytes(turned(&words, n_words))
-}
-
-/// The pattern of a module whose format is not the common one. Linears that vLLM and SGLang run as one
-/// are asked for by the name of the whole, so that alike parts share a rule with it.
-fn rule_for(name: &str, schemes: &Schemes) -> String {
-    let Some((parent, last)) = name.rsplit_once('.') else {
-        return regex_for(name, "$");
-    };
-    let whole = RUN_AS_ONE.iter().find(|(_, parts)| parts.contains(&last));
-    let of = |part: &&str| schemes.get(&format!("{parent}.{part}"));
-    match whole {
-        Some((whole, parts)) if parts.iter().all(|part| of(part) == schemes.get(name)) => {
-            let names = [&[*whole], *parts].concat().join("|");
-            regex_for(stable_part(&format!("{parent}.")), &format!("({names})$"))
-        }
-        _ => regex_for(stable_part(name), "$"),
-    }
 }
 
 fn most_common(schemes: &Schemes) -> Option<Scheme> {

@@ -5,6 +5,12 @@ use crate::checkpoint::Checkpoint;
 use crate::{Error, Result};
 use std::collections::BTreeSet;
 
+/// Linears that engines run as one, after the name of the whole.
+const RUN_AS_ONE: [(&str, &[&str]); 2] = [
+    ("qkv_proj", &["q_proj", "k_proj", "v_proj"]),
+    ("gate_up_proj", &["gate_proj", "up_proj"]),
+];
+
 /// `lm_head` and patterns for every other matrix of the source that stays as it is.
 ///
 /// A subtree without quantized modules is named by its topmost component (`re:.*visual.*`), which
@@ -88,6 +94,23 @@ pub(super) fn stable_part(module: &str) -> &str {
 /// `end` follows it.
 pub(super) fn regex_for(part: &str, end: &str) -> String {
     format!(".*{}{end}", part.replace('.', "\\."))
+}
+
+/// The pattern of a module whose format is not the common one. Linears that vLLM and SGLang run as one
+/// are asked for by the name of the whole, so that alike parts share a rule with it.
+pub(super) fn rule_for(name: &str, schemes: &Schemes) -> String {
+    let Some((parent, last)) = name.rsplit_once('.') else {
+        return regex_for(name, "$");
+    };
+    let whole = RUN_AS_ONE.iter().find(|(_, parts)| parts.contains(&last));
+    let of = |part: &&str| schemes.get(&format!("{parent}.{part}"));
+    match whole {
+        Some((whole, parts)) if parts.iter().all(|part| of(part) == schemes.get(name)) => {
+            let names = [&[*whole], *parts].concat().join("|");
+            regex_for(stable_part(&format!("{parent}.")), &format!("({names})$"))
+        }
+        _ => regex_for(stable_part(name), "$"),
+    }
 }
 
 /// [`regex_for`], marked as compressed-tensors marks patterns.

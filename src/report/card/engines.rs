@@ -55,6 +55,7 @@ impl Kinds {
         Self {
             wide: all(|s| s.bits() == 4 || s.bits() == 8),
             symmetric: all(Scheme::symmetric),
+            grouped: all(|s| s.group_size().is_some()),
             uniform: plan.windows(2).all(|pair| pair[0].scheme == pair[1].scheme),
         }
     }
@@ -71,24 +72,34 @@ fn vllm(name: &str, format: Format, kinds: Kinds) -> Answer {
         Format::CompressedTensors if kinds.wide => serve("", ":"),
         Format::CompressedTensors => serve("", humming),
         Format::Gptq if kinds.wide && kinds.symmetric => serve("", ":"),
-        Format::Gptq => serve(" --quantization humming", humming),
+        Format::Gptq if kinds.grouped => serve(" --quantization humming", humming),
+        Format::Gptq => Answer::No(
+            "its Humming kernels take no GPTQ without groups; `vlmq export --format \
+             compressed-tensors` makes what it reads",
+        ),
         Format::Awq | Format::Dense(_) => serve("", ":"),
         Format::Mlx | Format::Gguf => Answer::No("it does not read such folders"),
     }
 }
 
 fn sglang(name: &str, format: Format, kinds: Kinds) -> Answer {
-    let serve = || {
-        let command = format!("python -m sglang.launch_server --model-path {name}");
-        Answer::Command(command, ":".into())
+    let serve = |flags: &str, note: &str| {
+        let command = format!("python -m sglang.launch_server --model-path {name}{flags}");
+        Answer::Command(command, note.into())
     };
     match format {
         Format::CompressedTensors if !kinds.wide => Answer::No(
-            "its compressed-tensors knows 4 and 8 bits; `vlmq export --format gptq` makes what it \
-             reads",
+            "its compressed-tensors knows 4 and 8 bits; `vlmq export --format gptq` makes what its \
+             Humming kernels read",
         ),
+        Format::Gptq if kinds.wide && kinds.symmetric => serve("", ":"),
+        Format::Gptq if kinds.grouped => serve(
+            " --quantization humming",
+            " (0.5.23; with humming-kernels, NVIDIA of SM 7.5 and above):",
+        ),
+        Format::Gptq => Answer::No("it has kernels for such codes, but not without groups"),
         Format::Mlx | Format::Gguf => Answer::No("it does not read such folders"),
-        _ => serve(),
+        _ => serve("", ":"),
     }
 }
 
@@ -216,6 +227,8 @@ mod tests {
         assert!(text(Format::Gptq, 3, true).contains("--quantization humming"));
         assert!(text(Format::Gptq, 4, false).contains("--quantization humming"));
         assert!(!text(Format::Gptq, 4, true).contains("humming"));
+        let sglang = "sglang.launch_server --model-path m --quantization humming";
+        assert!(text(Format::Gptq, 3, true).contains(sglang));
         assert!(text(Format::CompressedTensors, 3, true).contains("Humming"));
         assert!(text(Format::CompressedTensors, 3, true).contains("SGLang: no"));
         assert!(!text(Format::CompressedTensors, 4, true).contains("SGLang: no"));
