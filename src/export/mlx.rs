@@ -68,7 +68,10 @@ impl Layout for Mlx {
             *counts.entry(key(scheme)).or_default() += 1;
         }
         let common = counts.iter().max_by_key(|(_, n)| **n).map(|(key, _)| *key);
-        let entry = |(bits, group_size): (u8, Option<usize>)| json!({"group_size": group_size, "bits": bits, "mode": "affine"});
+        let entry = |(bits, group_size): (u8, Option<usize>)| {
+            let mode = "affine";
+            json!({"group_size": group_size, "bits": bits, "mode": mode})
+        };
         let mut value = common.map_or(Value::Null, entry);
         let others = schemes.iter().filter(|(_, s)| Some(key(s)) != common);
         for (name, scheme) in others {

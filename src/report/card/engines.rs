@@ -45,6 +45,8 @@ struct Kinds {
     /// All of 4 or 8 bits.
     wide: bool,
     symmetric: bool,
+    /// None per channel.
+    grouped: bool,
     /// One number format for all.
     uniform: bool,
 }
