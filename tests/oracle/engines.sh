@@ -1,5 +1,5 @@
 #!/bin/bash
-# Fetches the wheels of vLLM and SGLang and unpacks their Python sources into FOLDER/vllm and FOLDER/sglang.
+# Fetches the wheels of vLLM and SGLang and unpacks them, less what is compiled, into FOLDER/vllm and FOLDER/sglang.
 #     engines.sh ENVIRONMENT FOLDER
 # Nothing is installed: the wheels want other versions of torch and transformers than the tests have.
 set -euo pipefail
@@ -16,8 +16,7 @@ import sys
 import zipfile
 
 with zipfile.ZipFile(sys.argv[1]) as wheel:
-    sources = [name for name in wheel.namelist() if name.endswith((".py", "METADATA", ".json"))]
-    wheel.extractall(sys.argv[2], sources)
+    wheel.extractall(sys.argv[2], [name for name in wheel.namelist() if ".so" not in name])
 PYTHON
   done
   rm -rf "$folder/wheels"
