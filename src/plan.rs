@@ -49,9 +49,9 @@ pub enum ScaleDtype {
     F16,
     /// IEEE single precision.
     F32,
-    /// Single precision, but in each 256 columns of a row whole multiples of one half-precision number,
-    /// up to 15 for 2 bits and 31 for 3: the scales of GGUF's Q2_K and Q3_K, which then hold the codes
-    /// as they are. For symmetric groups of 16 columns.
+    /// Single precision, but in each 256 columns of a row whole multiples of one half-precision
+    /// number, up to 15 for 2 bits and 31 for 3: the scales of GGUF's Q2_K and Q3_K, which then
+    /// hold the codes as they are. For symmetric groups of 16 columns.
     Superblock,
 }
 
@@ -174,8 +174,8 @@ impl Scheme {
             return Err(Error::Invalid {
                 what: "scale_dtype superblock".into(),
                 why: format!(
-                    "{module} has {in_features} input columns, a multiple of {} expected; give it a \
-                     rule of its own",
+                    "{module} has {in_features} input columns, a multiple of {} expected; give it \
+                     a rule of its own",
                     super_block::SUPER
                 ),
             });

@@ -220,8 +220,8 @@ impl Statistics {
         Ok(())
     }
 
-    /// The mean square of each input of `modules`, weighted as H is; all zero before the first token
-    /// of positive weight.
+    /// The mean square of each input of `modules`, weighted as H is; all zero before the first
+    /// token of positive weight.
     pub fn input_squares(&self, modules: Vec<String>) -> InputSquares {
         let mean = |j: usize| match self.weight_sum > 0.0 {
             true => (f64::from(self.hessian_lower.row(j)[j]) / self.weight_sum) as f32,

@@ -1,7 +1,7 @@
 //! A folder of GGUF files, which llama.cpp and what is built on it load.
 //!
 //! - `model-TYPES.gguf`: the language model with its tokenizer. Quantized linears keep their codes
-//!   (see [`blocks`]); everything else is in the type that it is stored in.
+//!   (see `blocks.rs`); everything else is in the type that it is stored in.
 //! - `mmproj-TYPE.gguf`: vision tower and projector, where llama.cpp has the family's;
 //! - `imatrix.gguf`: the weights' importance for `llama-quantize`, if `vlmq quantize --imatrix`
 //!   left it in the quantized folder.
@@ -264,4 +264,63 @@ fn write_file(
         tensor_bytes,
         n_tensors,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bundled() -> Checkpoint {
+        let dir = concat!(env!("CARGO_MANIFEST_DIR"), "/testbed/model");
+        Checkpoint::open(Path::new(dir)).unwrap()
+    }
+
+    #[test]
+    fn the_bundled_model_becomes_two_files() {
+        let dir = tempfile::tempdir().unwrap();
+        let (source, output) = (bundled(), dir.path().join("out"));
+        let exported = export(&source, &output).unwrap();
+        assert_eq!(exported.model.file, "model-BF16.gguf");
+        let mmproj = exported.mmproj.unwrap();
+        assert_eq!(mmproj.file, "mmproj-BF16.gguf");
+        let model = GgufFile::open(&output.join(exported.model.file)).unwrap();
+        let q = model.bytes("blk.1.attn_q.weight").unwrap();
+        assert_eq!(
+            q,
+            source
+                .bytes("model.layers.1.self_attn.q_proj.weight")
+                .unwrap()
+        );
+        let key = |key: &str| model.keys().iter().find(|(k, _)| k == key).map(|(_, v)| v);
+        assert_eq!(key("general.architecture"), Some(&"qwen2vl".into()));
+        let sections = Value::I32s(vec![4, 6, 6, 0]);
+        assert_eq!(key("qwen2vl.rope.dimension_sections"), Some(&sections));
+        let tower = GgufFile::open(&output.join(mmproj.file)).unwrap();
+        let patches = tower.tensor("v.patch_embd.weight.1").unwrap();
+        assert_eq!(patches.shape, [128, 3, 14, 14]);
+        assert!(matches!(
+            export(&source, &output),
+            Err(Error::Exists { .. })
+        ));
+    }
+
+    #[test]
+    fn what_cannot_be_written_leaves_no_folder() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("model");
+        std::fs::create_dir(&folder).unwrap();
+        for entry in std::fs::read_dir(bundled().dir()).unwrap() {
+            let path = entry.unwrap().path();
+            let name = path.file_name().unwrap();
+            match name.to_str() {
+                Some("tokenizer.json") => {}
+                _ => drop(std::fs::copy(&path, folder.join(name)).unwrap()),
+            }
+        }
+        let source = Checkpoint::open(&folder).unwrap();
+        let output = dir.path().join("out");
+        let error = export(&source, &output).unwrap_err();
+        assert!(error.to_string().contains("tokenizer.json"), "{error}");
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
 }

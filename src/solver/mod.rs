@@ -208,8 +208,8 @@ impl SolverSettings {
         Ok(())
     }
 
-    /// Whether grids of this number format can be kept: those of super-blocks are fitted beforehand,
-    /// and nothing may move a scale of theirs by itself.
+    /// Whether grids of this number format can be kept: those of super-blocks are fitted
+    /// beforehand, and nothing may move a scale of theirs by itself.
     ///
     /// # Errors
     /// [`Error::Invalid`] naming the setting that would have to be otherwise; as
@@ -228,7 +228,8 @@ impl SolverSettings {
             Some((_, setting)) => Err(Error::Invalid {
                 what: "scale_dtype superblock".into(),
                 why: format!(
-                    "{setting} given; act_order=true, refit_scales=false and unit_gain=false expected"
+                    "{setting} given; act_order=true, refit_scales=false and unit_gain=false \
+                     expected"
                 ),
             }),
             None => Ok(()),

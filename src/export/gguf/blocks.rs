@@ -106,7 +106,7 @@ pub fn kind_of(module: &str, scheme: Scheme, cols: usize) -> Result<TensorType> 
     }
     if !group.is_multiple_of(BLOCK) {
         return refuse(format!(
-            "{group} columns share a scale, and blocks of GGUF need a multiple of {BLOCK}; quantize \
+            "{group} columns share a scale, blocks of GGUF need a multiple of {BLOCK}; quantize \
              it with --group-size 32 or a multiple that divides its {cols} columns"
         ));
     }
@@ -115,8 +115,8 @@ pub fn kind_of(module: &str, scheme: Scheme, cols: usize) -> Result<TensorType> 
         (2..=4, false) => Ok(TensorType::Q4_1),
         (8, true) => Ok(TensorType::Q8_0),
         _ => refuse(format!(
-            "asymmetric {bits} bits have no type in GGUF that holds the codes as they are; quantize \
-             it with --symmetric, or export the original folder"
+            "asymmetric {bits} bits have no type in GGUF that holds the codes as they are; \
+             quantize it with --symmetric, or export the original folder"
         )),
     }
 }
@@ -124,8 +124,8 @@ pub fn kind_of(module: &str, scheme: Scheme, cols: usize) -> Result<TensorType> 
 /// The weight as blocks of `kind`, row after row, row `r` of the output being row `rows(r)`.
 ///
 /// # Errors
-/// [`Error::Unsupported`] naming `module` for a scale that f16 cannot hold, or for super-blocks whose
-/// scales are no multiples of one number.
+/// [`Error::Unsupported`] naming `module` for a scale that f16 cannot hold, or for super-blocks
+/// whose scales are no multiples of one number.
 pub fn encode(
     module: &str,
     weight: &QuantizedWeight,

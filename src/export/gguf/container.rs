@@ -254,8 +254,8 @@ impl Writer {
     /// Writes the next tensor's data from pieces in their order.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if it is another's turn or its data has another length; [`Error::Io`]; the
-    /// first piece's that has one.
+    /// [`Error::Invalid`] if it is another's turn or its data has another length; [`Error::Io`];
+    /// the first piece's that has one.
     pub fn write<B: AsRef<[u8]>>(
         &mut self,
         name: &str,

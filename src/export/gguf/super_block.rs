@@ -39,7 +39,8 @@ pub fn encode_row(
         let found = common_unit(scales, max).ok_or_else(|| Error::Unsupported {
             what: format!(
                 "{module}: the scales of 256 columns are not multiples up to {max} of one f16 \
-                 number, as {name} needs them; quantize it with scale_dtype = \"superblock\", or with \
+                 number, as {name} needs them; quantize it with \
+                 scale_dtype = \"superblock\", or with \
                  --group-size 32 or a multiple"
             ),
         })?;

@@ -105,8 +105,8 @@ struct Tokenizer {
 /// architecture with what its converter adds there.
 ///
 /// # Errors
-/// [`Error::Missing`] without `tokenizer.json`; [`Error::Format`] for a damaged one, or tokens beyond
-/// `vocab_size`; [`Error::Unsupported`] for one that is not byte-level BPE with known rules.
+/// [`Error::Missing`] without `tokenizer.json`; [`Error::Format`] for a damaged one, or tokens
+/// beyond `vocab_size`; [`Error::Unsupported`] for one that is not byte-level BPE with known rules.
 pub(super) fn keys(
     checkpoint: &Checkpoint,
     vocab_size: usize,

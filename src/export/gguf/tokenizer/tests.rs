@@ -89,7 +89,8 @@ fn special(main: Json, config: Json, model: Json) -> Vec<(String, Value)> {
 fn special_tokens_come_from_both_configurations() {
     let main = json!({"added_tokens": [{"id": 7, "content": "<e>"}, {"id": 8, "content": "<p>"}]});
     let config = json!({"eos_token": {"content": "<e>"}, "pad_token": "<p>", "add_bos_token": true,
-        "chat_template": [{"name": "default", "template": "T"}, {"name": "to-ol", "template": "U"}]});
+        "chat_template": [{"name": "default", "template": "T"},
+            {"name": "to-ol", "template": "U"}]});
     let model = json!({"eos_token_id": 1, "text_config": {"bos_token_id": 5}});
     let expected = [
         ("tokenizer.ggml.bos_token_id", Value::U32(5)),
