@@ -83,6 +83,10 @@ impl<'a> Exporter<'a> {
         pending: PendingFolder,
         max_shard_bytes: u64,
     ) -> Result<Self> {
+        if format == Format::Gguf {
+            let what = "a folder of safetensors in GGUF: it has a writer of its own";
+            return Err(Error::Unsupported { what: what.into() });
+        }
         let (layout, schemes) = laid_out(source, format, plan)?;
         let entry = layout.config(source, &schemes)?;
         let config_text = config_text(source, entry.as_ref())?;

@@ -113,6 +113,11 @@ fn codes_survive_every_format_and_the_way_back() {
             let modules = [(Q_PROJ, scheme), (GATE, scheme)];
             write(Format::CompressedTensors, &modules, &first).unwrap();
             for (name, format) in Format::NAMES {
+                if format == Format::Gguf {
+                    let error = in_format(&Checkpoint::open(&first).unwrap(), format, &first);
+                    assert!(error.is_err());
+                    continue;
+                }
                 let output = first.with_extension(name);
                 let result = in_format(&Checkpoint::open(&first).unwrap(), format, &output);
                 let fits = match format {
