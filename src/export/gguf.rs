@@ -279,7 +279,7 @@ mod tests {
     fn the_bundled_model_becomes_two_files() {
         let dir = tempfile::tempdir().unwrap();
         let (source, output) = (bundled(), dir.path().join("out"));
-        let exported = export(&source, &output).unwrap();
+        let exported = export(&source, &output, |_| Vec::new()).unwrap();
         assert_eq!(exported.model.file, "model-BF16.gguf");
         let mmproj = exported.mmproj.unwrap();
         assert_eq!(mmproj.file, "mmproj-BF16.gguf");
@@ -299,7 +299,7 @@ mod tests {
         let patches = tower.tensor("v.patch_embd.weight.1").unwrap();
         assert_eq!(patches.shape, [128, 3, 14, 14]);
         assert!(matches!(
-            export(&source, &output),
+            export(&source, &output, |_| Vec::new()),
             Err(Error::Exists { .. })
         ));
     }
@@ -319,7 +319,7 @@ mod tests {
         }
         let source = Checkpoint::open(&folder).unwrap();
         let output = dir.path().join("out");
-        let error = export(&source, &output).unwrap_err();
+        let error = export(&source, &output, |_| Vec::new()).unwrap_err();
         assert!(error.to_string().contains("tokenizer.json"), "{error}");
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
     }
