@@ -354,10 +354,9 @@ pub fn plan_disk(model: &ModelSource, recipe: &Recipe) -> DiskPlan {
         progress: 0,
     };
     for module in model.modules() {
-        let info = model.checkpoint().linear_info(&module.name);
-        if let (Some((dtype, _)), Some(scheme)) = (info, recipe.scheme_of(&module.name)) {
+        let stored = model.checkpoint().linear_n_bytes(&module.name);
+        if let (Some(stored), Some(scheme)) = (stored, recipe.scheme_of(&module.name)) {
             let [rows, cols] = module.shape;
-            let plain = (rows * cols * dtype.n_bytes()) as u64;
             // A mean that is yet to be shared out: no module's own bits are known.
             let bits = match recipe.shares_bits(&module.name) {
                 true => recipe.bits().value(),
@@ -365,7 +364,7 @@ pub fn plan_disk(model: &ModelSource, recipe: &Recipe) -> DiskPlan {
             };
             let beside = scheme.bits_per_weight(cols) - f64::from(scheme.bits());
             let packed = (rows * cols) as f64 * (bits + beside) / 8.0;
-            plan.tensors = plan.tensors - plain + packed.ceil() as u64;
+            plan.tensors = plan.tensors - stored + packed.ceil() as u64;
             // A scale in f32 and a zero point of a byte in each group.
             let groups = rows * (cols / scheme.group_size().unwrap_or(cols).max(1));
             plan.progress +=

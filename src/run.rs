@@ -58,9 +58,18 @@ pub struct RunOptions {
 /// # Errors
 /// [`Error::Invalid`] naming every module whose columns its group size does not divide;
 /// [`Error::Invalid`] if no module is left; [`Error::Unsupported`] for a method that this model
-/// cannot be quantized with.
+/// cannot be quantized with, and for a model that is quantized already.
 pub fn module_plan(model: &ModelSource, recipe: &Recipe) -> Result<Vec<ModulePlan>> {
     recipe.check()?;
+    if let Some(quantization) = model.checkpoint().quantization() {
+        let what = format!(
+            "{}: quantizing weights that are quantized ({}) already; `vlmq export` changes their \
+             format",
+            model.checkpoint().dir().display(),
+            quantization.name()
+        );
+        return Err(Error::Unsupported { what });
+    }
     if recipe.method.is_scaled() {
         ScaleSearch::check(model)?;
     }

@@ -192,9 +192,8 @@ fn candidates(model: &ModelSource) -> vlmq::Result<Vec<Candidate>> {
                 let n_weights = module.shape[0] * cols;
                 let packed = n_weights as f64 * scheme.bits_per_weight(cols) / 8.0;
                 let packed = packed.ceil() as u64;
-                let info = model.checkpoint().linear_info(&module.name);
-                let plain = info.map_or(packed, |(dtype, _)| (n_weights * dtype.n_bytes()) as u64);
-                candidate.bytes = candidate.bytes - plain + packed;
+                let stored = model.checkpoint().linear_n_bytes(&module.name);
+                candidate.bytes = candidate.bytes - stored.unwrap_or(packed) + packed;
             }
             all.push(candidate);
         }

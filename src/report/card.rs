@@ -113,9 +113,6 @@ impl Card<'_> {
                     calibration.n_samples, calibration.seed
                 );
             }
-            if let Some(total) = report.seconds.get("total") {
-                let _ = write!(text, ", in {total:.0} s");
-            }
             text += ".\n";
         }
         text + "\n"

@@ -12,12 +12,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-/// Every file of a folder but the report, which tells times.
+/// Every file of a folder but the report, which tells times, and the card, which tells its name.
 fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
     let entries = std::fs::read_dir(folder).unwrap().map(|e| e.unwrap());
     entries
         .map(|e| (e.file_name().to_string_lossy().into_owned(), e.path()))
-        .filter(|(name, _)| name != "vlmq_report.json")
+        .filter(|(name, _)| name != "vlmq_report.json" && name != "README.md")
         .map(|(name, path)| (name, std::fs::read(path).unwrap()))
         .collect()
 }

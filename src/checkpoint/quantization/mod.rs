@@ -127,6 +127,17 @@ impl Checkpoint {
         (is_part && !is_plain).then_some(module)
     }
 
+    /// Bytes that the weight of a linear takes in the files, in whatever form it is stored.
+    pub fn linear_n_bytes(&self, module: &str) -> Option<u64> {
+        if self.is_quantized(module) {
+            let suffixes = self.quantization()?.suffixes().iter();
+            let parts = suffixes.filter_map(|part| self.info(&format!("{module}.{part}")));
+            return Some(parts.map(|info| info.n_bytes as u64).sum());
+        }
+        let (dtype, shape) = self.linear_info(module)?;
+        Some((shape.iter().product::<usize>() * dtype.n_bytes()) as u64)
+    }
+
     /// Every quantized linear, by checkpoint name, sorted.
     pub fn quantized_modules(&self) -> Vec<String> {
         let owners = self.names().filter_map(|name| self.packed_owner(name));
