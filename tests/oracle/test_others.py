@@ -92,6 +92,7 @@ def test_a_folder_of_llm_compressor(image, tmp_path):
     expected = logits_of(folder, inputs_for(folder, image))
     found = own(folder, image, tmp_path)
     assert relative(found, expected[-len(found):]) < LOGITS_TOLERANCE
-    vlmq("export", folder, "--format", "gptq", "--output", tmp_path / "gptq")
-    again = logits_of(tmp_path / "gptq", inputs_for(folder, image))
+    # Its two formats of bits are more than transformers can take as GPTQ.
+    vlmq("export", folder, "--format", "f32", "--output", tmp_path / "f32")
+    again = logits_of(tmp_path / "f32", inputs_for(folder, image))
     assert relative(again, expected) < LOGITS_TOLERANCE
