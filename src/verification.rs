@@ -6,7 +6,7 @@
 
 use crate::checkpoint::{Checkpoint, Quantization};
 use crate::export::gguf::verify_gguf;
-use crate::export::{Format, QUANTIZATION_FILES, check_config, check_unchanged};
+use crate::export::{Format, QUANTIZATION_FILES, check_config, check_unchanged, weight_distance};
 use crate::report::{REPORT_FILE, RunReport};
 use crate::{Matrix, Result};
 use rayon::prelude::*;
@@ -172,17 +172,7 @@ fn distance(written: &Checkpoint, source: &Checkpoint, name: String) -> Result<M
 
 impl ModuleDistance {
     fn of(name: String, expected: &[f32], found: &[f32]) -> Self {
-        let (mut error, mut norm, mut largest_error) = (0f64, 0f64, 0f64);
-        for (w, q) in expected.iter().zip(found) {
-            let difference = (f64::from(*w) - f64::from(*q)).abs();
-            error += difference * difference;
-            norm += f64::from(*w) * f64::from(*w);
-            largest_error = largest_error.max(difference);
-        }
-        let relative_error = match error == 0.0 {
-            true => 0.0,
-            false => (error / norm).sqrt(),
-        };
+        let [relative_error, largest_error] = weight_distance(expected, found);
         Self {
             name,
             relative_error,

@@ -17,7 +17,7 @@ pub mod write;
 pub use dtype::DType;
 pub use folder::PendingFolder;
 pub use quantization::{Awq, CompressedTensors, Gptq, Mlx, Quantization, QuantizationGroup};
-pub(crate) use quantization::{NIBBLE_OF_OUTPUT, mlx_bias};
+pub(crate) use quantization::{NIBBLE_OF_OUTPUT, mlx_bias, turned};
 
 use crate::{Error, Matrix, Result};
 use serde_json::Value;

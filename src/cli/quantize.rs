@@ -221,7 +221,7 @@ pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
             "wrote {} ({megabytes:.1} MB of tensors)\n",
             output.display()
         );
-        say(&(summary(&report) + &wrote))?;
+        say(&(summary(&report, args.format) + &wrote))?;
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use vlmq::allocation::AllocationReport;
+use vlmq::export::Format;
 use vlmq::importance::Safeguarded;
 use vlmq::report::{Deviation, ModuleReport, RunReport};
 use vlmq::tuning::TuningReport;
@@ -21,7 +22,7 @@ const STAGES: [&str; 8] = [
 const BEFORE_THE_LAYERS: [&str; 3] = ["check", "processor", "vision"];
 
 /// All of it, a line for each.
-pub fn summary(report: &RunReport) -> String {
+pub fn summary(report: &RunReport, format: Format) -> String {
     let total = report.seconds.get("total").copied().unwrap_or_default();
     let peak = report.peak_memory_bytes;
     let peak = peak.map_or("?".into(), |b| format!("{:.0}", b as f64 / 1e6));
@@ -29,7 +30,7 @@ pub fn summary(report: &RunReport) -> String {
         losses(&report.modules),
         report.allocation.as_ref().map_or(String::new(), allocation),
         profile(report),
-        notes(report).concat(),
+        notes(report, format).concat(),
         report.tuning.as_ref().map_or(String::new(), tuning),
         format!("{total:.1} s, peak memory {peak} MB\n"),
     ]
@@ -133,7 +134,7 @@ fn tuning(report: &TuningReport) -> String {
 }
 
 /// Everything that went otherwise than planned, in words; `vlmq_report.json` has each module.
-fn notes(report: &RunReport) -> Vec<String> {
+fn notes(report: &RunReport, format: Format) -> Vec<String> {
     let deviations = &report.deviations;
     let mut notes: Vec<String> = deviations.iter().filter_map(own_note).collect();
     notes.extend(uniform_weights(deviations));
@@ -142,7 +143,8 @@ fn notes(report: &RunReport) -> Vec<String> {
     notes.extend(few_tokens(report));
     notes.extend(counted(deviations));
     let is_asymmetric = |m: &ModuleReport| m.scheme.is_some_and(|s| !s.symmetric());
-    if report.modules.iter().any(is_asymmetric) {
+    let is_affected = format == Format::CompressedTensors;
+    if is_affected && report.modules.iter().any(is_asymmetric) {
         notes.push(
             "note: transformers with compressed-tensors up to 0.20 cannot load asymmetric folders; \
              --symmetric makes one that it can\n"
@@ -312,7 +314,7 @@ mod tests {
         });
         let report: RunReport = serde_json::from_value(report).unwrap();
         assert_eq!(
-            notes(&report),
+            notes(&report, Format::CompressedTensors),
             [
                 "note: the rule \"x\" matched no module\n",
                 "note: layer 0: tokens weigh alike in q, k: nothing is quantized before them\n",

@@ -8,9 +8,9 @@
 //! name (`visual`), transformers 5 takes it for a pattern from the start of the name (`.*visual`).
 
 use super::file_dtype;
-use super::layout::{ConfigEntry, Layout, Part, Schemes, float_bytes, refusal, turned, word_bytes};
+use super::layout::{ConfigEntry, Layout, Part, Schemes, float_bytes, refusal, word_bytes};
 use super::names::{regex_for, unquantized_parts};
-use crate::checkpoint::{Checkpoint, DType, NIBBLE_OF_OUTPUT};
+use crate::checkpoint::{Checkpoint, DType, NIBBLE_OF_OUTPUT, turned};
 use crate::plan::{ScaleDtype, Scheme};
 use crate::{Error, QuantizedWeight, Result};
 use serde_json::json;

@@ -17,9 +17,9 @@
 
 use super::compressed_tensors::packed_rows;
 use super::file_dtype;
-use super::layout::{ConfigEntry, Layout, Part, Schemes, float_bytes, refusal, turned, word_bytes};
+use super::layout::{ConfigEntry, Layout, Part, Schemes, float_bytes, refusal, word_bytes};
 use super::names::{rule_for, stable_part, unquantized_patterns};
-use crate::checkpoint::{Checkpoint, DType};
+use crate::checkpoint::{Checkpoint, DType, turned};
 use crate::pack::pack;
 use crate::plan::{ScaleDtype, Scheme};
 use crate::{QuantizedWeight, Result};

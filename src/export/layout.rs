@@ -90,10 +90,3 @@ pub(super) fn float_bytes(module: &str, dtype: DType, values: &[f32]) -> Result<
             what: format!("{module}: numbers in {}", dtype.name()),
         })
 }
-
-/// `[cols, rows]` from `[rows, cols]`.
-pub(super) fn turned<T: Copy>(values: &[T], cols: usize) -> Vec<T> {
-    (0..cols)
-        .flat_map(|column| values.iter().skip(column).step_by(cols.max(1)).copied())
-        .collect()
-}

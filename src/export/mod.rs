@@ -31,6 +31,7 @@ pub use convert::{convert, plan_of};
 pub use folder::{Exported, Exporter};
 pub(crate) use folder::{QUANTIZATION_FILES, copy_side_files};
 pub use scales::RoundedScales;
+pub(crate) use verify::distance as weight_distance;
 pub use verify::{
     Verified, check_config, check_unchanged, verify, verify_against, verify_changed, verify_module,
 };

@@ -308,6 +308,23 @@ pub fn check_unchanged(
     problems
 }
 
+/// How far the numbers of a weight, `found`, are from those `expected`: ‖W − Q‖ / ‖W‖, and the largest
+/// |W − Q|.
+pub(crate) fn distance(expected: &[f32], found: &[f32]) -> [f64; 2] {
+    let (mut error, mut norm, mut largest) = (0f64, 0f64, 0f64);
+    for (w, q) in expected.iter().zip(found) {
+        let difference = (f64::from(*w) - f64::from(*q)).abs();
+        error += difference * difference;
+        norm += f64::from(*w) * f64::from(*w);
+        largest = largest.max(difference);
+    }
+    let relative = match error == 0.0 {
+        true => 0.0,
+        false => (error / norm).sqrt(),
+    };
+    [relative, largest]
+}
+
 /// A tensor has the type and shape of the source's.
 fn check_same_kind(written: &Checkpoint, source: &Checkpoint, name: &str) -> Result<()> {
     let found = written.info(name).map(|i| (i.dtype, &i.shape));

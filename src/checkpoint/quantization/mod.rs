@@ -24,6 +24,7 @@ pub use mlx::Mlx;
 
 pub(crate) use awq::NIBBLE_OF_OUTPUT;
 pub(crate) use mlx::bias as mlx_bias;
+pub(crate) use words::turned;
 
 use super::{CONFIG_FILE, Checkpoint, DType};
 use crate::plan::ScaleDtype;

@@ -68,7 +68,7 @@ impl Checkpoint {
 }
 
 /// `[cols, rows]` from `[rows, cols]`.
-pub(super) fn turned<T: Copy>(values: &[T], cols: usize) -> Vec<T> {
+pub(crate) fn turned<T: Copy>(values: &[T], cols: usize) -> Vec<T> {
     (0..cols)
         .flat_map(|column| values.iter().skip(column).step_by(cols.max(1)).copied())
         .collect()

@@ -5,6 +5,7 @@
 
 use super::{GgufFile, TensorSpec, TensorType, decode, write_all};
 use crate::checkpoint::{Checkpoint, DType, PendingFolder};
+use crate::export::verify::distance;
 use crate::{Error, Result};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -135,7 +136,8 @@ impl GgufVerified {
                 continue;
             }
             let (w, q) = (values(expected, spec)?, values(found, other)?);
-            self.distances.push(distance(name, &w, &q));
+            let [relative, largest] = distance(&w, &q);
+            self.distances.push((name.clone(), relative, largest));
         }
         let is_added = |spec: &&TensorSpec| expected.tensor(&spec.name).is_none();
         let added = found.tensors().filter(is_added);
@@ -159,19 +161,4 @@ fn values(file: &GgufFile, spec: &TensorSpec) -> Result<Vec<f32>> {
     };
     let values = dtype.f32_from_bytes(&bytes);
     Ok(values.expect("these three are floats"))
-}
-
-fn distance(name: &str, expected: &[f32], found: &[f32]) -> (String, f64, f64) {
-    let (mut error, mut norm, mut largest) = (0f64, 0f64, 0f64);
-    for (w, q) in expected.iter().zip(found) {
-        let difference = (f64::from(*w) - f64::from(*q)).abs();
-        error += difference * difference;
-        norm += f64::from(*w) * f64::from(*w);
-        largest = largest.max(difference);
-    }
-    let relative = match error == 0.0 {
-        true => 0.0,
-        false => (error / norm).sqrt(),
-    };
-    (name.to_owned(), relative, largest)
 }
