@@ -18,13 +18,13 @@
 use super::compressed_tensors::packed_rows;
 use super::file_dtype;
 use super::layout::{ConfigEntry, Layout, Part, Schemes, float_bytes, refusal, word_bytes};
-use super::names::{rule_for, stable_part, unquantized_patterns};
+use super::names::{layers_of, plain_matrices, rule_for, stable_part, unquantized_patterns};
 use crate::checkpoint::{Checkpoint, DType, turned};
 use crate::pack::pack;
 use crate::plan::{ScaleDtype, Scheme};
 use crate::{QuantizedWeight, Result};
 use serde_json::{Map, Value, json};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 /// Codes whose words readers take apart at once: both sides of a weight must be multiples.
 const CODES_AT_ONCE: usize = 32;
@@ -162,17 +162,10 @@ fn modules_in_block(source: &Checkpoint, schemes: &Schemes) -> Option<Value> {
         rest.split_once('.').map(|(_, module)| module.to_owned())
     };
     let coded: BTreeSet<String> = schemes.keys().filter_map(|name| in_layer(name)).collect();
-    let first = schemes.keys().next()?;
-    let block = first.strip_suffix(stable_part(first))?;
-    let plain = super::names::plain_matrices(source, schemes);
-    let in_blocks = plain.iter().filter(|name| {
-        let rest = name.strip_prefix(block);
-        rest.is_some_and(|rest| rest.starts_with("layers."))
-    });
-    let mut left: BTreeMap<String, usize> = BTreeMap::new();
-    for module in in_blocks.filter_map(|name| in_layer(name)) {
-        *left.entry(module).or_default() += 1;
-    }
-    let some_are_plain = left.keys().any(|module| !coded.contains(module));
+    let layers = layers_of(schemes.keys().next()?);
+    let plain = plain_matrices(source, |module| schemes.contains_key(module));
+    let mut in_layers = plain.iter().filter(|name| layers_of(name) == layers);
+    let some_are_plain =
+        in_layers.any(|name| in_layer(name).is_some_and(|module| !coded.contains(&module)));
     some_are_plain.then(|| json!([coded]))
 }

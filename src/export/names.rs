@@ -17,7 +17,7 @@ const RUN_AS_ONE: [(&str, &[&str]); 2] = [
 /// every loader keeps; a single module by the part of its name that they all keep.
 pub(super) fn ignore_patterns(source: &Checkpoint, schemes: &Schemes) -> Result<Vec<String>> {
     let mut patterns: BTreeSet<String> = ["re:.*lm_head$".to_owned()].into();
-    for module in plain_matrices(source, schemes) {
+    for module in plain_matrices(source, |module| schemes.contains_key(module)) {
         let top = topmost_free(&module, schemes).map(|part| pattern(part, ".*"));
         if top.is_none_or(|p| !patterns.contains(&p)) {
             patterns.insert(ignore_pattern(&module, schemes)?);
@@ -29,14 +29,17 @@ pub(super) fn ignore_patterns(source: &Checkpoint, schemes: &Schemes) -> Result<
 }
 
 /// Every matrix of the source that is not to be quantized, by its module's name.
-pub(super) fn plain_matrices(source: &Checkpoint, schemes: &Schemes) -> Vec<String> {
+pub(super) fn plain_matrices(
+    source: &Checkpoint,
+    is_quantized: impl Fn(&str) -> bool,
+) -> Vec<String> {
     let is_matrix = |module: &String| {
         let info = source.linear_info(module);
         info.is_some_and(|(_, shape)| shape.len() == 2)
     };
     let modules = source.names().flat_map(|name| source.modules_of(name));
     modules
-        .filter(|module| !schemes.contains_key(module) && is_matrix(module))
+        .filter(|module| !is_quantized(module) && is_matrix(module))
         .collect()
 }
 
@@ -90,6 +93,13 @@ pub(super) fn stable_part(module: &str) -> &str {
     &module[word_start..]
 }
 
+/// What is before the number of a module's layer, `model.layers` of `model.layers.3.mlp.up_proj`.
+pub(super) fn layers_of(module: &str) -> &str {
+    let numbered = stable_part(module);
+    let word = numbered.split('.').next().unwrap_or_default();
+    &module[..module.len() - numbered.len() + word.len()]
+}
+
 /// A regular expression, matched from the start of a name, that finds `part` behind any prefix;
 /// `end` follows it.
 pub(super) fn regex_for(part: &str, end: &str) -> String {
@@ -136,7 +146,7 @@ pub(super) fn unquantized_patterns(source: &Checkpoint, schemes: &Schemes) -> Re
 /// [`Error::Invalid`] for a module whose name is a part of a quantized module's.
 pub(super) fn unquantized_parts(source: &Checkpoint, schemes: &Schemes) -> Result<Vec<String>> {
     let mut parts: BTreeSet<String> = ["lm_head".to_owned()].into();
-    for module in plain_matrices(source, schemes) {
+    for module in plain_matrices(source, |module| schemes.contains_key(module)) {
         let candidates = [
             topmost_free(&module, schemes),
             Some(stable_part(&module)),

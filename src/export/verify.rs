@@ -1,7 +1,6 @@
 //! Looking at a written folder with the eyes of whoever will read it.
 
-use super::layout::Schemes;
-use super::names::{Ignore, plain_matrices, stable_part};
+use super::names::{Ignore, layers_of, plain_matrices};
 use crate::checkpoint::{Checkpoint, Quantization};
 use crate::{Error, Matrix, QuantizedWeight, Result};
 use serde_json::Value;
@@ -100,29 +99,8 @@ pub(super) fn verify_export(
             n_plain: written.names().count(),
         },
     };
-    for name in source.names() {
-        if source.packed_owner(name).is_some() {
-            continue;
-        }
-        let modules = source.modules_of(name);
-        if modules.iter().any(|module| is_rewritten(module)) {
-            for module in &modules {
-                check_shape(written, source, module)?;
-            }
-            continue;
-        }
-        let is_plain = written.contains(name) && written.packed_owner(name).is_none();
-        if is_plain || modules.is_empty() {
-            check_plain(written, source, name, changed.get(name))?;
-            continue;
-        }
-        for module in &modules {
-            check_linear(written, source, module)?;
-        }
-    }
-    for module in source.quantized_modules() {
-        check_shape(written, source, &module)?;
-    }
+    let expected = |name: &str| changed.get(name).map_or(Expected::Same, Expected::Digest);
+    check_source(written, source, expected, is_rewritten, |result| result)?;
     match written
         .names()
         .find(|name| !is_known(written, source, name))
@@ -133,6 +111,48 @@ pub(super) fn verify_export(
         }
         None => Ok(seen),
     }
+}
+
+/// What a plain tensor of the source should be in the folder.
+enum Expected<'h> {
+    /// The same bytes.
+    Same,
+    /// Bytes with this digest.
+    Digest(&'h blake3::Hash),
+    /// Any of the same type and shape.
+    SameKind,
+}
+
+/// Gives `tell` what comes of each tensor and linear of the source, until it gives back an error.
+fn check_source<'h>(
+    written: &Checkpoint,
+    source: &Checkpoint,
+    expected: impl Fn(&str) -> Expected<'h>,
+    is_rewritten: impl Fn(&str) -> bool,
+    mut tell: impl FnMut(Result<()>) -> Result<()>,
+) -> Result<()> {
+    for name in source.names() {
+        if source.packed_owner(name).is_some() {
+            continue;
+        }
+        let modules = source.modules_of(name);
+        let in_other_form = modules.iter().any(|module| is_rewritten(module));
+        let is_plain = written.contains(name) && written.packed_owner(name).is_none();
+        if !in_other_form && (is_plain || modules.is_empty()) {
+            tell(check_plain(written, source, name, expected(name)))?;
+            continue;
+        }
+        for module in &modules {
+            tell(match is_rewritten(module) {
+                true => check_shape(written, source, module),
+                false => check_linear(written, source, module),
+            })?;
+        }
+    }
+    let quantized = source.quantized_modules();
+    quantized
+        .iter()
+        .try_for_each(|module| tell(check_shape(written, source, module)))
 }
 
 /// A weight that the source has in another form: quantized with the same shape, or, of an expert,
@@ -182,12 +202,8 @@ pub fn check_config(written: &Checkpoint) -> Vec<String> {
     if modules.is_empty() {
         return vec!["config.json speaks of a quantization, and no module has codes".into()];
     }
-    let schemes: Schemes = modules
-        .iter()
-        .filter_map(|name| Some((name.clone(), written.packed_module(name).ok()?.scheme())))
-        .collect();
     let left_out = LeftOut::of(quantization, written.config());
-    let plain = plain_matrices(written, &schemes);
+    let plain = plain_matrices(written, |module| written.is_quantized(module));
     let coded = modules
         .iter()
         .filter(|name| left_out.has(name) == Some(true));
@@ -206,13 +222,6 @@ pub fn check_config(written: &Checkpoint) -> Vec<String> {
         }));
     problems.extend(second_config(written));
     problems
-}
-
-/// What is before the number of a module's layer, `model.layers` of `model.layers.3.mlp.up_proj`.
-fn layers_of(module: &str) -> &str {
-    let numbered = stable_part(module);
-    let word = numbered.split('.').next().unwrap_or_default();
-    &module[..module.len() - numbered.len() + word.len()]
 }
 
 /// Which modules a configuration leaves out.
@@ -277,28 +286,16 @@ pub fn check_unchanged(
     dequantized: &BTreeSet<String>,
 ) -> Vec<String> {
     let mut problems = Vec::new();
-    let mut tell = |result: Result<()>| problems.extend(result.err().map(|e| e.to_string()));
-    for name in source
-        .names()
-        .filter(|name| source.packed_owner(name).is_none())
-    {
-        let modules = source.modules_of(name);
-        let in_other_form = modules.iter().any(|module| dequantized.contains(module));
-        let is_plain = written.contains(name) && written.packed_owner(name).is_none();
-        match !in_other_form && (is_plain || modules.is_empty()) {
-            true if changed.contains(name) => tell(check_same_kind(written, source, name)),
-            true => tell(check_plain(written, source, name, None)),
-            false => modules.iter().for_each(|module| {
-                tell(match dequantized.contains(module) {
-                    true => check_shape(written, source, module),
-                    false => check_linear(written, source, module),
-                });
-            }),
-        }
-    }
-    for module in source.quantized_modules() {
-        tell(check_shape(written, source, &module));
-    }
+    let expected = |name: &str| match changed.contains(name) {
+        true => Expected::SameKind,
+        false => Expected::Same,
+    };
+    let is_rewritten = |module: &str| dequantized.contains(module);
+    let told = check_source(written, source, expected, is_rewritten, |result| {
+        problems.extend(result.err().map(|e| e.to_string()));
+        Ok(())
+    });
+    problems.extend(told.err().map(|e| e.to_string()));
     let unknown = written
         .names()
         .filter(|name| !is_known(written, source, name));
@@ -368,17 +365,20 @@ pub fn verify_module(written: &Checkpoint, name: &str, expected: &Matrix) -> Res
     }
 }
 
-/// A plain tensor is the source's, or has the digest of what it was changed to.
+/// A plain tensor is what it should be.
 fn check_plain(
     written: &Checkpoint,
     source: &Checkpoint,
     name: &str,
-    changed: Option<&blake3::Hash>,
+    expected: Expected,
 ) -> Result<()> {
-    if written.contains(name) {
+    if written.contains(name) || matches!(expected, Expected::SameKind) {
         check_same_kind(written, source, name)?;
     }
-    if let Some(expected) = changed {
+    if matches!(expected, Expected::SameKind) {
+        return Ok(());
+    }
+    if let Expected::Digest(expected) = expected {
         let mut found = blake3::Hasher::new();
         for piece in written.pieces(name)? {
             found.update(&piece?);
