@@ -51,6 +51,7 @@ pub mod error;
 pub mod eval;
 pub mod export;
 pub mod families;
+pub mod gguf;
 pub mod hidden_states;
 pub mod importance;
 pub mod journal;

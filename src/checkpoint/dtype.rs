@@ -1,9 +1,11 @@
 //! Element types of safetensors files, and their conversion to f32.
 
 use half::{bf16, f16};
+use serde::{Deserialize, Serialize};
 
 /// Element type of a stored tensor; each takes a whole number of bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(into = "&str", try_from = "String")]
 #[non_exhaustive]
 pub enum DType {
     /// One byte, 0 or 1.
@@ -102,6 +104,20 @@ impl DType {
             Self::F32 => values.flat_map(|v| v.to_le_bytes()).collect(),
             _ => return None,
         })
+    }
+}
+
+impl From<DType> for &str {
+    fn from(dtype: DType) -> Self {
+        dtype.name()
+    }
+}
+
+impl TryFrom<String> for DType {
+    type Error = String;
+
+    fn try_from(name: String) -> Result<Self, String> {
+        Self::from_name(&name).ok_or_else(|| format!("dtype {name:?} is not one that is handled"))
     }
 }
 

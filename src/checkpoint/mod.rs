@@ -1,4 +1,5 @@
-//! A Hugging Face model folder: `config.json`, safetensors files, and the files beside them.
+//! A Hugging Face model folder: `config.json`, safetensors files, and the files beside them; or one of
+//! GGUF files that we wrote, whose tensors then have the names that they had.
 //!
 //! Opening a checkpoint costs its headers, and a tensor costs memory only when it is asked for.
 //! Nothing in the folder is trusted; what is wrong with it is reported with the file, the tensor,
@@ -10,15 +11,17 @@
 mod dtype;
 mod experts;
 mod folder;
+mod gguf;
 mod quantization;
 mod shard;
 pub mod write;
 
 pub use dtype::DType;
 pub use folder::PendingFolder;
-pub use quantization::{Awq, CompressedTensors, Gptq, Mlx, Quantization, QuantizationGroup};
+pub use quantization::{Awq, CompressedTensors, Gguf, Gptq, Mlx, Quantization, QuantizationGroup};
 pub(crate) use quantization::{NIBBLE_OF_OUTPUT, mlx_bias, turned};
 
+use crate::gguf::gguf_files;
 use crate::{Error, Matrix, Result};
 use serde_json::Value;
 use shard::Shard;
@@ -75,31 +78,49 @@ pub struct TensorInfo {
     pub n_bytes: usize,
     /// Which of the folder's weight files holds it, counted from 0 in order of their names.
     pub shard: usize,
-    range: Range<usize>,
+    place: Place,
+}
+
+/// Where the bytes of a tensor are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Place {
+    /// In a file as they are.
+    InFile(Range<usize>),
+    /// In parts that have to be put together.
+    Assembled(Box<gguf::Assembly>),
 }
 
 impl Checkpoint {
     /// Opens the folder: `config.json` and `model.safetensors`, or the shards that
-    /// `model.safetensors.index.json` names. No tensor is converted.
+    /// `model.safetensors.index.json` names, or GGUF files that we wrote. No tensor is converted.
     ///
     /// # Errors
     /// [`Error::Missing`] for an absent file, [`Error::Io`] for an unreadable one,
     /// [`Error::Format`] for a damaged one, [`Error::Unsupported`] if the weights are quantized in
-    /// a form that is not compressed-tensors `pack-quantized`.
+    /// a form that is not one of [`Quantization`].
     pub fn open(dir: &Path) -> Result<Self> {
         let config_path = require(dir, CONFIG_FILE)?;
         let config_text = read_text(&config_path)?;
         let config = parse_object(&config_path, &config_text)?;
-        let quantization = Quantization::from_config(&config_path, &config)?;
         let mut checkpoint = Self {
             dir: dir.to_path_buf(),
             config,
             config_text,
-            quantization,
+            quantization: None,
             shards: Vec::new(),
             tensors: BTreeMap::new(),
         };
-        if dir.join(WEIGHTS_FILE).exists() || !dir.join(INDEX_FILE).exists() {
+        let is_there = |name| dir.join(name).exists();
+        if !is_there(WEIGHTS_FILE) && !is_there(INDEX_FILE) {
+            let files = gguf_files(dir)?;
+            if !files.is_empty() {
+                checkpoint.add_gguf_files(&files)?;
+                return Ok(checkpoint);
+            }
+        }
+        let config = &checkpoint.config;
+        checkpoint.quantization = Quantization::from_config(&config_path, config)?;
+        if is_there(WEIGHTS_FILE) || !is_there(INDEX_FILE) {
             checkpoint.add_shard(&require(dir, WEIGHTS_FILE)?)?;
         } else {
             checkpoint.add_indexed_shards(&dir.join(INDEX_FILE))?;
@@ -115,16 +136,21 @@ impl Checkpoint {
                 shape: entry.shape.clone(),
                 n_bytes: entry.range.len(),
                 shard: self.shards.len(),
-                range: entry.range.clone(),
+                place: Place::InFile(entry.range.clone()),
             };
-            if let Some(first) = self.tensors.insert(name.clone(), info) {
-                let other = self.shards[first.shard].path().display();
-                let why = format!("is already in {other}");
-                return Err(Error::format(path, format!("tensor {name}"), why));
-            }
+            self.add_tensor(path, name, info)?;
         }
         self.shards.push(shard);
         Ok(())
+    }
+
+    fn add_tensor(&mut self, path: &Path, name: &str, info: TensorInfo) -> Result<()> {
+        let Some(first) = self.tensors.insert(name.to_owned(), info) else {
+            return Ok(());
+        };
+        let other = self.shards.get(first.shard).map_or(path, Shard::path);
+        let why = format!("is already in {}", other.display());
+        Err(Error::format(path, format!("tensor {name}"), why))
     }
 
     fn add_indexed_shards(&mut self, index_path: &Path) -> Result<()> {
@@ -200,7 +226,7 @@ impl Checkpoint {
     /// file fails or was written to since it was opened.
     pub fn bytes(&self, name: &str) -> Result<Vec<u8>> {
         let info = self.require_info(name)?;
-        self.shards[info.shard].read(info.range.clone())
+        self.read(info, 0..info.n_bytes)
     }
 
     /// As [`Checkpoint::bytes`], one part only; `None` if the tensor ends before `range` does.
@@ -212,21 +238,36 @@ impl Checkpoint {
         if range.end > info.n_bytes {
             return Ok(None);
         }
-        let start = info.range.start;
-        let range = start + range.start..start + range.end;
-        self.shards[info.shard].read(range).map(Some)
+        self.read(info, range).map(Some)
+    }
+
+    /// A range of a tensor's bytes, which it must have.
+    fn read(&self, info: &TensorInfo, range: Range<usize>) -> Result<Vec<u8>> {
+        let shard = &self.shards[info.shard];
+        match &info.place {
+            Place::InFile(place) => shard.read(place.start + range.start..place.start + range.end),
+            Place::Assembled(assembly) => {
+                let mut bytes = assembly.read(shard)?;
+                bytes.truncate(range.end);
+                Ok(bytes.split_off(range.start))
+            }
+        }
     }
 
     /// As [`Checkpoint::bytes`], piece after piece, each a whole number of elements and none
-    /// large.
+    /// large, unless the tensor has to be put together, which gives one.
     ///
     /// # Errors
     /// As [`Checkpoint::bytes`], each piece's own inside.
     pub fn pieces(&self, name: &str) -> Result<impl Iterator<Item = Result<Vec<u8>>>> {
         let info = self.require_info(name)?;
-        let (shard, end) = (&self.shards[info.shard], info.range.end);
-        let starts = info.range.clone().step_by(PIECE_BYTES);
-        Ok(starts.map(move |start| shard.read(start..end.min(start + PIECE_BYTES))))
+        let end = info.n_bytes;
+        let len = match info.place {
+            Place::InFile(_) => PIECE_BYTES,
+            Place::Assembled(_) => end.max(1),
+        };
+        let starts = (0..end).step_by(len);
+        Ok(starts.map(move |start| self.read(info, start..end.min(start + len))))
     }
 
     /// A digest of all tensors whose names begin with `prefix`: their names, types, shapes and

@@ -67,19 +67,32 @@ impl Shard {
     /// # Errors
     /// [`Error::Io`] if it cannot be opened, [`Error::Format`] if it is no sound safetensors file.
     pub(super) fn open(path: &Path) -> Result<Self> {
-        let mut file = File::open(path).map_err(|e| Error::io(path, "open", e))?;
-        let metadata = file.metadata().map_err(|e| Error::io(path, "inspect", e))?;
-        if !metadata.is_file() {
-            return Err(Error::format(path, "file type", "expected a regular file"));
-        }
+        let (mut file, state) = open_file(path)?;
         let start = read_header(path, &mut file)?;
-        let tensors = parse_header(path, &start, metadata.len())?;
+        let tensors = parse_header(path, &start, state.n_bytes)?;
         Ok(Self {
             path: path.to_path_buf(),
             file: Mutex::new(file),
-            state: FileState::of(&metadata),
+            state,
             tensors,
         })
+    }
+
+    /// Opens a file of another kind, whose header the caller reads from the second value.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if it cannot be opened, [`Error::Format`] if it is no regular file.
+    pub(super) fn open_foreign(path: &Path) -> Result<(Self, File)> {
+        let (file, state) = open_file(path)?;
+        let header = file.try_clone();
+        let header = header.map_err(|e| Error::io(path, "open", e))?;
+        let shard = Self {
+            path: path.to_path_buf(),
+            file: Mutex::new(file),
+            state,
+            tensors: BTreeMap::new(),
+        };
+        Ok((shard, header))
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -107,6 +120,15 @@ impl Shard {
         }
         read.map(|()| bytes)
     }
+}
+
+fn open_file(path: &Path) -> Result<(File, FileState)> {
+    let file = File::open(path).map_err(|e| Error::io(path, "open", e))?;
+    let metadata = file.metadata().map_err(|e| Error::io(path, "inspect", e))?;
+    if !metadata.is_file() {
+        return Err(Error::format(path, "file type", "expected a regular file"));
+    }
+    Ok((file, FileState::of(&metadata)))
 }
 
 /// The length field and, if it is believable, the header.

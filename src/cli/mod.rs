@@ -153,7 +153,7 @@ fn tell(line: &str) {
 /// The folder of a model, shared by all commands that read one.
 #[derive(clap::Args)]
 struct ModelArg {
-    /// Folder with config.json, *.safetensors, tokenizer.json and the processor's files
+    /// Folder with config.json, *.safetensors (or vlmq's *.gguf), tokenizer.json and the processor's files
     #[arg(value_name = "MODEL")]
     model: PathBuf,
 }

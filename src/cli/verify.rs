@@ -4,8 +4,8 @@ use super::{ModelArg, SCHEMA, open_model, print_json, say};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use vlmq::checkpoint::Checkpoint;
-use vlmq::export::gguf::gguf_files;
 use vlmq::families::open_processor;
+use vlmq::gguf::gguf_files;
 use vlmq::verification::{Verification, verify_folder, verify_gguf_folder};
 
 /// Modules that are named for their distance from the source.
@@ -25,7 +25,7 @@ pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
     let source = args.against.as_deref().map(Checkpoint::open).transpose()?;
     let folder = &args.model.model;
     let found = match gguf_files(folder).is_ok_and(|files| !files.is_empty()) {
-        true => verify_gguf_folder(folder, source.as_ref())?,
+        true => verify_gguf_files(folder, source.as_ref())?,
         false => verify_checkpoint(folder, source.as_ref())?,
     };
     match json {
@@ -42,15 +42,27 @@ pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
     })
 }
 
-/// The folder, and what a program must be able to make of it: a model with all its tensors, and its
-/// processor.
+/// The files, and if a tower is among them that the folder is a model.
+fn verify_gguf_files(folder: &Path, source: Option<&Checkpoint>) -> anyhow::Result<Verification> {
+    let mut found = verify_gguf_folder(folder, source)?;
+    if gguf_files(folder)?.len() > 1 {
+        found.problems.extend(use_of(folder));
+    }
+    Ok(found)
+}
+
 fn verify_checkpoint(folder: &Path, source: Option<&Checkpoint>) -> anyhow::Result<Verification> {
     let mut found = verify_folder(&Checkpoint::open(folder)?, source)?;
-    let opened = open_model(folder).err().map(|e| e.to_string());
-    let processor = open_processor(folder).err();
-    found.problems.extend(opened);
-    found.problems.extend(processor.map(|e| e.to_string()));
+    found.problems.extend(use_of(folder));
     Ok(found)
+}
+
+/// What keeps a program from making of the folder what it must be: a model with all its tensors, and
+/// its processor.
+fn use_of(folder: &Path) -> impl Iterator<Item = String> {
+    let opened = open_model(folder).err().map(|e| e.to_string());
+    let processor = open_processor(folder).err().map(|e| e.to_string());
+    opened.into_iter().chain(processor)
 }
 
 fn text(found: &Verification) -> String {

@@ -1,34 +1,30 @@
 //! A folder of GGUF files, which llama.cpp and what is built on it load.
 //!
 //! - `model-TYPES.gguf`: the language model with its tokenizer. Quantized linears keep their codes
-//!   (see `blocks.rs`); everything else is in the type that it is stored in.
+//!   (see [`crate::gguf`]); everything else is in the type that it is stored in.
 //! - `mmproj-TYPE.gguf`: vision tower and projector, where llama.cpp has the family's;
 //! - `imatrix.gguf`: the weights' importance for `llama-quantize`, if `vlmq quantize --imatrix`
-//!   left it in the quantized folder.
+//!   left it in the quantized folder;
+//! - the source's configuration, tokenizer and processor, by which vlmq itself reads the folder.
 //!
 //! Nothing is quantized here: a folder that is not quantized gives files of floats, which
 //! `llama-quantize` can work on.
 
-mod blocks;
-mod container;
 mod imatrix;
 mod mmproj;
-mod read;
-mod super_block;
 mod tensors;
 mod text;
 mod tokenizer;
 mod verify;
 
-pub use blocks::{Rounding, decode};
-pub use container::{TensorSpec, TensorType, Value, Writer};
-pub use imatrix::{IMATRIX_FILE, imatrix_file};
-pub use read::GgufFile;
-pub use verify::{GgufVerified, gguf_files, verify_gguf};
+pub use imatrix::imatrix_file;
+pub use verify::{GgufVerified, verify_gguf};
 
-use super::ModulePlan;
-use crate::checkpoint::{Checkpoint, PendingFolder};
+use super::config::config_text;
+use super::{ModulePlan, copy_side_files};
+use crate::checkpoint::{CONFIG_FILE, Checkpoint, PendingFolder};
 use crate::families::architecture_of;
+use crate::gguf::{GgufFile, IMATRIX_FILE, ORIGINS, Rounding, TensorType, Value, Writer, kind_of};
 use crate::{Error, Result};
 use mmproj::Mmproj;
 use serde::Serialize;
@@ -85,6 +81,9 @@ pub fn export(
     for (name, content) in beside(&exported) {
         pending.write_file(&name, &content)?;
     }
+    let config = config_text(source, None)?;
+    pending.write_file(CONFIG_FILE, config.as_bytes())?;
+    copy_side_files(source, &pending)?;
     pending.commit()?;
     Ok(exported)
 }
@@ -103,7 +102,7 @@ pub fn check(source: &Checkpoint, plan: &[ModulePlan]) -> Result<()> {
         let cols = source
             .linear_info(name)
             .and_then(|(_, shape)| shape.last().copied());
-        blocks::kind_of(name, *scheme, cols.unwrap_or_default())?;
+        kind_of(name, *scheme, cols.unwrap_or_default())?;
     }
     Ok(())
 }
@@ -240,8 +239,11 @@ fn write_file(
     rounding: &mut Rounding,
 ) -> Result<GgufWritten> {
     let path = pending.path().join(&file);
+    let origins = tensors.iter().map(|planned| planned.origin.to_text());
+    let origins = (ORIGINS.to_owned(), Value::Texts(origins.collect()));
+    let keys = [keys, &[origins]].concat();
     let specs = tensors.iter().map(|planned| planned.spec.clone()).collect();
-    let mut writer = Writer::create(&path, keys, specs)?;
+    let mut writer = Writer::create(&path, &keys, specs)?;
     for planned in tensors {
         planned.write(source, &mut writer, rounding)?;
     }
@@ -302,6 +304,42 @@ mod tests {
             export(&source, &output, |_| Vec::new()),
             Err(Error::Exists { .. })
         ));
+    }
+
+    /// Names, types, shapes and bytes of all tensors.
+    fn assert_same_tensors(found: &Checkpoint, expected: &Checkpoint) {
+        assert!(found.names().eq(expected.names()));
+        for name in expected.names() {
+            let [a, b] = [found, expected].map(|folder| folder.info(name).unwrap());
+            assert_eq!((a.dtype, &a.shape), (b.dtype, &b.shape), "{name}");
+            assert_eq!(
+                found.bytes(name).unwrap(),
+                expected.bytes(name).unwrap(),
+                "{name}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_folder_is_read_as_the_checkpoint_that_it_was_made_of() {
+        let dir = tempfile::tempdir().unwrap();
+        let (source, output) = (bundled(), dir.path().join("out"));
+        export(&source, &output, |_| Vec::new()).unwrap();
+        let found = Checkpoint::open(&output).unwrap();
+        assert_same_tensors(&found, &source);
+        assert_eq!(found.config_text(), source.config_text());
+        let name = "visual.patch_embed.proj.weight";
+        let whole = source.bytes(name).unwrap();
+        assert_eq!(
+            found.bytes_at(name, 10..30).unwrap().unwrap(),
+            whole[10..30]
+        );
+        assert_eq!(found.bytes_at(name, 10..whole.len() + 1).unwrap(), None);
+        let digests = [&found, &source].map(|folder| folder.digest("").unwrap());
+        assert_eq!(digests[0], digests[1]);
+        let again = dir.path().join("again");
+        export(&found, &again, |_| Vec::new()).unwrap();
+        assert_same_tensors(&Checkpoint::open(&again).unwrap(), &source);
     }
 
     #[test]

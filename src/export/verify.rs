@@ -253,7 +253,7 @@ impl<'c> LeftOut<'c> {
                 let parts = strings(&config["modules_to_not_convert"]);
                 Self::Parts(parts.filter_map(Value::as_str).collect())
             }
-            Quantization::Mlx(_) => Self::Unsaid,
+            Quantization::Mlx(_) | Quantization::Gguf(_) => Self::Unsaid,
         }
     }
 

@@ -59,6 +59,45 @@ fn every_format_is_the_same_model() {
     }
 }
 
+/// A folder of GGUF files is read as what it was made of: same answers, and the same codes in every
+/// format that it is turned into.
+#[test]
+fn a_folder_of_gguf_files_is_the_same_model() {
+    let (home, first) = home(&["--bits", "3"]);
+    let original = repository("testbed/model");
+    let folder = home.path().join("gguf");
+    let done = export(&first, "gguf", &folder, &["--json"]);
+    assert_eq!(
+        json(&done.stdout)["gguf"]["rounding"]["n_scales_rounded"],
+        0
+    );
+    assert_eq!(
+        eval_counting(&folder, &original),
+        eval_counting(&first, &original)
+    );
+    let inspected = vlmq().arg("inspect").arg(&folder).output().unwrap();
+    let inspected = text(&inspected.stdout);
+    assert!(
+        inspected.contains("28 modules already, gguf"),
+        "{inspected}"
+    );
+    let distances = verify(&first, 0)["modules"].take();
+    for format in ["compressed-tensors", "gptq", "gguf"] {
+        let output = home.path().join(format!("again-{format}"));
+        let done = export(&folder, format, &output, &[]);
+        assert!(done.status.success(), "{format}: {}", text(&done.stderr));
+        match format {
+            "gguf" => drop(verify(&output, 0)),
+            _ => assert_eq!(verify(&output, 0)["modules"], distances, "{format}"),
+        }
+        let card = std::fs::read_to_string(output.join("README.md")).unwrap();
+        assert!(
+            card.contains("3 bits, asymmetric, in groups of 64"),
+            "{card}"
+        );
+    }
+}
+
 /// GGUF files against what they are made of, and against the original.
 #[test]
 fn gguf_files_are_held_against_both_sources() {

@@ -175,7 +175,9 @@ class Llava:
                         text_config=text(64, 4, 4, 96, 2, vocab_size=vocab, model_type="mistral",
                                          head_dim=32, sliding_window=None),
                         vision_feature_layer=2, vision_feature_select_strategy="full"),
-        )[variant]
+        )[variant.removesuffix("-biased")]
+        if variant.endswith("-biased"):
+            more["multimodal_projector_bias"] = True
         return hf.LlavaConfig(image_token_index=ids["<image>"], **more)
 
     @staticmethod
@@ -187,11 +189,11 @@ class Llava:
                                                  image_mean=[0.5] * 3, image_std=[0.5] * 3),
             dinov2=lambda: CLIPImageProcessorPil(size=dict(shortest_edge=64),
                                                  crop_size=dict(height=56, width=56)),
-        )[variant]()
+        )[variant.removesuffix("-biased")]()
         return hf.LlavaProcessor(
             images, tokenizer(*SPECIAL), patch_size=14, chat_template=SIMPLE,
             vision_feature_select_strategy="default" if variant == "clip" else "full",
-            num_additional_image_tokens=0 if variant == "siglip" else 1)
+            num_additional_image_tokens=0 if variant.startswith("siglip") else 1)
 
 
 class LlavaNext:

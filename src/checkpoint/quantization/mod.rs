@@ -7,22 +7,26 @@
 //! | [GPTQ](Gptq), v1 and v2 | `qweight` | `scales` | `qzeros` |
 //! | [AWQ](Awq), GEMM | `qweight` | `scales` | `qzeros` |
 //! | [MLX](Mlx), affine | `weight` | `scales` | `biases` |
+//! | [GGUF](Gguf), ours | `weight`, blocks of all three | | |
 //!
 //! One file each says how the tensors lie; all of them come out as a [`QuantizedWeight`].
 
 mod awq;
 mod columns;
 mod compressed_tensors;
+mod gguf;
 mod gptq;
 mod mlx;
 mod words;
 
 pub use awq::Awq;
 pub use compressed_tensors::{CompressedTensors, QuantizationGroup};
+pub use gguf::Gguf;
 pub use gptq::Gptq;
 pub use mlx::Mlx;
 
 pub(crate) use awq::NIBBLE_OF_OUTPUT;
+pub(super) use gguf::Blocks;
 pub(crate) use mlx::bias as mlx_bias;
 pub(crate) use words::turned;
 
@@ -44,6 +48,8 @@ pub enum Quantization {
     Awq(Awq),
     /// A `quantization` object with `mode: affine`.
     Mlx(Mlx),
+    /// Blocks in GGUF files.
+    Gguf(Gguf),
 }
 
 /// The codes of a linear and, where its groups are not runs of columns, which column is where.
@@ -85,6 +91,7 @@ impl Quantization {
             Self::Gptq(_) => "gptq",
             Self::Awq(_) => "awq",
             Self::Mlx(_) => "mlx",
+            Self::Gguf(_) => "gguf",
         }
     }
 
@@ -95,6 +102,7 @@ impl Quantization {
             Self::Gptq(_) => &gptq::SUFFIXES,
             Self::Awq(_) => &awq::SUFFIXES,
             Self::Mlx(_) => &mlx::SUFFIXES,
+            Self::Gguf(_) => &gguf::SUFFIXES,
         }
     }
 }
@@ -114,6 +122,7 @@ impl Checkpoint {
         match quantization {
             // `weight` alone is what a plain weight is called too.
             Quantization::Mlx(_) => has("weight") && has("scales"),
+            Quantization::Gguf(q) => q.contains(module),
             other => has(other.suffixes()[0]),
         }
     }
@@ -197,6 +206,7 @@ impl Checkpoint {
             Some(Quantization::Gptq(q)) => q.shape(self, module)?,
             Some(Quantization::Awq(_)) => awq::shape(self, module)?,
             Some(Quantization::Mlx(q)) => q.shape(self, module)?,
+            Some(Quantization::Gguf(q)) => return Ok((DType::F16, q.shape(self, module)?.into())),
             None => return Err(self.not_quantized(module)),
         };
         let scales = match self.quantization() {
@@ -224,6 +234,7 @@ impl Checkpoint {
             Some(Quantization::Gptq(q)) => q.read(self, module),
             Some(Quantization::Awq(q)) => q.read(self, module).map(in_order),
             Some(Quantization::Mlx(q)) => q.read(self, module).map(in_order),
+            Some(Quantization::Gguf(q)) => q.read(self, module).map(in_order),
             None => Err(self.not_quantized(module)),
         }
     }

@@ -11,13 +11,10 @@
 //!
 //! Source: ggml-org/llama.cpp `tools/imatrix/imatrix.cpp` and `common/imatrix-loader.cpp`.
 
-use super::container::{TensorSpec, TensorType, Value, in_memory};
 use super::text::linear_name;
 use crate::Result;
+use crate::gguf::{TensorSpec, TensorType, Value, in_memory};
 use crate::statistics::InputSquares;
-
-/// Name of the file beside a quantized model.
-pub const IMATRIX_FILE: &str = "imatrix.gguf";
 
 /// The file for the linears of a decoder whose names begin with `prefix`, seen on `n_sequences`
 /// samples of the data called `data`.
@@ -64,7 +61,7 @@ pub fn imatrix_file<'a>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::export::gguf::GgufFile;
+    use crate::gguf::GgufFile;
 
     #[test]
     fn readers_find_the_means() {

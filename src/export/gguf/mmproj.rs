@@ -9,9 +9,9 @@
 mod qwen;
 mod vit;
 
-use super::container::{TensorType, Value};
-use super::tensors::{Part, Planned};
+use super::tensors::Planned;
 use crate::checkpoint::{Checkpoint, DType};
+use crate::gguf::{Part, TensorType, Value};
 use crate::model::architecture::Architecture;
 use crate::model::config::ConfigNode;
 use crate::processor::read_json;

@@ -5,9 +5,9 @@
 //! `qwen3vl.py`, `gemma.py`) and `gguf-py/gguf/tensor_mapping.py`. Differs: what llama.cpp would
 //! compute otherwise than the model is refused, where the converter goes on.
 
-use super::container::{TensorSpec, TensorType, Value};
-use super::tensors::{Planned, Rows, Source};
+use super::tensors::Planned;
 use crate::checkpoint::Checkpoint;
+use crate::gguf::{Origin, Part, Rows, TensorSpec, TensorType, Value};
 use crate::model::architecture::Architecture;
 use crate::model::config::ConfigNode;
 use crate::model::decoder_config::{DecoderConfig, NormScale, RopeAxes, RopeScaling};
@@ -138,11 +138,27 @@ impl<'a> TextModel<'a> {
         if decoder.local.is_some() && self.arch != GEMMA3 {
             return refuse("a sliding window");
         }
+        if let Some(bias) = self.foreign_bias() {
+            return refuse(&format!("{bias}, a bias,"));
+        }
         match decoder.rotary.scaling {
             RopeScaling::Dynamic { .. } => refuse("dynamic rope scaling"),
             RopeScaling::Llama3 { .. } if !self.arch.is_paired => refuse("llama3 rope scaling"),
             _ => Ok(()),
         }
+    }
+
+    /// A bias that llama.cpp does not load: those of q, k and v it has for all, others for `llama` only.
+    fn foreign_bias(&self) -> Option<String> {
+        let others = LINEARS[3..].iter().filter(|_| !self.arch.is_paired);
+        let prefix = &self.architecture.names.decoder;
+        let names = others.flat_map(|(module, _)| {
+            let layers = 0..self.decoder().n_layers;
+            layers.map(move |layer| format!("{prefix}.layers.{layer}.{module}.bias"))
+        });
+        names
+            .into_iter()
+            .find(|name| self.checkpoint.contains(name))
     }
 
     /// The keys that describe it, `general.…` not among them.
@@ -242,9 +258,9 @@ impl<'a> TextModel<'a> {
             tensors.push(Planned::linear(self.checkpoint, &module, &weight, rows)?);
             let bias = format!("{module}.bias");
             if self.checkpoint.contains(&bias) {
-                let part = super::tensors::Part::Ordered(rows);
                 let name = format!("{name}.bias");
-                tensors.push(Planned::stored(self.checkpoint, &bias, &name, part, None)?);
+                let planned = Planned::stored(self.checkpoint, &bias, &name, rows.part(), None)?;
+                tensors.push(planned);
             }
         }
         for (norm, name) in self.layer_norms() {
@@ -274,7 +290,7 @@ impl<'a> TextModel<'a> {
 
     fn plain(&self, tensor: &str, name: &str) -> Result<Planned> {
         let tensor = format!("{}.{tensor}", self.architecture.names.decoder);
-        let part = super::tensors::Part::Whole;
+        let part = Part::Whole;
         Planned::stored(self.checkpoint, &tensor, name, part, None)
     }
 
@@ -316,7 +332,7 @@ impl<'a> TextModel<'a> {
                 kind: TensorType::F32,
                 shape: vec![factors.len()],
             },
-            source: Source::Values(factors),
+            origin: Origin::Computed { values: factors },
         })
     }
 }

@@ -13,8 +13,8 @@
 
 mod special;
 
-use super::container::Value;
 use crate::checkpoint::Checkpoint;
+use crate::gguf::Value;
 use crate::processor::read_json;
 use crate::{Error, Result};
 use serde_json::Value as Json;

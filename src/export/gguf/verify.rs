@@ -3,10 +3,11 @@
 //! The source is written once more, to where temporary files go, and the two are held together tensor
 //! by tensor: same bytes, or, where one has codes and the other numbers, so far apart.
 
-use super::{GgufFile, TensorSpec, TensorType, decode, write_all};
+use super::write_all;
+use crate::Result;
 use crate::checkpoint::{Checkpoint, DType, PendingFolder};
 use crate::export::verify::distance;
-use crate::{Error, Result};
+use crate::gguf::{GgufFile, TensorSpec, TensorType, decode, gguf_files};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -21,24 +22,6 @@ pub struct GgufVerified {
     pub problems: Vec<String>,
     /// Tensors that are other numbers than the source's: name, ‖W − Q‖ / ‖W‖, and largest |W − Q|.
     pub distances: Vec<(String, f64, f64)>,
-}
-
-/// The GGUF files of a folder, sorted; the importance matrix, which has no weights, is left out.
-///
-/// # Errors
-/// [`Error::Io`] if the folder cannot be listed.
-pub fn gguf_files(dir: &Path) -> Result<Vec<PathBuf>> {
-    let list = |e| Error::io(dir, "list", e);
-    let mut files = Vec::new();
-    for entry in std::fs::read_dir(dir).map_err(list)? {
-        let path = entry.map_err(list)?.path();
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        if name.ends_with(".gguf") && name != super::IMATRIX_FILE {
-            files.push(path);
-        }
-    }
-    files.sort();
-    Ok(files)
 }
 
 /// Reads every tensor of a folder, and compares with `source` if there is one, quantized or not.
@@ -126,6 +109,10 @@ impl GgufVerified {
                     .push(format!("{kind}: {name} {shape:?}: is not there"));
                 continue;
             };
+            if !origins_agree(found, expected, name) {
+                let problem = format!("{kind}: {name}: another origin than the source says");
+                self.problems.push(problem);
+            }
             let is_same = other.kind == spec.kind && found.bytes(name)? == expected.bytes(name)?;
             if is_same {
                 continue;
@@ -144,6 +131,14 @@ impl GgufVerified {
         let added = added.map(|spec| format!("{kind}: {}: is not in the source", spec.name));
         self.problems.extend(added.collect::<Vec<_>>());
         Ok(())
+    }
+}
+
+/// Whether both files say that this tensor comes from the same place, as codes or not.
+fn origins_agree(a: &GgufFile, b: &GgufFile, tensor: &str) -> bool {
+    match [a, b].map(|file| file.origin(tensor)) {
+        [Some(a), Some(b)] => a.place() == b.place(),
+        _ => false,
     }
 }
 

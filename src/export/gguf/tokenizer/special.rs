@@ -2,7 +2,7 @@
 
 use super::{Tokenizer, read_text};
 use crate::Result;
-use crate::export::gguf::container::Value;
+use crate::gguf::Value;
 use crate::processor::read_json;
 use serde_json::Value as Json;
 use std::collections::BTreeMap;

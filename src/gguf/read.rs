@@ -2,9 +2,11 @@
 //! values and tensors that [`super::container`] writes.
 
 use super::container::{ALIGNMENT, LIST_TYPE, MAGIC, TensorSpec, TensorType, VERSION, Value};
+use super::origin::{ORIGINS, Origin};
 use crate::{Error, Result};
 use std::fs::File;
 use std::io::{BufReader, Read, Seek, SeekFrom};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 /// Longest text that is read, in bytes.
@@ -28,6 +30,14 @@ impl GgufFile {
     /// [`Value`] does not have.
     pub fn open(path: &Path) -> Result<Self> {
         let file = File::open(path).map_err(|e| Error::io(path, "open", e))?;
+        Self::of(path, file)
+    }
+
+    /// As [`GgufFile::open`], of an open file at its beginning.
+    ///
+    /// # Errors
+    /// As [`GgufFile::open`].
+    pub(crate) fn of(path: &Path, file: File) -> Result<Self> {
         let metadata = file.metadata().map_err(|e| Error::io(path, "inspect", e))?;
         let mut cursor = Cursor {
             path,
@@ -90,6 +100,41 @@ impl GgufFile {
     /// A tensor by its name.
     pub fn tensor(&self, name: &str) -> Option<&TensorSpec> {
         self.tensors().find(|spec| spec.name == name)
+    }
+
+    /// The value of a key.
+    pub fn key(&self, name: &str) -> Option<&Value> {
+        let found = self.keys.iter().find(|(key, _)| key == name);
+        found.map(|(_, value)| value)
+    }
+
+    /// What a tensor is made of, if the file is one of ours and says so.
+    pub(crate) fn origin(&self, tensor: &str) -> Option<Origin> {
+        let Value::Texts(texts) = self.key(ORIGINS)? else {
+            return None;
+        };
+        let index = self.tensors().position(|spec| spec.name == tensor)?;
+        Origin::from_text(texts.get(index)?)
+    }
+
+    /// All tensors, in file order, with where in the file their bytes are.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if one does not fit into this machine's memory.
+    pub(crate) fn places(&self) -> Result<Vec<(&TensorSpec, Range<usize>)>> {
+        let mut places = Vec::with_capacity(self.tensors.len());
+        for (spec, offset) in &self.tensors {
+            let start = self.data_start + offset;
+            let bounds = [start, start + spec.n_bytes()?].map(usize::try_from);
+            let [Ok(start), Ok(end)] = bounds else {
+                return Err(Error::Invalid {
+                    what: format!("tensor {} of {}", spec.name, self.path.display()),
+                    why: "does not fit this machine".into(),
+                });
+            };
+            places.push((spec, start..end));
+        }
+        Ok(places)
     }
 
     /// The stored bytes of a tensor.

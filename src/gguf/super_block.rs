@@ -5,6 +5,7 @@
 //! stored exactly. No scale is fitted here: where there is no such number that is
 //! an error, not an approximation.
 
+use super::codes::Group;
 #[cfg(doc)]
 use crate::plan::ScaleDtype;
 use crate::plan::super_block::{
@@ -99,29 +100,70 @@ fn low_bits(bytes: &[u8], index: usize) -> u8 {
     (bytes[RUN * half + rest % RUN] >> (2 * (rest / RUN))) & 3
 }
 
-/// The weights of one Q2_K super-block.
-pub fn decode_two(block: &[u8]) -> Vec<f32> {
+/// Scale and offset of each group, and the codes, of one Q2_K super-block.
+fn parts_of_two(block: &[u8]) -> impl Iterator<Item = (f32, f32, Vec<u8>)> {
     let f16_at = |at: usize| f16::from_le_bytes([block[at], block[at + 1]]).to_f32();
     let (d, dmin) = (f16_at(80), f16_at(82));
-    let weight = |index: usize| {
-        let scale = block[index / GROUP];
-        let code = f32::from(low_bits(&block[16..80], index));
-        d * f32::from(scale & 15) * code - dmin * f32::from(scale >> 4)
-    };
-    (0..SUPER).map(weight).collect()
+    (0..N_GROUPS).map(move |group| {
+        let packed = block[group];
+        let columns = group * GROUP..(group + 1) * GROUP;
+        let codes = columns.map(|index| low_bits(&block[16..80], index));
+        (
+            d * f32::from(packed & 15),
+            dmin * f32::from(packed >> 4),
+            codes.collect(),
+        )
+    })
+}
+
+/// The weights of one Q2_K super-block.
+pub fn decode_two(block: &[u8]) -> Vec<f32> {
+    let groups = parts_of_two(block);
+    let weights = groups.flat_map(|(scale, offset, codes)| {
+        let codes = codes.into_iter();
+        codes.map(move |code| scale * f32::from(code) - offset)
+    });
+    weights.collect()
+}
+
+/// The groups of one Q2_K super-block; `None` if they are not centred on zero.
+pub(super) fn groups_of_two(block: &[u8]) -> Option<Vec<Group>> {
+    let groups = parts_of_two(block).map(|(scale, offset, codes)| {
+        (offset == 2.0 * scale).then_some(Group {
+            codes,
+            scale,
+            zero_point: 2,
+        })
+    });
+    groups.collect()
+}
+
+/// The groups of one Q3_K super-block, whose weights are those of the format.
+pub(super) fn groups_of_three(block: &[u8]) -> Vec<Group> {
+    let d = f16::from_le_bytes([block[108], block[109]]).to_f32();
+    let groups = (0..N_GROUPS).map(|group| {
+        let low = (block[96 + group % 8] >> (4 * (group / 8))) & 15;
+        let high = (block[104 + group % 4] >> (2 * (group / 4))) & 3;
+        let columns = group * GROUP..(group + 1) * GROUP;
+        let code = |index: usize| {
+            let top = (block[index % RUN] >> (index / RUN)) & 1;
+            low_bits(&block[32..96], index) | (top << 2)
+        };
+        Group {
+            codes: columns.map(code).collect(),
+            scale: d * (f32::from(low | (high << 4)) - 32.0),
+            zero_point: 4,
+        }
+    });
+    groups.collect()
 }
 
 /// The weights of one Q3_K super-block.
 pub fn decode_three(block: &[u8]) -> Vec<f32> {
-    let d = f16::from_le_bytes([block[108], block[109]]).to_f32();
-    let weight = |index: usize| {
-        let group = index / GROUP;
-        let low = (block[96 + group % 8] >> (4 * (group / 8))) & 15;
-        let high = (block[104 + group % 4] >> (2 * (group / 4))) & 3;
-        let scale = f32::from(low | (high << 4)) - 32.0;
-        let top = (block[index % RUN] >> (index / RUN)) & 1;
-        let code = low_bits(&block[32..96], index) | (top << 2);
-        d * scale * (f32::from(code) - 4.0)
-    };
-    (0..SUPER).map(weight).collect()
+    let groups = groups_of_three(block).into_iter();
+    let weights = groups.flat_map(|group| {
+        let codes = group.codes.into_iter();
+        codes.map(move |code| group.scale * (f32::from(code) - 4.0))
+    });
+    weights.collect()
 }

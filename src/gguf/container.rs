@@ -312,7 +312,7 @@ impl Writer {
 ///
 /// # Errors
 /// As [`Writer::create`].
-pub(super) fn in_memory(
+pub(crate) fn in_memory(
     keys: &[(String, Value)],
     tensors: &[(TensorSpec, Vec<f32>)],
 ) -> Result<Vec<u8>> {
@@ -374,7 +374,7 @@ fn header_of(keys: &[(String, Value)], tensors: &[TensorSpec]) -> Result<Vec<u8>
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::export::gguf::read::GgufFile;
+    use crate::gguf::GgufFile;
     use proptest::prelude::*;
 
     #[test]

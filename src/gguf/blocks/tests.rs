@@ -1,5 +1,6 @@
 use super::*;
 use crate::Matrix;
+use crate::gguf::codes;
 use crate::plan::ScaleDtype;
 use crate::plan::super_block::common_unit;
 use proptest::prelude::*;
@@ -43,6 +44,19 @@ fn encoded(weight: &QuantizedWeight) -> (TensorType, Vec<u8>, Rounding) {
     (kind, blocks, rounding)
 }
 
+/// [`codes`] is the way back.
+fn assert_codes_come_back(weight: &QuantizedWeight, blocks: &[u8], kind: TensorType) {
+    let shape = [weight.rows(), weight.cols()];
+    let found = codes("m", blocks, kind, weight.scheme(), shape).unwrap();
+    assert_eq!(found.codes(), weight.codes());
+    assert_eq!(found.zero_points(), weight.zero_points());
+    assert_eq!(found.scales(), weight.scales());
+    let scheme = weight
+        .scheme()
+        .with_scale_dtype(found.scheme().scale_dtype());
+    assert_eq!(found.scheme(), scheme);
+}
+
 proptest! {
     #[test]
     fn symmetric_weights_are_exact(
@@ -55,6 +69,7 @@ proptest! {
         prop_assert_eq!(blocks.len(), 2 * 6 * kind.block_bytes());
         prop_assert_eq!(decode(&blocks, kind).unwrap(), weight.dequantize().into_vec());
         prop_assert_eq!(rounding.n_scales_rounded, 0);
+        assert_codes_come_back(&weight, &blocks, kind);
     }
 
     /// An offset has 12 bits (8 of the scale, 4 of the zero point), f16 has 11: half an ulp of it.
@@ -67,6 +82,7 @@ proptest! {
         let weight = weight(bits, group, false, 192, seed);
         let (kind, blocks, rounding) = encoded(&weight);
         prop_assert_eq!(kind, TensorType::Q4_1);
+        assert_codes_come_back(&weight, &blocks, kind);
         let largest = f64::from(weight.scheme().max_code());
         prop_assert!(rounding.largest_offset_change <= largest * 2f64.powi(-11));
         let expected = weight.dequantize();
@@ -94,6 +110,7 @@ proptest! {
         let weight = QuantizedWeight::new("m", scheme, [2, 512], codes, scales, zeros).unwrap();
         let (kind, blocks, _) = encoded(&weight);
         prop_assert_eq!(kind, if is_three { TensorType::Q3K } else { TensorType::Q2K });
+        assert_codes_come_back(&weight, &blocks, kind);
         prop_assert_eq!(decode(&blocks, kind).unwrap(), weight.dequantize().into_vec());
     }
 }

@@ -83,7 +83,7 @@ impl Rounding {
 ///
 /// # Errors
 /// [`Error::Unsupported`] naming `module`, what was found, and what can be done.
-pub fn kind_of(module: &str, scheme: Scheme, cols: usize) -> Result<TensorType> {
+pub(crate) fn kind_of(module: &str, scheme: Scheme, cols: usize) -> Result<TensorType> {
     let refuse = |why: String| {
         Err(Error::Unsupported {
             what: format!("{module}: {why}"),
@@ -126,7 +126,7 @@ pub fn kind_of(module: &str, scheme: Scheme, cols: usize) -> Result<TensorType> 
 /// # Errors
 /// [`Error::Unsupported`] naming `module` for a scale that f16 cannot hold, or for super-blocks
 /// whose scales are no multiples of one number.
-pub fn encode(
+pub(crate) fn encode(
     module: &str,
     weight: &QuantizedWeight,
     kind: TensorType,
