@@ -127,6 +127,8 @@ pub(crate) enum Part {
     Rows(Range<usize>),
     /// One frame of a convolution `[out, in, frames, height, width]`.
     Frame(usize),
+    /// All of a table of positions `[1, rows, width]`, its first row, the class token's, last.
+    ClassLast,
 }
 
 impl Part {
@@ -149,6 +151,7 @@ impl Part {
                 }
                 _ => None,
             },
+            Self::ClassLast => (shape.len() == 3 && shape[0] == 1).then(|| shape.to_vec()),
         };
         found.ok_or_else(|| Error::Unsupported {
             what: format!("{name} of shape {shape:?} in a GGUF file; {self:?} of it was expected"),
@@ -176,13 +179,18 @@ impl Part {
                 let planes = bytes.chunks_exact(plane).skip(*frame).step_by(shape[2]);
                 planes.flatten().copied().collect()
             }
+            Self::ClassLast => {
+                let mut bytes = bytes;
+                bytes.rotate_left(shape[2] * size);
+                bytes
+            }
         }
     }
 
     /// Where it stands among the parts of one tensor.
     fn order(&self) -> usize {
         match self {
-            Self::Whole | Self::Ordered(_) => 0,
+            Self::Whole | Self::Ordered(_) | Self::ClassLast => 0,
             Self::Rows(rows) => rows.start,
             Self::Frame(frame) => *frame,
         }
@@ -226,8 +234,12 @@ impl Parts {
         }
         let mut whole = shape.clone();
         match first {
-            Part::Whole | Part::Ordered(_) if self.parts.len() > 1 => return None,
+            Part::Whole | Part::Ordered(_) | Part::ClassLast if self.parts.len() > 1 => {
+                return None;
+            }
             Part::Whole => {}
+            Part::ClassLast if shape.len() == 3 && shape[0] == 1 => {}
+            Part::ClassLast => return None,
             Part::Ordered(rows) => rows.check("", shape[0]).ok()?,
             Part::Rows(_) => whole[0] = self.n_rows(&shape[1..])?,
             Part::Frame(_) => whole.insert(2, self.n_frames(shape)?),
@@ -275,6 +287,11 @@ impl Parts {
                 let planes = starts.flat_map(|at| parts.iter().map(move |p| &p[at..at + plane]));
                 planes.flatten().copied().collect()
             }
+            Some((Part::ClassLast, shape, _)) => {
+                let mut whole = parts.concat();
+                whole.rotate_right(shape[2] * size);
+                whole
+            }
             _ => parts.concat(),
         }
     }
@@ -321,8 +338,9 @@ mod tests {
     fn parts_are_put_together_again() {
         let bytes: Vec<u8> = (0..96).collect();
         let paired = Part::Ordered(Rows::Paired { n_heads: 2 });
-        let cases: [(&[usize], Vec<Part>); 4] = [
+        let cases: [(&[usize], Vec<Part>); 5] = [
             (&[8, 12], vec![Part::Whole]),
+            (&[1, 6, 16], vec![Part::ClassLast]),
             (&[12, 8], vec![paired]),
             (
                 &[6, 16],
@@ -362,6 +380,7 @@ mod tests {
             vec![rows(0, 2), (Part::Whole, vec![2, 4])],
             vec![(Part::Whole, vec![2]), (Part::Whole, vec![2])],
             vec![(Part::Whole, vec![2, 0])],
+            vec![(Part::ClassLast, vec![2, 3, 4])],
             vec![heads(0)],
             vec![heads(4)],
             vec![heads(usize::MAX)],

@@ -25,9 +25,9 @@ const MAX_TOKENS: usize = 1 << 16;
 const MAX_BYTES: usize = 1 << 31;
 
 /// The mean of ImageNet, which OpenGVLab's code normalises with.
-const IMAGENET_MEAN: [f64; CHANNELS] = [0.485, 0.456, 0.406];
+pub(crate) const IMAGENET_MEAN: [f64; CHANNELS] = [0.485, 0.456, 0.406];
 /// The deviation of ImageNet.
-const IMAGENET_STD: [f64; CHANNELS] = [0.229, 0.224, 0.225];
+pub(crate) const IMAGENET_STD: [f64; CHANNELS] = [0.229, 0.224, 0.225];
 
 /// The token that stands for a row of the tower's output, unless the tokenizer names another.
 pub const CONTEXT_TOKEN: &str = "<IMG_CONTEXT>";

@@ -426,8 +426,8 @@ class InternVL:
     model_type = "internvl"
     variants = ["qwen2", "qwen3", "llama"]
     model = hf.InternVLForConditionalGeneration
-    sides = dict(qwen2=56, qwen3=84, llama=28)
-    tiles = dict(qwen2=(1, 6), qwen3=(1, 1), llama=(2, 12))
+    sides = dict(qwen2=56, qwen3=84, llama=28, converted=56)
+    tiles = dict(qwen2=(1, 6), qwen3=(1, 1), llama=(2, 12), converted=(1, 12))
 
     @classmethod
     def config(cls, variant, ids, vocab):
@@ -435,16 +435,18 @@ class InternVL:
         texts = dict(
             qwen2=dict(max_position_embeddings=32,
                        rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)),
-            qwen3=dict(head_dim=32, attention_bias=True), llama={})
+            qwen3=dict(head_dim=32, attention_bias=True), llama={}, converted={})
         towers = dict(
+            # llama.cpp's converter knows the parts of the projector as layers, and so asks for four.
+            converted=dict(num_hidden_layers=4, attention_bias=True),
             qwen2=dict(use_mean_pooling=False),
             qwen3=dict(use_qk_norm=True, norm_type="rms_norm", attention_bias=True),
             llama=dict(use_mean_pooling=False))
         return hf.InternVLConfig(
-            text_config=text(64, 4, 2, 96, 2, vocab_size=vocab, model_type=variant,
-                             tie_word_embeddings=tied, **texts[variant]),
-            vision_config=dict(hidden_size=48, num_attention_heads=3, num_hidden_layers=3,
-                               intermediate_size=80, image_size=[side, side], **towers[variant]),
+            text_config=text(64, 4, 2, 96, 2, vocab_size=vocab, tie_word_embeddings=tied,
+                             model_type="qwen2" if variant == "converted" else variant, **texts[variant]),
+            vision_config={**dict(hidden_size=48, num_attention_heads=3, num_hidden_layers=3, intermediate_size=80,
+                                  image_size=[side, side]), **towers[variant]},
             vision_feature_layer=-2 if tied else -1, tie_word_embeddings=tied,
             image_token_id=ids["<IMG_CONTEXT>"], image_seq_length=(side // 28) ** 2)
 

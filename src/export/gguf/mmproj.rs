@@ -6,6 +6,7 @@
 //! Source: ggml-org/llama.cpp `conversion/` (`base.py` `MmprojModel`, `qwenvl.py`, `qwen3vl.py`,
 //! `smolvlm.py`), `tools/mtmd/clip.cpp`, and for LLaVA `tools/mtmd/legacy-models`.
 
+mod internvl;
 mod qwen;
 mod vit;
 
@@ -46,10 +47,12 @@ pub(super) fn plan(checkpoint: &Checkpoint, architecture: &Architecture) -> Resu
         "qwen3_vl" => tower.qwen3(),
         "idefics3" | "smolvlm" => tower.idefics3(),
         "llava" => tower.llava(),
+        "internvl" => tower.internvl(),
+        "internvl_chat" => tower.internvl_chat(),
         other => Err(Error::Unsupported {
             what: format!(
                 "vision tower and projector of {other} as GGUF; those of qwen2_vl, qwen2_5_vl, \
-                 qwen3_vl, idefics3, smolvlm and llava are written"
+                 qwen3_vl, idefics3, smolvlm, llava, internvl and internvl_chat are written"
             ),
         }),
     }
@@ -134,12 +137,32 @@ impl Tower<'_> {
         Ok(())
     }
 
+    /// Adds a stored tensor, if there is one of this name.
+    fn add_if_there(&mut self, tensor: &str, name: &str) -> Result<()> {
+        match self.checkpoint.contains(tensor) {
+            true => self.add(tensor, name, Part::Whole, None),
+            false => Ok(()),
+        }
+    }
+
     /// Adds weight and, if there is one, bias of a linear or norm.
     fn pair(&mut self, module: &str, name: &str) -> Result<()> {
-        let (weight, bias) = (format!("{module}.weight"), format!("{module}.bias"));
+        let weight = format!("{module}.weight");
         self.add(&weight, &format!("{name}.weight"), Part::Whole, None)?;
-        if self.checkpoint.contains(&bias) {
-            self.add(&bias, &format!("{name}.bias"), Part::Whole, None)?;
+        self.add_if_there(&format!("{module}.bias"), &format!("{name}.bias"))
+    }
+
+    /// Queries, keys and values, which the checkpoint has in one linear, in three.
+    fn split_qkv(&mut self, module: &str, to: &str) -> Result<()> {
+        let width = self.architecture.vision.size().width;
+        for (index, role) in ["q", "k", "v"].into_iter().enumerate() {
+            for suffix in ["weight", "bias"] {
+                let tensor = format!("{module}.{suffix}");
+                if suffix == "weight" || self.checkpoint.contains(&tensor) {
+                    let part = Part::Rows(index * width..(index + 1) * width);
+                    self.add(&tensor, &format!("{to}.attn_{role}.{suffix}"), part, None)?;
+                }
+            }
         }
         Ok(())
     }

@@ -32,7 +32,7 @@ impl Tower<'_> {
         ];
         for layer in 0..self.architecture.vision.size().depth {
             let (from, to) = (format!("{prefix}.blocks.{layer}"), format!("v.blk.{layer}"));
-            self.split_qkv(&from, &to)?;
+            self.split_qkv(&format!("{from}.attn.qkv"), &to)?;
             for (module, name) in mlp.iter().chain(&others) {
                 self.pair(&format!("{from}.{module}"), &format!("{to}.{name}"))?;
             }
@@ -149,19 +149,6 @@ impl Tower<'_> {
         }
         self.add(&tensor, "v.patch_embd.weight", Part::Frame(0), kind)?;
         self.add(&tensor, "v.patch_embd.weight.1", Part::Frame(1), kind)
-    }
-
-    /// Queries, keys and values, which the checkpoint has in one linear, in three.
-    fn split_qkv(&mut self, from: &str, to: &str) -> Result<()> {
-        let width = self.architecture.vision.size().width;
-        for (index, role) in ["q", "k", "v"].into_iter().enumerate() {
-            for suffix in ["weight", "bias"] {
-                let part = Part::Rows(index * width..(index + 1) * width);
-                let tensor = format!("{from}.attn.qkv.{suffix}");
-                self.add(&tensor, &format!("{to}.attn_{role}.{suffix}"), part, None)?;
-            }
-        }
-        Ok(())
     }
 
     /// Each how manieth layer sees whole frames.

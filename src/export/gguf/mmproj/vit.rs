@@ -1,6 +1,7 @@
-//! The plain vision transformers: SigLIP of Idefics3 and SmolVLM, CLIP and SigLIP of LLaVA.
+//! The plain vision transformers: SigLIP of Idefics3 and SmolVLM, CLIP and SigLIP of LLaVA, InternViT.
 
 use super::{Mmproj, Part, Sizes, TensorType, Tower, Value, patch_kind};
+use crate::model::vision::vit::{CLIP, QkvNames, SIGLIP, VitNames};
 use crate::{Error, Result};
 
 /// Where checkpoints keep the tower, by family and age.
@@ -26,7 +27,7 @@ impl Tower<'_> {
         let edge = self.images["size"]["longest_edge"].as_u64();
         let edge = edge.and_then(|n| usize::try_from(n).ok()).unwrap_or(image);
         self.size("preproc_image_size", edge);
-        self.vit(prefix, Some(TensorType::F32), true)?;
+        self.vit(prefix, &SIGLIP, Some(TensorType::F32), Part::Whole)?;
         let projection = "model.connector.modality_projection.proj";
         self.pair(projection, "mm.model.fc")?;
         Ok(self.done())
@@ -55,7 +56,11 @@ impl Tower<'_> {
         // Without this key the last layer of the file would be left out.
         let depth = self.architecture.vision.size().depth as i32;
         self.key("vision.feature_layer", Value::I32s(vec![depth]));
-        self.vit(prefix, None, false)?;
+        let names = VitNames {
+            post_norm: None,
+            ..if is_clip { CLIP } else { SIGLIP }
+        };
+        self.vit(prefix, &names, None, Part::Whole)?;
         let projectors = ["multi_modal_projector", "model.multi_modal_projector"];
         let projector = self.prefix(&projectors, "linear_1.weight")?;
         if !self
@@ -94,7 +99,7 @@ impl Tower<'_> {
     }
 
     /// The key of the MLP's activation, of which quick_gelu is what is taken without.
-    fn activation(&mut self, default: &'static str) -> Result<()> {
+    pub(super) fn activation(&mut self, default: &'static str) -> Result<()> {
         match self.node.text_or("hidden_act", default)? {
             "quick_gelu" => {}
             "gelu" | "gelu_pytorch_tanh" => self.key("use_gelu", Value::Bool(true)),
@@ -104,44 +109,75 @@ impl Tower<'_> {
         Ok(())
     }
 
-    /// The transformer: the layers that are run, and the norm after them if it is.
-    fn vit(&mut self, prefix: &str, patches: Option<TensorType>, post_norm: bool) -> Result<()> {
-        let tensor = format!("{prefix}.{PATCHES}");
+    /// The transformer: what goes in, the layers that are run, and the norm after them if `names` have one.
+    /// The patches' convolution is of the type `patches`, or else of that of [`patch_kind`].
+    pub(super) fn vit(
+        &mut self,
+        prefix: &str,
+        names: &VitNames,
+        patches: Option<TensorType>,
+        positions: Part,
+    ) -> Result<()> {
+        let of_tower = |name: &str| format!("{prefix}.{name}");
+        let tensor = of_tower(&format!("{}.weight", names.patch));
         let kind = patches.unwrap_or(patch_kind(self.require(&tensor)?.0));
         self.add(&tensor, "v.patch_embd.weight", Part::Whole, Some(kind))?;
-        let bias = format!("{prefix}.embeddings.patch_embedding.bias");
-        if self.checkpoint.contains(&bias) {
-            self.add(&bias, "v.patch_embd.bias", Part::Whole, None)?;
+        self.add_if_there(
+            &of_tower(&format!("{}.bias", names.patch)),
+            "v.patch_embd.bias",
+        )?;
+        let kind = Some(TensorType::F32);
+        if let Some(class) = names.class {
+            self.add(&of_tower(class), "v.class_embd", Part::Whole, kind)?;
         }
-        let class = format!("{prefix}.embeddings.class_embedding");
-        if self.checkpoint.contains(&class) {
-            self.add(&class, "v.class_embd", Part::Whole, Some(TensorType::F32))?;
-        }
-        let (positions, kind) = (format!("{prefix}.{POSITIONS}"), Some(TensorType::F32));
-        self.add(&positions, "v.position_embd.weight", Part::Whole, kind)?;
-        if self
-            .checkpoint
-            .contains(&format!("{prefix}.pre_layrnorm.weight"))
-        {
-            self.pair(&format!("{prefix}.pre_layrnorm"), "v.pre_ln")?;
+        let table = of_tower(names.positions);
+        self.add(&table, "v.position_embd.weight", positions, kind)?;
+        if let Some(norm) = names.pre_norm {
+            self.pair(&of_tower(norm), "v.pre_ln")?;
         }
         for layer in 0..self.architecture.vision.size().depth {
-            for (module, name) in [
-                ("self_attn.q_proj", "attn_q"),
-                ("self_attn.k_proj", "attn_k"),
-                ("self_attn.v_proj", "attn_v"),
-                ("self_attn.out_proj", "attn_out"),
-                ("mlp.fc1", "ffn_up"),
-                ("mlp.fc2", "ffn_down"),
-                ("layer_norm1", "ln1"),
-                ("layer_norm2", "ln2"),
-            ] {
-                let module = format!("{prefix}.encoder.layers.{layer}.{module}");
-                self.pair(&module, &format!("v.blk.{layer}.{name}"))?;
+            let from = of_tower(&format!("{}.{layer}", names.layers));
+            self.vit_layer(&from, &format!("v.blk.{layer}"), names)?;
+        }
+        if let Some(norm) = names.post_norm {
+            self.pair(&of_tower(norm), "v.post_ln")?;
+        }
+        Ok(())
+    }
+
+    fn vit_layer(&mut self, from: &str, to: &str, names: &VitNames) -> Result<()> {
+        let qkv = ["attn_q", "attn_k", "attn_v"];
+        match names.qkv {
+            QkvNames::Fused(module) => self.split_qkv(&format!("{from}.{module}"), to)?,
+            QkvNames::Separate(modules) => {
+                for (module, name) in modules.iter().zip(qkv) {
+                    self.pair(&format!("{from}.{module}"), &format!("{to}.{name}"))?;
+                }
             }
         }
-        if post_norm {
-            self.pair(&format!("{prefix}.post_layernorm"), "v.post_ln")?;
+        for (module, name) in [
+            (names.out, "attn_out"),
+            (names.norm1, "ln1"),
+            (names.norm2, "ln2"),
+            (names.fc1, "ffn_up"),
+            (names.fc2, "ffn_down"),
+        ] {
+            self.pair(&format!("{from}.{module}"), &format!("{to}.{name}"))?;
+        }
+        for (norm, name) in names
+            .qk_norm
+            .iter()
+            .flatten()
+            .zip(["attn_q_norm", "attn_k_norm"])
+        {
+            self.add_if_there(
+                &format!("{from}.{norm}.weight"),
+                &format!("{to}.{name}.weight"),
+            )?;
+        }
+        for (factor, name) in names.scales.iter().flatten().zip(["ls1", "ls2"]) {
+            let factor = format!("{from}.{factor}");
+            self.add(&factor, &format!("{to}.{name}.weight"), Part::Whole, None)?;
         }
         Ok(())
     }
