@@ -5,6 +5,7 @@ use super::{ModelArg, SCHEMA, open_model, print_json, say};
 use std::process::ExitCode;
 use vlmq::families::open_processor;
 use vlmq::model::LoadedModel;
+use vlmq::model::generation::Request;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -24,8 +25,15 @@ pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
     let model = LoadedModel::load(source)?;
     let features = input.images.iter().map(|image| model.image_features(image));
     let features = features.collect::<vlmq::Result<Vec<_>>>()?;
-    let (start, eos) = (model.nothing(), processor.eos_ids());
-    let ids = model.generate(&start, &input, &features, eos, args.max_new_tokens)?;
+    let start = model.nothing();
+    let request = Request {
+        prefix: &start,
+        input: &input,
+        features,
+        max_new_tokens: args.max_new_tokens,
+    };
+    let answers = model.generate(&[request], processor.eos_ids(), &|| {})?;
+    let ids = answers.concat();
     let text = processor.decode(&ids)?;
     if json {
         print_json(serde_json::json!({

@@ -5,19 +5,19 @@
 //! which sees changes long before an answer flips. Of raw texts, perplexity and the same divergence
 //! over their tokens.
 
+mod generation;
 mod score;
 mod task;
 mod text;
 
+pub use generation::generate_answers;
 pub use score::{AnswerScore, Divergence, Reference, score_answers};
 pub use task::{EvalItem, Task, TaskItems, TaskRows, open_tasks};
 pub use text::{TextItem, TextReference, TextScore, perplexity, score_texts};
 
 use crate::model::LoadedModel;
-use crate::model::loaded::Prefix;
 use crate::processor::Processor;
 use crate::{Error, Result};
-use rayon::prelude::*;
 use serde::Serialize;
 use std::collections::BTreeMap;
 
@@ -105,45 +105,21 @@ pub fn answer_all(
     items: &[EvalItem],
     on_answer: &(dyn Fn() + Sync),
 ) -> Result<Vec<Prediction>> {
-    let answer_group = |group: &&[EvalItem]| {
-        let prefix = task::shared_prefix(model, group)?;
-        let one = |item| {
-            let prediction = answer(model, processor, &prefix, item)?;
-            on_answer();
-            Ok(prediction)
-        };
-        group.iter().map(one).collect::<Result<Vec<_>>>()
-    };
-    let groups = task::groups(items);
-    Ok(groups
-        .par_iter()
-        .map(answer_group)
-        .collect::<Result<Vec<_>>>()?
-        .concat())
-}
-
-fn answer(
-    model: &LoadedModel,
-    processor: &Processor,
-    prefix: &Prefix,
-    item: &EvalItem,
-) -> Result<Prediction> {
-    if item.answers.is_empty() {
+    if let Some(item) = items.iter().find(|item| item.answers.is_empty()) {
         return Err(Error::Missing {
             what: "right answer".into(),
             place: item.origin.clone(),
         });
     }
-    let (features, eos) = (item.features(model)?, processor.eos_ids());
-    let ids = model.generate(prefix, &item.prompt, &features, eos, MAX_ANSWER_TOKENS)?;
-    let answer = processor.decode(&ids)?;
-    Ok(Prediction {
+    let answers = generate_answers(model, processor, items, MAX_ANSWER_TOKENS, on_answer)?;
+    let predictions = items.iter().zip(answers).map(|(item, answer)| Prediction {
         id: item.id.clone(),
         category: item.category.clone(),
         correct: is_correct(&answer, &item.answers),
         answer: answer.trim().to_owned(),
         expected: item.answers.clone(),
-    })
+    });
+    Ok(predictions.collect())
 }
 
 #[cfg(test)]

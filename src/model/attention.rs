@@ -131,6 +131,21 @@ impl Scoring {
     }
 }
 
+/// Attention of the last token of a sequence, which sees all `seen` keys and values
+/// `[kv_heads, n, head_dim]`: its queries are `[heads, 1, head_dim]`, the result
+/// `[1, heads · head_dim]`.
+///
+/// # Errors
+/// A tensor error if shapes disagree.
+pub fn attend_last(queries: &Tensor, seen: &[Tensor; 2], scoring: Scoring) -> Result<Tensor> {
+    let [keys, values] = seen;
+    let (n_heads, _, head_dim) = queries.dims3()?;
+    let grouped = queries.reshape((keys.dim(0)?, (), head_dim))?;
+    let scores = scoring.forward(&grouped.matmul(&keys.t()?)?)?;
+    let heads = softmax_last_dim(&scores)?.matmul(values)?;
+    Ok(heads.reshape((1, n_heads * head_dim))?)
+}
+
 /// Attention of one layer over some new tokens, with everything that a backward pass needs.
 #[derive(Clone, Debug)]
 pub struct Attention {

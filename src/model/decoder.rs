@@ -13,7 +13,7 @@
 //! Calibration walks these stages one by one, so that no part of a forward is ever run twice.
 //! All activations are `[n_tokens, width]`, one sample at a time; no padding exists.
 
-use crate::model::attention::{Attention, Mask, Scoring, block_len};
+use crate::model::attention::{Attention, Mask, Scoring, attend_last, block_len};
 use crate::model::context::TokenContext;
 use crate::model::decoder_config::{Activation, Ahead};
 use crate::model::experts::{Router, Routing};
@@ -24,6 +24,7 @@ use crate::model::rope::Rope;
 use crate::{Error, Result};
 use candle_core::Tensor;
 use candle_nn::ops::silu;
+use rayon::prelude::*;
 use std::collections::BTreeMap;
 
 /// One transformer layer's weights in f32, or those of them that are needed.
@@ -53,6 +54,53 @@ pub struct DecoderLayer {
 #[derive(Clone, Debug, Default)]
 pub struct KvCache {
     keys_values: Option<(Tensor, Tensor)>,
+}
+
+/// Keys and values of one sequence that is being continued token by token, with room for what is to
+/// come: adding a token copies nothing that is there.
+#[derive(Debug)]
+pub struct DecodeCache {
+    keys: Tensor,
+    values: Tensor,
+    n_tokens: usize,
+}
+
+impl DecodeCache {
+    /// A copy of what `cache` holds, with room for `n_new` tokens more.
+    ///
+    /// # Errors
+    /// [`Error::Missing`] for a cache without any token; a tensor error for too little memory.
+    pub fn new(cache: &KvCache, n_new: usize) -> Result<Self> {
+        let (keys, values) = cache.keys_values.as_ref().ok_or_else(|| Error::Missing {
+            what: "a first token".into(),
+            place: "the cache of keys and values".into(),
+        })?;
+        let (heads, n_tokens, head_dim) = keys.dims3()?;
+        let with_room = |past: &Tensor| -> Result<Tensor> {
+            let shape = (heads, n_tokens + n_new, head_dim);
+            let whole = Tensor::zeros(shape, past.dtype(), past.device())?;
+            whole.slice_set(&past.contiguous()?, 1, 0)?;
+            Ok(whole)
+        };
+        Ok(Self {
+            keys: with_room(keys)?,
+            values: with_room(values)?,
+            n_tokens,
+        })
+    }
+
+    /// Adds a token's `[kv_heads, 1, head_dim]`; gives those of the last `window` tokens, or of all.
+    fn push(&mut self, k: &Tensor, v: &Tensor, window: Option<usize>) -> Result<[Tensor; 2]> {
+        self.keys.slice_set(&k.contiguous()?, 1, self.n_tokens)?;
+        self.values.slice_set(&v.contiguous()?, 1, self.n_tokens)?;
+        self.n_tokens += 1;
+        let n = window.map_or(self.n_tokens, |window| window.min(self.n_tokens));
+        let start = self.n_tokens - n;
+        Ok([
+            self.keys.narrow(1, start, n)?,
+            self.values.narrow(1, start, n)?,
+        ])
+    }
 }
 
 impl KvCache {
@@ -135,16 +183,24 @@ impl DecoderLayer {
         lengths: &[usize],
         cache: &mut KvCache,
     ) -> Result<Attention> {
-        let rope = context.rope(self.window.is_some());
-        let queries = self.heads(Projection::Q, n1)?;
-        let keys = self.heads(Projection::K, n1)?;
-        let values = self.heads(Projection::V, n1)?;
-        let queries = rope.rotate(&normed(&self.queries, queries)?)?;
-        let keys = rope.rotate(&normed(&self.keys, keys)?)?;
+        let [queries, keys, values] = self.queries_keys_values(n1, context)?;
         let (keys, values) = cache.extend(keys, values)?;
         let mask = Mask::new(lengths, context.groups(), self.ahead, self.window);
         let block_len = block_len(self.n_heads, keys.dim(1)?);
         Attention::new(queries, keys, values, &mask, self.scoring, block_len)
+    }
+
+    /// Queries, keys and values of the tokens n₁, `[heads, n, head_dim]`, normed and rotated.
+    fn queries_keys_values(&self, n1: &Tensor, context: &TokenContext) -> Result<[Tensor; 3]> {
+        let rope = context.rope(self.window.is_some());
+        let queries = self.heads(Projection::Q, n1)?;
+        let keys = self.heads(Projection::K, n1)?;
+        let values = self.heads(Projection::V, n1)?;
+        Ok([
+            rope.rotate(&normed(&self.queries, queries)?)?,
+            rope.rotate(&normed(&self.keys, keys)?)?,
+            values,
+        ])
     }
 
     /// The angles that the layer turns by.
@@ -309,6 +365,30 @@ impl DecoderLayer {
         let a = self
             .attention_cached(&self.qkv_input(x)?, context, lengths, cache)?
             .output;
+        let y = self.after_attention(x, &a)?;
+        let h = self.down_input(&self.gate_up_input(&y)?)?;
+        self.after_mlp(&y, &h)
+    }
+
+    /// The whole layer on the next token of each of n sequences, `x [n, hidden]`, extending their
+    /// `caches`; `context` is that of these tokens. The weights are read once for all of them.
+    ///
+    /// # Errors
+    /// A tensor error if shapes disagree or a cache has no room left.
+    pub fn decode(
+        &self,
+        x: &Tensor,
+        context: &TokenContext,
+        caches: &mut [DecodeCache],
+    ) -> Result<Tensor> {
+        let [queries, keys, values] = self.queries_keys_values(&self.qkv_input(x)?, context)?;
+        let one = |(token, cache): (usize, &mut DecodeCache)| {
+            let of = |all: &Tensor| all.narrow(1, token, 1);
+            let seen = cache.push(&of(&keys)?, &of(&values)?, self.window)?;
+            attend_last(&of(&queries)?, &seen, self.scoring)
+        };
+        let outputs = caches.par_iter_mut().enumerate().map(one);
+        let a = Tensor::cat(&outputs.collect::<Result<Vec<_>>>()?, 0)?;
         let y = self.after_attention(x, &a)?;
         let h = self.down_input(&self.gate_up_input(&y)?)?;
         self.after_mlp(&y, &h)

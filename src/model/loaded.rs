@@ -4,12 +4,11 @@ use crate::model::context::TokenContext;
 use crate::model::decoder::{DecoderLayer, KvCache};
 use crate::model::decoder_config::Ahead;
 use crate::model::head::Head;
-use crate::model::positions::Positions;
 use crate::model::source::ModelSource;
 use crate::model::vision::{ImageFeatures, VisionTower};
 use crate::processor::{ModelInput, VisionInput};
 use crate::{Error, Result};
-use candle_core::{D, Tensor};
+use candle_core::Tensor;
 use std::ops::Range;
 
 /// All parts of a model.
@@ -17,7 +16,7 @@ pub struct LoadedModel {
     source: ModelSource,
     tower: Box<dyn VisionTower>,
     tower_digest: String,
-    layers: Vec<DecoderLayer>,
+    pub(super) layers: Vec<DecoderLayer>,
     head: Head,
 }
 
@@ -155,42 +154,6 @@ impl LoadedModel {
         logits.collect()
     }
 
-    /// The most likely continuation, token by token, until an end token (which is not returned)
-    /// or `max_new_tokens`.
-    ///
-    /// # Errors
-    /// As [`LoadedModel::read_prefix`]; [`Error::NotFinite`] if the logits are not numbers.
-    pub fn generate(
-        &self,
-        prefix: &Prefix,
-        input: &ModelInput,
-        features: &[ImageFeatures],
-        eos_ids: &[u32],
-        max_new_tokens: usize,
-    ) -> Result<Vec<u32>> {
-        let next = self.source.positions(input)?.next;
-        let (x, mut caches) = self.read(prefix, input, features)?;
-        let mut last = x.narrow(0, x.dim(0)? - 1, 1)?;
-        let mut answer = Vec::new();
-        while answer.len() < max_new_tokens {
-            let id = most_likely(&self.head.logits(&last)?)?;
-            if eos_ids.contains(&id) {
-                break;
-            }
-            let position = next + answer.len() as u32;
-            answer.push(id);
-            let ids = std::array::from_fn(|_| vec![position]);
-            let positions = Positions {
-                ids,
-                next: position + 1,
-            };
-            let context = self.source.context_of_text(&positions)?;
-            let x = self.source.embed_text(&[id])?;
-            last = self.hidden_states(&x, &context, &[1], &mut caches)?;
-        }
-        Ok(answer)
-    }
-
     /// No token read yet.
     pub fn nothing(&self) -> Prefix {
         Prefix {
@@ -221,7 +184,7 @@ impl LoadedModel {
     }
 
     /// Hidden states of the tokens after the prefix, and the caches with them in.
-    fn read(
+    pub(super) fn read(
         &self,
         prefix: &Prefix,
         input: &ModelInput,
@@ -263,18 +226,4 @@ impl LoadedModel {
         let (x, context) = self.embedded(input, features)?;
         Ok((x.narrow(0, start, rest)?, context.narrow(start, rest)?))
     }
-}
-
-/// Index of the largest of the logits `[1, vocab]`; the first one among equals.
-fn most_likely(logits: &Tensor) -> Result<u32> {
-    let values: Vec<f32> = logits.flatten_all()?.to_vec1()?;
-    let count = values.iter().filter(|v| !v.is_finite()).count();
-    if count > 0 {
-        return Err(Error::NotFinite {
-            module: "head".into(),
-            stage: "logits".into(),
-            count,
-        });
-    }
-    Ok(logits.argmax(D::Minus1)?.to_vec1::<u32>()?[0])
 }

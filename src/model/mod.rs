@@ -13,6 +13,7 @@ pub mod context;
 pub mod decoder;
 pub mod decoder_config;
 pub mod experts;
+pub mod generation;
 pub mod head;
 pub mod layer_source;
 pub mod linear;

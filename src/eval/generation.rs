@@ -1,0 +1,169 @@
+//! Answers of a model to many questions: prompts that show the same image are read once up to where
+//! they differ, and many are continued at once, as many as their keys and values leave memory for.
+
+use super::task::{self, EvalItem};
+use crate::Result;
+use crate::model::LoadedModel;
+use crate::model::generation::Request;
+use crate::model::loaded::Prefix;
+use crate::processor::Processor;
+use rayon::prelude::*;
+
+/// Keys and values that are kept at a time, in bytes, unless the questions about one image take more.
+const CACHE_BYTES: usize = 1 << 30;
+
+/// Most answers that are written at a time: more make no step faster.
+const MAX_SEQUENCES: usize = 64;
+
+/// The answers to `items` as text, in their order, of at most `max_new_tokens` tokens each.
+/// `on_answer` hears of each one that is done.
+///
+/// # Errors
+/// The model's and the tokenizer's.
+pub fn generate_answers(
+    model: &LoadedModel,
+    processor: &Processor,
+    items: &[EvalItem],
+    max_new_tokens: usize,
+    on_answer: &(dyn Fn() + Sync),
+) -> Result<Vec<String>> {
+    let mut answers = Vec::with_capacity(items.len());
+    for batch in batches(model, &task::groups(items), max_new_tokens) {
+        let prefixes: Vec<Prefix> = batch
+            .par_iter()
+            .map(|group| task::shared_prefix(model, group))
+            .collect::<Result<_>>()?;
+        let items_with_prefix: Vec<(&EvalItem, &Prefix)> = batch
+            .iter()
+            .zip(&prefixes)
+            .flat_map(|(group, prefix)| group.iter().map(move |item| (item, prefix)))
+            .collect();
+        let requests: Vec<Request> = items_with_prefix
+            .par_iter()
+            .map(|(item, prefix)| request(model, item, prefix, max_new_tokens))
+            .collect::<Result<_>>()?;
+        for ids in model.generate(&requests, processor.eos_ids(), on_answer)? {
+            answers.push(processor.decode(&ids)?);
+        }
+    }
+    Ok(answers)
+}
+
+fn request<'a>(
+    model: &LoadedModel,
+    item: &'a EvalItem,
+    prefix: &'a Prefix,
+    max_new_tokens: usize,
+) -> Result<Request<'a>> {
+    Ok(Request {
+        prefix,
+        input: &item.prompt,
+        features: item.features(model)?,
+        max_new_tokens,
+    })
+}
+
+/// Runs of groups that are answered together.
+fn batches<'g, 'i>(
+    model: &LoadedModel,
+    groups: &'g [&'i [EvalItem]],
+    max_new_tokens: usize,
+) -> Vec<&'g [&'i [EvalItem]]> {
+    let decoder = model.source().decoder();
+    let token_bytes =
+        2 * size_of::<f32>() * decoder.n_layers * decoder.n_kv_heads * decoder.head_dim;
+    let cost = |group: &[EvalItem]| {
+        let tokens = group
+            .iter()
+            .map(|item| item.prompt.input_ids.len() + max_new_tokens);
+        [
+            group.len(),
+            tokens.sum::<usize>().saturating_mul(token_bytes),
+        ]
+    };
+    let costs: Vec<[usize; 2]> = groups.iter().map(|group| cost(group)).collect();
+    let mut start = 0;
+    cuts(&costs, [MAX_SEQUENCES, CACHE_BYTES])
+        .into_iter()
+        .map(|end| {
+            let batch = &groups[start..end];
+            start = end;
+            batch
+        })
+        .collect()
+}
+
+/// Where runs end none of whose summed costs is over its limit, single entries aside.
+fn cuts(costs: &[[usize; 2]], limits: [usize; 2]) -> Vec<usize> {
+    let (mut ends, mut sums) = (Vec::new(), [0usize; 2]);
+    for (index, cost) in costs.iter().enumerate() {
+        let more = [0, 1].map(|i| sums[i].saturating_add(cost[i]));
+        let is_over = more[0] > limits[0] || more[1] > limits[1];
+        if is_over && index > ends.last().copied().unwrap_or(0) {
+            ends.push(index);
+            sums = *cost;
+        } else {
+            sums = more;
+        }
+    }
+    if !costs.is_empty() {
+        ends.push(costs.len());
+    }
+    ends
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::Checkpoint;
+    use crate::eval::{TaskItems, TaskRows, open_tasks};
+    use crate::families::{open_model, open_processor};
+    use candle_core::Device;
+    use std::collections::BTreeSet;
+    use std::path::Path;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    /// Prompts of several images and lengths, some of which end before others.
+    #[test]
+    fn answers_are_the_same_one_by_one_and_together() {
+        let testbed = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/testbed"));
+        let processor = open_processor(&testbed.join("model")).unwrap();
+        let checkpoint = Checkpoint::open(&testbed.join("model")).unwrap();
+        let model = open_model(checkpoint, Device::Cpu).unwrap();
+        let model = LoadedModel::load(model).unwrap();
+        let rows = TaskRows {
+            skip: 0,
+            limit: Some(9),
+        };
+        let tasks = open_tasks(&testbed.join("eval"), &processor, rows, 64).unwrap();
+        let mut items = Vec::new();
+        for task in tasks {
+            if let TaskItems::Questions(questions) = task.items {
+                items.extend(questions);
+            }
+        }
+        let n_told = AtomicUsize::new(0);
+        let tell = || drop(n_told.fetch_add(1, Ordering::Relaxed));
+        let together = generate_answers(&model, &processor, &items, 6, &tell).unwrap();
+        assert_eq!(n_told.into_inner(), items.len());
+        let lengths: BTreeSet<usize> = together.iter().map(String::len).collect();
+        assert!(lengths.len() > 2, "{together:?}");
+        for (item, expected) in items.iter().zip(together) {
+            let one = std::slice::from_ref(item);
+            let alone = generate_answers(&model, &processor, one, 6, &|| {}).unwrap();
+            assert_eq!(alone, [expected]);
+        }
+        let nothing = generate_answers(&model, &processor, &items[..2], 0, &|| {}).unwrap();
+        assert_eq!(nothing, ["", ""]);
+    }
+
+    #[test]
+    fn runs_keep_to_both_limits_and_leave_nothing_out() {
+        let costs = [[1, 5], [1, 5], [1, 1], [3, 1], [9, 9], [1, 1]];
+        assert_eq!(cuts(&costs, [3, 10]), [2, 3, 4, 5, 6]);
+        assert_eq!(cuts(&costs, [100, 100]), [6]);
+        assert_eq!(cuts(&[[5, 5]], [1, 1]), [1]);
+        assert_eq!(cuts(&[[5, 5], [5, 5]], [1, 1]), [1, 2]);
+        assert!(cuts(&[], [1, 1]).is_empty());
+    }
+}

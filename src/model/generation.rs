@@ -1,0 +1,171 @@
+//! Answers, token by token, of several prompts at once.
+//!
+//! A step that answers one prompt reads every weight for one token and is bound by that; here each
+//! step serves all prompts that are not done, and only attention, which has no weights, is each
+//! one's own. Prompts that begin alike have been read once up to there ([`Prefix`]).
+
+use crate::model::LoadedModel;
+use crate::model::decoder::DecodeCache;
+use crate::model::loaded::Prefix;
+use crate::model::positions::Positions;
+use crate::model::vision::ImageFeatures;
+use crate::processor::ModelInput;
+use crate::{Error, Result};
+use candle_core::{D, Tensor};
+use rayon::prelude::*;
+
+/// A prompt that is to be answered.
+pub struct Request<'a> {
+    /// What is known of its first tokens.
+    pub prefix: &'a Prefix,
+    /// The whole prompt, the prefix's tokens included.
+    pub input: &'a ModelInput,
+    /// Features of its images.
+    pub features: Vec<ImageFeatures>,
+    /// Longest answer, in tokens.
+    pub max_new_tokens: usize,
+}
+
+/// A prompt with as much of its answer as there is.
+struct Sequence {
+    /// Its place among the requests.
+    index: usize,
+    answer: Vec<u32>,
+    max_new_tokens: usize,
+    is_done: bool,
+    /// Position of the next token.
+    next: u32,
+    /// Output of the last layer at the last token, `[1, hidden]`.
+    last: Tensor,
+}
+
+/// The prompts that are not done.
+struct Batch {
+    sequences: Vec<Sequence>,
+    /// For each layer one cache for each sequence.
+    caches: Vec<Vec<DecodeCache>>,
+}
+
+impl LoadedModel {
+    /// The most likely continuation of each prompt, until an end token (which is not returned) or
+    /// `max_new_tokens`. `on_answer` hears of each one that is done.
+    ///
+    /// # Errors
+    /// As [`LoadedModel::read_prefix`]; [`Error::NotFinite`] if the logits are not numbers.
+    pub fn generate(
+        &self,
+        requests: &[Request],
+        eos_ids: &[u32],
+        on_answer: &(dyn Fn() + Sync),
+    ) -> Result<Vec<Vec<u32>>> {
+        let mut batch = self.begin(requests)?;
+        let mut answers = vec![Vec::new(); requests.len()];
+        loop {
+            for sequence in batch.remove_done() {
+                on_answer();
+                answers[sequence.index] = sequence.answer;
+            }
+            if batch.sequences.is_empty() {
+                return Ok(answers);
+            }
+            let lasts: Vec<&Tensor> = batch.sequences.iter().map(|s| &s.last).collect();
+            let ids = most_likely(&self.head().logits(&Tensor::cat(&lasts, 0)?)?)?;
+            for (sequence, id) in batch.sequences.iter_mut().zip(&ids) {
+                sequence.add(*id, eos_ids);
+            }
+            if batch.sequences.iter().any(|sequence| !sequence.is_done) {
+                self.step(&mut batch, &ids)?;
+            }
+        }
+    }
+
+    /// Reads all prompts.
+    fn begin(&self, requests: &[Request]) -> Result<Batch> {
+        let read = |(index, request): (usize, &Request)| {
+            let next = self.source().positions(request.input)?.next;
+            let (x, caches) = self.read(request.prefix, request.input, &request.features)?;
+            let sequence = Sequence {
+                index,
+                answer: Vec::new(),
+                max_new_tokens: request.max_new_tokens,
+                is_done: request.max_new_tokens == 0,
+                next,
+                last: x.narrow(0, x.dim(0)? - 1, 1)?,
+            };
+            let room = request.max_new_tokens;
+            let caches = caches.iter().map(|cache| DecodeCache::new(cache, room));
+            Ok((sequence, caches.collect::<Result<Vec<_>>>()?))
+        };
+        let read = requests.par_iter().enumerate().map(read);
+        let mut batch = Batch {
+            sequences: Vec::new(),
+            caches: self.layers.iter().map(|_| Vec::new()).collect(),
+        };
+        for (sequence, caches) in read.collect::<Result<Vec<_>>>()? {
+            batch.sequences.push(sequence);
+            for (layer, cache) in batch.caches.iter_mut().zip(caches) {
+                layer.push(cache);
+            }
+        }
+        Ok(batch)
+    }
+
+    /// Reads one more token of each answer.
+    fn step(&self, batch: &mut Batch, ids: &[u32]) -> Result<()> {
+        let next: Vec<u32> = batch.sequences.iter().map(|s| s.next).collect();
+        let positions = Positions {
+            next: 0,
+            ids: std::array::from_fn(|_| next.clone()),
+        };
+        let context = self.source().context_of_text(&positions)?;
+        let mut x = self.source().embed_text(ids)?;
+        for (layer, caches) in self.layers.iter().zip(&mut batch.caches) {
+            x = layer.decode(&x, &context, caches)?;
+        }
+        for (row, sequence) in batch.sequences.iter_mut().enumerate() {
+            sequence.next += 1;
+            sequence.last = x.narrow(0, row, 1)?;
+        }
+        Ok(())
+    }
+}
+
+impl Sequence {
+    /// Takes the next token, unless it ends the answer.
+    fn add(&mut self, id: u32, eos_ids: &[u32]) {
+        if eos_ids.contains(&id) {
+            self.is_done = true;
+            return;
+        }
+        self.answer.push(id);
+        self.is_done = self.answer.len() == self.max_new_tokens;
+    }
+}
+
+impl Batch {
+    /// Takes out the sequences that are done.
+    fn remove_done(&mut self) -> Vec<Sequence> {
+        for layer in &mut self.caches {
+            let mut sequences = self.sequences.iter();
+            layer.retain(|_| sequences.next().is_some_and(|sequence| !sequence.is_done));
+        }
+        let all = std::mem::take(&mut self.sequences).into_iter();
+        let (done, open) = all.partition(|sequence| sequence.is_done);
+        self.sequences = open;
+        done
+    }
+}
+
+/// Index of the largest of the logits `[n, vocab]` of each row; the first one among equals.
+fn most_likely(logits: &Tensor) -> Result<Vec<u32>> {
+    let values: Vec<f32> = logits.flatten_all()?.to_vec1()?;
+    let count = values.iter().filter(|v| !v.is_finite()).count();
+    if count > 0 {
+        return Err(Error::NotFinite {
+            module: "head".into(),
+            stage: "logits".into(),
+            count,
+        });
+    }
+    Ok(logits.argmax(D::Minus1)?.to_vec1::<u32>()?)
+}
