@@ -47,6 +47,9 @@ use streams::{Streams, Weighing};
 pub trait Observer: Sync {
     /// A layer is about to be done.
     fn on_layer(&self, layer_idx: usize, n_layers: usize);
+    /// A stage of it begins: one of the keys of [`LayerOutcome::seconds`]. They come in turns, some
+    /// of them several times a layer.
+    fn on_stage(&self, _name: &str) {}
     /// Whether the user asked to stop.
     fn is_cancelled(&self) -> bool;
 }
@@ -512,6 +515,7 @@ impl Run<'_> {
     }
 
     fn timed<T>(&mut self, stage: &str, work: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
+        self.observer.on_stage(stage);
         let began = Instant::now();
         let result = work(self);
         let spent = self.outcome.seconds.entry(stage.to_owned()).or_default();

@@ -7,6 +7,7 @@ mod export;
 mod generate;
 mod inspect;
 mod log;
+mod pages;
 mod progress;
 mod prompt;
 mod quantize;
@@ -37,6 +38,9 @@ struct Cli {
     /// Print one JSON object on stdout
     #[arg(long, global = true)]
     json: bool,
+    /// Say nothing on stderr but errors
+    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    quiet: bool,
     /// Threads to compute with; all cores if absent
     #[arg(long, global = true, value_name = "N")]
     threads: Option<usize>,
@@ -66,6 +70,10 @@ enum Command {
     Generate(generate::Args),
     /// Write the tensors of one forward pass, to hold them against another implementation
     Trace(trace::Args),
+    /// Print what makes a shell complete this command's words
+    Completions(pages::CompletionArgs),
+    /// Print the manual page, or write those of all commands into a folder
+    Man(pages::ManArgs),
 }
 
 /// Runs the command line and says how it ended.
@@ -98,6 +106,7 @@ fn message(error: &anyhow::Error) -> String {
 
 fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
     cli.log.start()?;
+    progress::be_quiet(cli.quiet);
     if let Some(n) = cli.threads {
         if !(1..=MAX_THREADS).contains(&n) {
             return Err(Error::Invalid {
@@ -121,6 +130,8 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Compare(args) => compare::run(&args, cli.json),
         Command::Generate(args) => generate::run(&args, cli.json),
         Command::Trace(args) => trace::run(&args, cli.json),
+        Command::Completions(args) => pages::completions(&args),
+        Command::Man(args) => pages::man(&args),
     }
 }
 

@@ -2,18 +2,53 @@
 
 use super::tell;
 use anyhow::Context;
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use std::collections::BTreeMap;
 use std::io::IsTerminal;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 use vlmq::pipeline::Observer;
 
-static CANCELLED: AtomicBool = AtomicBool::new(false);
+/// Between two pictures of the turning sign.
+const TICK: Duration = Duration::from_millis(120);
 
-/// A bar with the time left on a terminal, plain lines elsewhere.
+static CANCELLED: AtomicBool = AtomicBool::new(false);
+static QUIET: AtomicBool = AtomicBool::new(false);
+
+/// Whether nothing is to be said of progress, from now on.
+pub fn be_quiet(quiet: bool) {
+    QUIET.store(quiet, Ordering::Relaxed);
+}
+
+/// Where a run stands.
 pub struct Progress {
+    shown: Shown,
+    /// Steps of the whole, and under them the present stage of one.
+    lines: MultiProgress,
     bar: OnceLock<ProgressBar>,
-    on_terminal: bool,
+    stage: Mutex<Stage>,
+}
+
+/// How progress is shown.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Shown {
+    /// As bars with the time left, on a terminal.
+    Bars,
+    /// As plain lines.
+    Lines,
+    /// Not at all.
+    Nothing,
+}
+
+/// The stage that a layer is in, and what each took in the layer before.
+#[derive(Default)]
+struct Stage {
+    bar: Option<ProgressBar>,
+    name: String,
+    since: Option<Instant>,
+    this_layer: BTreeMap<String, Duration>,
+    last_layer: BTreeMap<String, Duration>,
 }
 
 impl Progress {
@@ -31,52 +66,135 @@ impl Progress {
 
     /// As [`Progress::start`] without listening.
     pub fn silent_about_signals() -> Self {
+        let shown = match QUIET.load(Ordering::Relaxed) {
+            true => Shown::Nothing,
+            false if std::io::stderr().is_terminal() => Shown::Bars,
+            false => Shown::Lines,
+        };
         Self {
+            shown,
+            lines: MultiProgress::new(),
             bar: OnceLock::new(),
-            on_terminal: std::io::stderr().is_terminal(),
+            stage: Mutex::default(),
         }
     }
 
     fn bar(&self, n: usize) -> &ProgressBar {
         self.bar.get_or_init(|| {
-            let style = ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len}, {eta} left");
-            let bar = ProgressBar::new(n as u64);
-            match style {
-                Ok(style) => bar.with_style(style),
-                Err(_) => bar,
-            }
+            let bar = self.lines.add(ProgressBar::new(n as u64));
+            styled(bar, "{msg} {wide_bar} {pos}/{len}, {eta} left")
         })
     }
 
     /// One of `n` steps is done.
     pub fn step(&self, what: &str, n: usize) {
-        if self.on_terminal {
+        if self.shown == Shown::Bars {
             let bar = self.bar(n);
             bar.set_message(what.to_owned());
             bar.inc(1);
         }
     }
 
-    /// Takes the bar away.
+    /// Takes the bars away.
     pub fn finish(&self) {
+        if let Some(bar) = &self.stage().bar {
+            bar.finish_and_clear();
+        }
         if let Some(bar) = self.bar.get() {
             bar.finish_and_clear();
         }
+    }
+
+    fn stage(&self) -> MutexGuard<'_, Stage> {
+        // What a panic left half done is a line on a terminal.
+        self.stage.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Stage {
+    /// The present stage is over; the next is `name`, or the next layer's first.
+    fn turn(&mut self, name: &str) {
+        if let Some(since) = self.since.take() {
+            let spent = self.this_layer.entry(self.name.clone()).or_default();
+            *spent += since.elapsed();
+        }
+        self.name = name.to_owned();
+        self.since = Some(Instant::now());
+    }
+
+    /// What is said of it: its name, and how much of it is left if it takes as long as in the layer
+    /// before.
+    fn text(&self) -> String {
+        let spent = self.this_layer.get(&self.name).copied().unwrap_or_default();
+        let before = self.last_layer.get(&self.name);
+        match before.map(|before| before.saturating_sub(spent).as_secs()) {
+            Some(left) if left > 0 => format!("{}, about {left} s", self.name),
+            _ => self.name.clone(),
+        }
+    }
+}
+
+fn styled(bar: ProgressBar, template: &str) -> ProgressBar {
+    match ProgressStyle::with_template(template) {
+        Ok(style) => bar.with_style(style),
+        Err(_) => bar,
     }
 }
 
 impl Observer for Progress {
     fn on_layer(&self, layer_idx: usize, n_layers: usize) {
-        if self.on_terminal {
-            let bar = self.bar(n_layers);
-            bar.set_message("layers");
-            bar.set_position(layer_idx as u64);
-        } else {
-            tell(&format!("layer {} of {n_layers}", layer_idx + 1));
+        match self.shown {
+            Shown::Bars => {
+                let bar = self.bar(n_layers);
+                bar.set_message("layers");
+                bar.set_position(layer_idx as u64);
+                let mut stage = self.stage();
+                stage.turn("");
+                stage.last_layer = std::mem::take(&mut stage.this_layer);
+            }
+            Shown::Lines => tell(&format!("layer {} of {n_layers}", layer_idx + 1)),
+            Shown::Nothing => {}
         }
+    }
+
+    fn on_stage(&self, name: &str) {
+        let mut stage = self.stage();
+        if self.shown != Shown::Bars || stage.name == name {
+            return;
+        }
+        stage.turn(name);
+        let text = stage.text();
+        let bar = stage.bar.get_or_insert_with(|| {
+            let bar = self.lines.add(ProgressBar::new_spinner());
+            bar.enable_steady_tick(TICK);
+            styled(bar, "{spinner} {msg}")
+        });
+        bar.set_message(text);
     }
 
     fn is_cancelled(&self) -> bool {
         CANCELLED.load(Ordering::SeqCst)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stage_tells_what_is_left_of_it_by_the_layer_before() {
+        let mut stage = Stage::default();
+        stage.turn("solve");
+        assert_eq!(stage.text(), "solve");
+        let seconds = Duration::from_secs;
+        stage.last_layer =
+            BTreeMap::from([("solve".into(), seconds(9)), ("load".into(), seconds(1))]);
+        assert_eq!(stage.text(), "solve, about 9 s");
+        stage.this_layer.insert("solve".into(), seconds(4));
+        assert_eq!(stage.text(), "solve, about 5 s");
+        stage.this_layer.insert("solve".into(), seconds(12));
+        assert_eq!(stage.text(), "solve");
+        stage.turn("load");
+        assert!(stage.this_layer["solve"] >= seconds(12));
     }
 }

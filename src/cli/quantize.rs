@@ -42,7 +42,7 @@ pub struct Args {
     /// Raw texts are read in pieces of at most so many tokens; conversations are never cut
     #[arg(long, value_name = "N", default_value_t = MAX_TEXT_TOKENS)]
     max_tokens: usize,
-    /// How it is written: compressed-tensors, gptq, awq, mlx, or numbers as bf16, f16, f32
+    /// How it is written: compressed-tensors, gptq, awq, mlx, gguf, or numbers as bf16, f16, f32
     #[arg(long, value_name = "F", default_value = "compressed-tensors")]
     format: Format,
     /// What to do with the layers that an earlier run for the same output finished

@@ -7,6 +7,7 @@ mod resume;
 mod rotation;
 mod scales;
 mod small_flow;
+mod terminal;
 mod text_flow;
 mod tiny;
 
