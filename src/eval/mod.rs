@@ -5,6 +5,7 @@
 //! which sees changes long before an answer flips. Of raw texts, perplexity and the same divergence
 //! over their tokens.
 
+pub mod metric;
 mod score;
 mod task;
 mod text;
