@@ -17,7 +17,10 @@ pub(super) fn pandas_reads_nothing(cell: &str) -> bool {
 /// The items of a list of texts and numbers; `None` for everything else, which is text then.
 /// Numbers become what `str` makes of them.
 pub(super) fn list(text: &str) -> Option<Vec<String>> {
-    let mut chars = text.trim_matches([' ', '\t', '\n', '\r']).chars().peekable();
+    let mut chars = text
+        .trim_matches([' ', '\t', '\n', '\r'])
+        .chars()
+        .peekable();
     if chars.next()? != '[' {
         return None;
     }

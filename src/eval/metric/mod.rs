@@ -62,6 +62,21 @@ pub enum Judge {
 }
 
 impl Judge {
+    /// The right answers, to be shown and to be laid before a model.
+    pub fn answers(&self) -> Vec<String> {
+        match self {
+            Self::Exact(answers)
+            | Self::Anls(answers)
+            | Self::Relaxed(answers)
+            | Self::Vqa(answers)
+            | Self::OcrBench { answers, .. } => answers.clone(),
+            Self::MmeRealWorld(answer)
+            | Self::ScienceQa(answer)
+            | Self::SeedBench(answer)
+            | Self::Option { answer, .. } => vec![answer.clone()],
+        }
+    }
+
     /// The prediction's score, from 0 to 1. lmms-eval judges predictions without white space at
     /// their ends, so that is cut off under its protocol.
     ///
