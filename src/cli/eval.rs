@@ -107,9 +107,12 @@ impl Planned {
 }
 
 pub fn run(args: &Args, as_json: bool) -> anyhow::Result<ExitCode> {
-    let about = describe(args)?;
-    if let Some(folder) = &args.output {
-        Output::is_begun(folder, &about)?;
+    let about = match &args.output {
+        Some(folder) => Some((folder.as_path(), describe(args)?)),
+        None => None,
+    };
+    if let Some((folder, about)) = &about {
+        Output::is_begun(folder, about)?;
     }
     let processor = open_processor(&args.model.model)?;
     let tasks = plan(args, &processor)?;
@@ -123,10 +126,8 @@ pub fn run(args: &Args, as_json: bool) -> anyhow::Result<ExitCode> {
         n: tasks.iter().map(Planned::len).sum(),
     };
     // Only now, so that a run that cannot begin leaves no folder.
-    let output = args.output.as_deref();
-    let output = output
-        .map(|folder| Output::open(folder, &about))
-        .transpose()?;
+    let output = about.map(|(folder, about)| Output::open(folder, &about));
+    let output = output.transpose()?;
     let (mut results, mut all) = (BTreeMap::new(), BTreeMap::new());
     for task in &tasks {
         let (result, rows) = match task {

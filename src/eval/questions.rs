@@ -79,7 +79,7 @@ impl QuestionSource {
             asked?;
             n += 1;
         }
-        if n == 0 && self.rows == TaskRows::default() {
+        if n == 0 && self.rows.skip == 0 && self.rows.limit != Some(0) {
             return Err(Error::Missing {
                 what: "questions (the set is empty)".into(),
                 place: self.path.display().to_string(),
