@@ -83,7 +83,7 @@ def test_sub_scores(tmp_path):
 
 
 def test_a_killed_run_goes_on(tmp_path):
-    path, n = tmp_path / "data.parquet", 400
+    path, n = tmp_path / "data.parquet", 160
     write_parquet(path, "docvqa", n)
     reference = ["--reference", str(MODEL)]
     whole, samples = evaluate("docvqa", path, tmp_path / "whole", *reference)

@@ -91,7 +91,7 @@ fn escaped(chars: &mut Peekable<Chars>, text: &mut String) -> Option<()> {
 fn code(chars: &mut Peekable<Chars>, n_digits: usize) -> Option<char> {
     let digits = (0..n_digits).map(|_| chars.next()?.to_digit(16));
     let code = digits.collect::<Option<Vec<u32>>>()?;
-    char::from_u32(code.into_iter().fold(0, |code, digit| code << 4 | digit))
+    char::from_u32(code.into_iter().fold(0, |code, digit| (code << 4) | digit))
 }
 
 fn number(chars: &mut Peekable<Chars>) -> Option<String> {

@@ -136,7 +136,7 @@ pub(super) fn mean_of_thirds(counts: [u64; 4]) -> f64 {
     // Enough digits that the odd bit for what is left can only break ties.
     let shift = sum.leading_zeros().saturating_sub(1);
     let shifted = sum << shift;
-    let quotient = shifted / n | u128::from(shifted % n != 0);
+    let quotient = (shifted / n) | u128::from(!shifted.is_multiple_of(n));
     quotient as f64 * 2f64.powi(-54) * 2f64.powi(-(shift as i32))
 }
 
