@@ -9,8 +9,8 @@ use crate::{Error, Result};
 use std::path::PathBuf;
 
 /// Questions that are encoded, answered and written down together: as many images are in memory.
-/// A run that goes on after a stop begins at a multiple of it, since questions on one image are read
-/// together.
+/// A run that goes on after a stop begins at a multiple of it, since questions on one image are
+/// read together.
 pub const QUESTIONS_AT_ONCE: usize = 16;
 
 /// Where questions come from, and how they are put.

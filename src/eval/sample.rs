@@ -116,8 +116,8 @@ pub struct Rules {
 /// answer in `filtered_resps` or `resps`), or rows with their answer in `prediction`.
 ///
 /// # Errors
-/// [`Error::Io`]; [`Error::Format`] naming the line that is no such object; [`Error::Missing`] for an
-/// absent column or answer, and for a file without lines.
+/// [`Error::Io`]; [`Error::Format`] naming the line that is no such object; [`Error::Missing`] for
+/// an absent column or answer, and for a file without lines.
 pub fn read_answers(path: &Path, rules: Rules) -> Result<Vec<WrittenAnswer>> {
     let file = File::open(path).map_err(|e| Error::io(path, "open", e))?;
     let mut reader = BufReader::new(file);

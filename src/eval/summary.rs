@@ -8,8 +8,8 @@ use std::collections::BTreeMap;
 
 /// Times that questions are drawn anew for an interval.
 const N_RESAMPLES: usize = 2000;
-/// A score that counts as a right answer where right and wrong are told apart. Only similarities and
-/// shares of annotators lie between 0 and 1.
+/// A score that counts as a right answer where right and wrong are told apart. Only similarities
+/// and shares of annotators lie between 0 and 1.
 pub const RIGHT_FROM: f64 = 0.5;
 
 /// A mean score with its 95 % interval.
@@ -171,7 +171,8 @@ mod tests {
             );
         }
         let width = |s: Score| s.interval[1] - s.interval[0];
-        // Normal: 2 · 1.96 · sqrt(0.75 · 0.25 ÷ 4000) = 2.68 points, ten times that for a hundredth.
+        // Normal: 2 · 1.96 · sqrt(0.75 · 0.25 ÷ 4000) = 2.68 points, ten times that for a
+        // hundredth.
         assert!((width(many) - 2.68).abs() < 0.3 && (width(few) - 26.8).abs() < 4.0);
         assert_eq!(few, Score::of(&scores(40), 0));
         assert_eq!(Score::of(&[], 0).interval, [0.0; 2]);

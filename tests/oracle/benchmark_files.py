@@ -32,27 +32,29 @@ def lmms_row(benchmark, i):
         kinds = ["human_test", "augmented_test"]
         return dict(type=kinds[i % 2], question=question, answer=["14", "Yes", "0.57"][i % 3])
     if benchmark == "docvqa":
-        return dict(questionId=str(i), question=question, question_types=["form"], docId=i,
-                    ucsf_document_id="x", ucsf_document_page_no="1", answers=["Acme Ltd", "ACME"], data_split="val")
+        return dict(questionId=str(i), question=question, question_types=["form"], docId=i, data_split="val",
+                    ucsf_document_id="x", ucsf_document_page_no="1", answers=["Acme Ltd", "ACME"])
     if benchmark == "textvqa":
-        return dict(image_id=f"{i:x}", question_id=i, question=question, question_tokens=["what"], answers=["stop"] * 10,
-                    image_width=28, image_height=28, ocr_tokens=["STOP"], set_name="val")
+        return dict(image_id=f"{i:x}", question_id=i, question=question, question_tokens=["what"],
+                    answers=["stop"] * 10, image_width=28, image_height=28, ocr_tokens=["STOP"],
+                    set_name="val")
     if benchmark == "vizwiz":
-        return dict(question_id=f"VizWiz_val_{i}", question=question, answers=["unanswerable"] * 6 + ["can"] * 4,
-                    category="other")
+        return dict(question_id=f"VizWiz_val_{i}", question=question, category="other",
+                    answers=["unanswerable"] * 6 + ["can"] * 4)
     if benchmark.startswith("mme-realworld"):
         task = ["Perception/OCR with Complex Context", "Reasoning/Monitoring"][i % 2]
         return {"index": i, "question": question, "multi-choice options": OPTIONS, "answer": "ABCDE"[i % 5],
                 "category": task, "l2-category": ["License", "person/Attribute/color"][i % 2]}
     if benchmark == "scienceqa":
         return dict(question=question, choices=["solid", "liquid", "gas"][:2 + i % 2], answer=i % 2,
-                    hint=["", "It flows."][i % 2], task="closed choice", grade="grade2", subject="natural science",
-                    topic="physics", category="Materials", skill="x", lecture="", solution="")
+                    hint=["", "It flows."][i % 2], task="closed choice", grade="grade2",
+                    subject="natural science", topic="physics", category="Materials",
+                    skill="x", lecture="", solution="")
     if benchmark == "seedbench-2-plus":
         return dict(question_id=str(i), question=question, choice_A="red", choice_B="4.png", choice_C="blue",
                     choice_D="none", answer="ABCD"[i % 4], data_id=f"chart/{i}.png", level="L1",
-                    question_image_subtype="bar", data_source="x", data_type="Single Image", question_type_id=1,
-                    question_image_type=["chart", "map", "web"][i % 3])
+                    question_image_subtype="bar", data_source="x", data_type="Single Image",
+                    question_type_id=1, question_image_type=["chart", "map", "web"][i % 3])
     kinds = [("Regular Text Recognition", "IIIT5K"), ("Doc-oriented VQA", "docVQA"),
              ("Handwritten Mathematical Expression Recognition", "HME100k")]
     return dict(dataset=kinds[i % 3][1], question=f" {question} ", question_type=kinds[i % 3][0],
@@ -84,7 +86,8 @@ def table_row(benchmark, i):
     row = lmms_row(benchmark, i)
     question = row["question"]
     if benchmark == "chartqa":
-        return dict(question=question, answer=str([row["answer"]]), split=["test_human", "test_augmented"][i % 2])
+        split = ["test_human", "test_augmented"][i % 2]
+        return dict(question=question, answer=str([row["answer"]]), split=split)
     if benchmark in ("docvqa", "textvqa"):
         return dict(question=question, answer=str(row["answers"]))
     if benchmark == "vizwiz":
@@ -96,8 +99,8 @@ def table_row(benchmark, i):
                 "answer": row["answer"], "category": row["category"], "l2-category": row["l2-category"]}
     if benchmark == "scienceqa":
         # "None" is no option to VLMEvalKit, whose reader takes it for a missing cell.
-        return dict(question=question, hint=row["hint"], A="solid", B="a\tliquid", C=["gas", "None"][i % 2], D="",
-                    answer="AB"[i % 2], split="test", category="Materials")
+        return dict(question=question, hint=row["hint"], A="solid", B="a\tliquid",
+                    C=["gas", "None"][i % 2], D="", answer="AB"[i % 2], split="test", category="Materials")
     if benchmark == "seedbench-2-plus":
         return dict(question=question, A="red", B="4.png", C="blue", D="none", answer=row["answer"],
                     category=row["question_image_type"])

@@ -140,10 +140,9 @@ def lmms_metrics(benchmark):
     return {name for file in files for name in re.findall(r"metric: (\w+)", file.read_text())}
 
 
-def lmms_limits(benchmark):
-    """Longest answer and stop words, as far as the task sets them."""
-    given = lmms_config(benchmark)["generation_kwargs"]
-    return given.get("max_new_tokens"), given.get("until")
+def lmms_limit(benchmark):
+    """Longest answer, if the task sets a limit."""
+    return lmms_config(benchmark)["generation_kwargs"].get("max_new_tokens")
 
 
 def lmms_prompt(benchmark, doc):
@@ -188,7 +187,8 @@ class Table:
 LOADED = []
 OCR = taken_from(
     VLM_HOME / "dataset/image_vqa.py", ["OCRBench.evaluate"], load=lambda _: LOADED[0],
-    tqdm=lambda rows: rows, get_intermediate_file_path=lambda *_: None, dump=lambda *_: None)["OCRBench.evaluate"]
+    tqdm=lambda rows: rows,
+    get_intermediate_file_path=lambda *_: None, dump=lambda *_: None)["OCRBench.evaluate"]
 METHODS = {"textvqa": ("TextVQA_VAL", "vqa_score"), "vizwiz": ("VizWiz", "vqa_score"),
            "docvqa": ("DocVQA_VAL", "anls"), "chartqa": ("ChartQA_TEST", "relaxed_accuracy")}
 
@@ -223,7 +223,8 @@ def vlm_prompt(benchmark, row):
     if benchmark in ("vizwiz", "ocrbench"):
         return base(about, row)[-1]["value"]
     if benchmark in METHODS:
-        scope = dict(super=lambda: types.SimpleNamespace(build_prompt=lambda line: base(about, line)))
+        parent = types.SimpleNamespace(build_prompt=lambda line: base(about, line))
+        scope = dict(super=lambda: parent)
         method = taken_from(path, ["ImageVQADataset.build_prompt"], **scope)["ImageVQADataset.build_prompt"]
         return method(about, row)[-1]["value"]
     scope = dict(pd=pd, string=string, toliststr=MISC["toliststr"])

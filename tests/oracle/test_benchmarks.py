@@ -1,5 +1,5 @@
-"""Benchmarks from file to score with the bundled model: prompts against the original programs' own, answers scored
-once more by their code, and runs that are killed.
+"""Benchmarks from file to score with the bundled model: prompts against the original programs' own, answers
+scored once more by their code, and runs that are killed.
 
 Environment: VLMQ_BIN.
 """
@@ -13,7 +13,8 @@ import time
 import pandas as pd
 import pytest
 from benchmark_files import write_jsonl, write_parquet, write_table
-from benchmark_originals import ROOT, TASKS, lmms_metrics, lmms_prompt, lmms_score, vlm_prompt, vlm_score
+from benchmark_originals import (ROOT, TASKS, lmms_limit, lmms_metrics, lmms_prompt, lmms_score, vlm_prompt,
+                                 vlm_score)
 
 PROGRAM = os.environ.get("VLMQ_BIN", str(ROOT / "target/debug/vlmq"))
 MODEL = ROOT / "testbed/model"
@@ -40,6 +41,8 @@ def test_lmms_eval(benchmark, kind, tmp_path):
     assert [s["arguments"][0] for s in samples] == [lmms_prompt(benchmark, row) for row in rows]
     metric = summary["score"]["metric"]
     assert metric in lmms_metrics(benchmark)
+    # Where the task sets no limit, that of lmms-eval's Qwen2-VL.
+    assert summary["score"]["max_new_tokens"] == (lmms_limit(benchmark) or 128)
     # Each written row, and the answer in it, is enough for the original to score it again.
     again = [float(lmms_score(benchmark, sample["doc"], sample["filtered_resps"][0])) for sample in samples]
     assert again == [sample[metric] for sample in samples]
@@ -110,25 +113,26 @@ def test_a_killed_run_goes_on(tmp_path):
 
 def test_two_models_are_compared(tmp_path):
     quantized = tmp_path / "quantized"
-    subprocess.run([PROGRAM, "quantize", MODEL, "--calibration", ROOT / "testbed/calibration", "--output", quantized,
-                    "--method", "rtn", "--bits", "2", "--group-size", "128"], check=True, capture_output=True)
+    quantize = [PROGRAM, "quantize", MODEL, "--output", quantized, "--calibration", ROOT / "testbed/calibration"]
+    settings = ["--method", "rtn", "--bits", "2", "--group-size", "128"]
+    subprocess.run([*quantize, *settings], check=True, capture_output=True)
     sets = ROOT / "testbed/eval/counting.parquet"
 
     def run(model, name, *more):
-        base = [PROGRAM, "eval", model, "--task", sets, "--limit", "100", "--json", "--output", tmp_path / name]
-        done = subprocess.run([*base, *more], capture_output=True, text=True)
+        base = [PROGRAM, "eval", model, "--task", sets, "--limit", "100", "--json"]
+        done = subprocess.run([*base, "--output", tmp_path / name, *more], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)["tasks"]["counting"]
 
     one = run(quantized, "one", "--reference", MODEL)
     other = run(MODEL, "other")
     files = [tmp_path / name / "samples_counting.jsonl" for name in ("one", "other")]
-    compared = subprocess.run([PROGRAM, "score", files[0], "--against", files[1], "--json"], capture_output=True,
-                              text=True)
-    compared = json.loads(compared.stdout)
+    score = [PROGRAM, "score", files[0], "--against", files[1], "--json"]
+    compared = json.loads(subprocess.run(score, check=True, capture_output=True, text=True).stdout)
     assert compared["pairs"] == one["pairs"]
     keys = ("id", "answer", "reference_answer", "expected")
-    assert [[f[k] for k in keys] for f in compared["flipped"]] == [[f[k] for k in keys] for f in one["flipped"]]
+    lists = [[[flip[key] for key in keys] for flip in found["flipped"]] for found in (compared, one)]
+    assert lists[0] == lists[1]
     pairs = one["pairs"]
     assert pairs["n_both"] + pairs["n_only_second"] == other["accuracy"]["n_correct"]
     assert pairs["n_both"] + pairs["n_only_first"] == one["accuracy"]["n_correct"]

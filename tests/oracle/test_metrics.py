@@ -14,16 +14,17 @@ from benchmark_originals import ROOT, TASKS, lmms_score, vlm_score
 PROGRAM = os.environ.get("VLMQ_BIN", str(ROOT / "target/debug/vlmq"))
 N_PAIRS = int(os.environ.get("VLMQ_PAIRS", "4000"))
 
-WORDS = """yes no none zero one two three ten a an the dont don't Im its it's Mark's cant y'allll twas red Blue
-1,000 1_000 1e3 1e999 -0 0 0.0 5% 50% 0.5 .5 5. +5 nan -NaN inf Infinity 1__0 _1 0x10 ½ ² ١٢ １２．５ 12% 5%% % 105
-100 104.999 105.01 95 94.99 $5 3.14 1.2.3 St. U.S.A. ... .5. A B C D E F Z a. B. (C) (d) [E] b) C: *D* A, A.B
-answer</answer> <answer> </answer> ÅNGSTRÖM ß SS ﬁ ﬃ İ ı Σ ΑΣ ς Ⓐ Ａ Ｂ ａ ＂ ＿ ǅ K x^2 \\frac{1}{2} -5 --5 5- a-b
-a/b ;x x; @ ` " ' ' s's 's ? ! ,, , 一 二 图 漢字 é é 🙂 \x1c \x85 \u3000 \u200b \xa0 \n \t \r\n \x0b nan% inf%""".split(" ")
-WORDS = [word for part in WORDS for word in ([part] if part.strip() == "" else part.split("\n"))]
-PHRASES = ["The best answer is", "The correct answer is (C)", "The answer is", "The answer", "Best answer: B",
-           "Best option:", "The best option is", "The correct option is", "ASSISTANT:", "Cannot determine the answer",
-           "Failed to obtain answer via API", "I can't process this file.", "one two three four five six seven eight",
-           "The best option isThe correct option is", "Best answer:Best option:", "I'm sorry, but without the image provided"]
+WORDS = """yes no none zero one two three ten a an the dont don't Im its it's Mark's cant y'allll twas red
+Blue 1,000 1_000 1e3 1e999 -0 0 0.0 5% 50% 0.5 .5 5. +5 nan -NaN inf Infinity 1__0 _1 0x10 ½ ² ١٢ １２．５ 12% 5%%
+% 105 100 104.999 105.01 95 94.99 $5 3.14 1.2.3 St. U.S.A. ... .5. A B C D E F Z a. B. (C) (d) [E] b) C: *D*
+A, A.B answer</answer> <answer> </answer> ÅNGSTRÖM ß SS ﬁ ﬃ İ ı Σ ΑΣ ς Ⓐ Ａ Ｂ ａ ＂ ＿ ǅ K x^2 \\frac{1}{2}
+-5 --5 5- a-b a/b ;x x; @ ` " ' ' s's 's ? ! ,, , 一 二 图 漢字 é é 🙂 nan% inf%""".split()
+WORDS += ["\x1c", "\x85", "\u3000", "\u200b", "\xa0", "\n", "\t", "\r\n", "\x0b", ""]
+PHRASES = """The best answer is|The correct answer is (C)|The answer is|The answer|Best answer: B|Best option:
+The best option is|The correct option is|ASSISTANT:|Cannot determine the answer
+Failed to obtain answer via API
+I can't process this file.|one two three four five six seven eight|The best option isThe correct option is
+Best answer:Best option:|I'm sorry, but without the image provided""".replace("\n", "|").split("|")
 GAPS = [" ", " ", " ", "", "  ", "\n", "\t", ".", ", ", "-", "\u3000", "\x1c", "\xa0", ". ", " .", "; ", "/"]
 
 
@@ -38,8 +39,9 @@ def text(rng, most=6):
 
 def number(rng):
     value = rng.choice([rng.uniform(-2, 2), rng.randint(-3, 120), 10 ** rng.uniform(-5, 12), 0])
-    forms = [str(value), f"{value:.2f}", f"{value:e}", f"{value}%", f" {value}", f"{int(value):_}", f"{int(value):,}",
-             f"{value:+.3f}", f"{value}%%", str(int(value)).translate({48 + i: 0x660 + i for i in range(10)})]
+    forms = [str(value), f"{value:.2f}", f"{value:e}", f"{value}%", f" {value}", f"{value}%%",
+             f"{value:+.3f}", f"{int(value):_}", f"{int(value):,}",
+             str(int(value)).translate({48 + i: 0x660 + i for i in range(10)})]
     return rng.choice(forms)
 
 
@@ -83,7 +85,8 @@ def doc_of(benchmark, rng):
         return dict(answers=answers, question_id=1), answers
     if benchmark.startswith("mme"):
         answer = rng.choice("ABCDE")
-        return {"answer": answer, "category": "Perception/Monitoring", "l2-category": "x", "index": 1}, [answer]
+        kind = {"category": "Perception/Monitoring", "l2-category": "x", "index": 1}
+        return dict(kind, answer=answer), [answer]
     if benchmark == "scienceqa":
         choices = [text(rng, 3) for _ in range(rng.randint(2, 12))]
         at = rng.randrange(len(choices))
@@ -108,7 +111,8 @@ def cells_of(benchmark, doc, rng):
     elif benchmark == "ocrbench":
         row = dict(answer=repr(doc["answer"]), category=doc["question_type"])
     elif benchmark == "chartqa":
-        row = dict(answer=rng.choice([repr([doc["answer"]]), repr([doc["answer"], "7"]), doc["answer"]]), split="x")
+        answer = doc["answer"]
+        row = dict(answer=rng.choice([repr([answer]), repr([answer, "7"]), answer]), split="x")
     elif "answers" in row:
         row = {"answers" if benchmark == "vizwiz" else "answer": repr(row["answers"])}
     return row

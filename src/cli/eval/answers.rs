@@ -134,6 +134,8 @@ pub fn summary(source: &QuestionSource, answers: &[AnsweredQuestion], seed: u64)
     if let Some(benchmark) = source.benchmark {
         score["benchmark"] = benchmark.name().into();
         score["protocol"] = json!(source.protocol);
+        let own_limit = benchmark.max_new_tokens(source.protocol);
+        score["max_new_tokens"] = source.max_new_tokens.unwrap_or(own_limit).into();
         let groups = answers.iter().map(|a| (a.groups.as_slice(), a.score));
         row["groups"] = json!(Score::by_group(groups, seed));
     } else {

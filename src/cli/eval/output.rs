@@ -119,8 +119,8 @@ impl Output {
         Ok(())
     }
 
-    /// The answers as VLMEvalKit's own programs read them: the rows of its table, lists in brackets,
-    /// with a column `prediction`.
+    /// The answers as VLMEvalKit's own programs read them: the rows of its table, lists in
+    /// brackets, with a column `prediction`.
     ///
     /// # Errors
     /// [`Error::Io`].

@@ -8,8 +8,8 @@ use serde_json::{Map, Value};
 /// Columns whose cells may be lists in Python's notation.
 const LISTS: [&str; 4] = ["answer", "answers", "multi-choice options", "choices"];
 
-/// Makes the cells of a TSV what the program that is followed makes of them: Python's lists are read
-/// as lists, and VLMEvalKit's reader sees nothing in cells such as "None" or "NA".
+/// Makes the cells of a TSV what the program that is followed makes of them: Python's lists are
+/// read as lists, and VLMEvalKit's reader sees nothing in cells such as "None" or "NA".
 pub(super) fn read_cells(values: &mut Map<String, Value>, protocol: Protocol) {
     if protocol == Protocol::VlmEvalKit {
         let is_nothing = |value: &Value| value.as_str().is_some_and(pandas_reads_nothing);

@@ -1,8 +1,9 @@
-//! The benchmarks that vision-language models are compared by: what is asked of each row, how long an
-//! answer may be, and what is held against it.
+//! The benchmarks that vision-language models are compared by: what is asked of each row, how long
+//! an answer may be, and what is held against it.
 //!
-//! Prompts, limits and sub-scores are those of lmms-eval 0.7.3 (`tasks/*`, the `default` prompts) or
-//! of VLMEvalKit (ms-vlmeval 0.0.20, the data sets' own prompts: many of its models have others).
+//! Prompts, limits and sub-scores are those of lmms-eval 0.7.3 (`tasks/*`, the `default` prompts)
+//! or of VLMEvalKit (ms-vlmeval 0.0.20, the data sets' own prompts: many of its models have
+//! others).
 
 mod doc;
 mod judge;

@@ -79,8 +79,8 @@ impl Benchmark {
             Self::ScienceQa | Self::SeedBench2Plus => {
                 let hint = doc.optional("hint").map(|hint| format!("Hint: {hint}\n"));
                 format!(
-                    "{}Question: {question}\nOptions:\n{}\nPlease select the correct answer from the \
-                     options above. \n",
+                    "{}Question: {question}\nOptions:\n{}\nPlease select the correct answer from \
+                     the options above. \n",
                     hint.unwrap_or_default(),
                     lines(&doc.choices()?)
                 )
@@ -89,8 +89,8 @@ impl Benchmark {
     }
 }
 
-/// MME-RealWorld's options: with their heading already where VLMEvalKit itself wrote the table, as a
-/// list in the light version.
+/// MME-RealWorld's options: with their heading already where VLMEvalKit itself wrote the table, as
+/// a list in the light version.
 fn options(doc: Doc, heading: &str) -> Result<String> {
     let options = doc.texts(&["multi-choice options"])?;
     Ok(match options.as_slice() {

@@ -1,5 +1,5 @@
-//! Words without their apostrophe, and how VQA's metric writes them: a table of facts, the same in lmms-eval and
-//! VLMEvalKit, with its oddities.
+//! Words without their apostrophe, and how VQA's metric writes them: a table of facts, the same in
+//! lmms-eval and VLMEvalKit, with its oddities.
 
 /// In order of the first.
 pub(super) const CONTRACTIONS: [(&str, &str); 120] = [

@@ -26,9 +26,9 @@ const VLM_EVAL_KIT_PREFIXES: [&str; 6] = [
 /// An answer with more words needs a capital letter.
 const MAX_WORDS: usize = 10;
 
-/// Whether the letter that an answer to MME-RealWorld gives is the right one. lmms-eval ignores case
-/// and lets the right answer be part of what was found; VLMEvalKit looks between `<answer>` tags and
-/// takes the letter only.
+/// Whether the letter that an answer to MME-RealWorld gives is the right one. lmms-eval ignores
+/// case and lets the right answer be part of what was found; VLMEvalKit looks between `<answer>`
+/// tags and takes the letter only.
 ///
 /// Source: lmms-eval 0.7.3 `tasks/mme_realworld/utils.py`, VLMEvalKit `dataset/image_mcq.py`
 /// `MMERealWorld.evaluate`. Differs: no.

@@ -1,7 +1,8 @@
 //! How right an answer is, by the rules that each benchmark's scores are published under.
 //!
-//! Two programs are followed to the letter, quirks included: lmms-eval, and VLMEvalKit. A score here
-//! is the score there; `tests/oracle/test_metrics.py` runs both programs' own code beside this one.
+//! Two programs are followed to the letter, quirks included: lmms-eval, and VLMEvalKit. A score
+//! here is the score there; `tests/oracle/test_metrics.py` runs both programs' own code beside this
+//! one.
 
 mod anls;
 mod contractions;

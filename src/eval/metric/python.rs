@@ -1,8 +1,10 @@
 //! The few operations of Python's texts that metrics are built of, where Rust's differ.
 //!
-//! A metric that is to agree with one written in Python has to read numbers, cut words and fold case
-//! as Python does. Lower and upper case are Unicode's in both and come from the standard library.
-//! Source: CPython 3.11 `Objects/unicodeobject.c`, `Objects/floatobject.c`; the tables are Unicode's.
+//! A metric that is to agree with one written in Python has to read numbers, cut words and fold
+//! case as Python does. Lower and upper case are Unicode's in both and come from the standard
+//! library.
+//! Source: CPython 3.11 `Objects/unicodeobject.c`, `Objects/floatobject.c`; the tables are
+//! Unicode's.
 
 /// Zeros of the decimal digits of Unicode 14; the nine others follow each.
 const ZEROS: [u32; 66] = [
