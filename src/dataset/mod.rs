@@ -272,7 +272,7 @@ impl Row {
     }
 }
 
-/// The rows of DATA, read as they are asked for: what is in memory is a page of parquet or a line,
+/// The rows of DATA, read as they are asked for: what is in memory is a row group of parquet or a line,
 /// and the images of the rows that the caller keeps. Nothing follows an error.
 ///
 /// # Errors

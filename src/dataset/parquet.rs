@@ -18,7 +18,7 @@ use std::sync::Arc;
 const MIN_TEXT_BYTES: u64 = 256 << 20;
 const TEXT_BYTES_PER_BYTE: u64 = 64;
 
-/// The rows of `path`, one at a time: pages are unpacked as rows are asked for.
+/// The rows of `path`, one at a time: of a row group at most what its pages unpack to is in memory.
 ///
 /// # Errors
 /// [`Error::Io`]; [`Error::Format`] naming the row where the file is damaged; whatever

@@ -113,8 +113,8 @@ def test_a_killed_run_goes_on(tmp_path):
 
 def test_two_models_are_compared(tmp_path):
     quantized = tmp_path / "quantized"
-    quantize = [PROGRAM, "quantize", MODEL, "--output", quantized, "--calibration", ROOT / "testbed/calibration"]
-    settings = ["--method", "rtn", "--bits", "2", "--group-size", "128"]
+    quantize = [PROGRAM, "quantize", MODEL, "--output", quantized, "--method", "rtn", "--bits", "2"]
+    settings = ["--group-size", "128", "--calibration", ROOT / "testbed/calibration"]
     subprocess.run([*quantize, *settings], check=True, capture_output=True)
     sets = ROOT / "testbed/eval/counting.parquet"
 
