@@ -284,7 +284,9 @@ fn table(tasks: &[Planned], results: &BTreeMap<String, Value>) -> String {
     let (questions, texts): (Vec<&Planned>, Vec<&Planned>) = tasks
         .iter()
         .partition(|task| matches!(task, Planned::Questions { .. }));
-    let rows = |tasks: &[&Planned], head: String, row: fn(&str, &Value) -> String| {
+    let names = questions.iter().map(|task| task.name());
+    let width = name_width(names.map(|name| (name, &results[name])));
+    let rows = |tasks: &[&Planned], head: String, row: &dyn Fn(&str, &Value) -> String| {
         let rows = tasks
             .iter()
             .map(|task| row(task.name(), &results[task.name()]));
@@ -293,15 +295,13 @@ fn table(tasks: &[Planned], results: &BTreeMap<String, Value>) -> String {
             false => head + &rows.collect::<String>(),
         }
     };
-    let question_head = format!(
-        "{:<26} {:>6} {:>9} {:>15} {:>10}\n",
-        "task", "n", "score %", "95 %", "KL"
-    );
+    let question_head = score_head("task", width);
+    let question_rows = |name: &str, row: &Value| question_rows(name, row, width);
     let text_head = format!(
         "{:<14} {:>6} {:>9} {:>11} {:>11} {:>10} {:>11}\n",
         "task", "texts", "tokens", "perplexity", "original's", "KL", "same top %"
     );
-    rows(&questions, question_head, question_rows) + &rows(&texts, text_head, text_row)
+    rows(&questions, question_head, &question_rows) + &rows(&texts, text_head, &text_row)
 }
 
 /// A number, or nothing where there is none.
@@ -310,19 +310,36 @@ fn shown(value: &Value, digits: usize) -> String {
     number.map_or(String::new(), |v| format!("{v:.digits$}"))
 }
 
+/// Characters that the longest name needs, sub-scores indented.
+pub(super) fn name_width<'a>(rows: impl Iterator<Item = (&'a str, &'a Value)>) -> usize {
+    let groups = |row: &Value| {
+        let names = row["groups"].as_object().into_iter().flatten();
+        names.map(|(name, _)| name.chars().count() + 2).max()
+    };
+    let widths = rows.map(|(name, row)| name.chars().count().max(groups(row).unwrap_or(0)));
+    widths.max().unwrap_or(0).max(14)
+}
+
+pub(super) fn score_head(name: &str, width: usize) -> String {
+    let [n, score, interval, kl] = ["n", "score %", "95 %", "KL"];
+    format!("{name:<width$} {n:>6} {score:>9} {interval:>15} {kl:>10}\n")
+}
+
 /// A task, its sub-scores, and who answers better.
-fn question_rows(name: &str, row: &Value) -> String {
-    let mut text = score_row(name, &row["score"], &row["kl_per_answer_token"]);
+pub(super) fn question_rows(name: &str, row: &Value, width: usize) -> String {
+    let mut text = score_row(name, &row["score"], &row["kl_per_answer_token"], width);
     for (group, score) in row["groups"].as_object().into_iter().flatten() {
-        text += &score_row(&format!("  {group}"), score, &Value::Null);
+        if !group.is_empty() {
+            text += &score_row(&format!("  {group}"), score, &Value::Null, width);
+        }
     }
     text + &pairs_rows(row)
 }
 
-pub(super) fn score_row(name: &str, score: &Value, kl: &Value) -> String {
+fn score_row(name: &str, score: &Value, kl: &Value, width: usize) -> String {
     let bound = |i: usize| score["interval"][i].as_f64().unwrap_or_default();
     format!(
-        "{name:<26} {:>6} {:>9} {:>7.1}-{:<7.1} {:>10}\n",
+        "{name:<width$} {:>6} {:>9} {:>7.1}-{:<7.1} {:>10}\n",
         score["n"],
         shown(&score["percent"], 1),
         bound(0),
@@ -332,7 +349,7 @@ pub(super) fn score_row(name: &str, score: &Value, kl: &Value) -> String {
 }
 
 /// McNemar's test in words, and the questions that flipped.
-pub(super) fn pairs_rows(row: &Value) -> String {
+fn pairs_rows(row: &Value) -> String {
     let pairs = &row["pairs"];
     if pairs.is_null() {
         return String::new();

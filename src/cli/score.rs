@@ -1,6 +1,6 @@
 //! `vlmq score`
 
-use super::eval::{ProtocolArg, pairs_rows, score_row};
+use super::eval::{ProtocolArg, name_width, question_rows, score_head};
 use super::{SCHEMA, print_json, say};
 use serde_json::{Value, json};
 use std::path::PathBuf;
@@ -86,12 +86,6 @@ fn compare(row: &mut Value, own: &[WrittenAnswer], other: &[WrittenAnswer], seed
 }
 
 fn table(row: &Value) -> String {
-    let mut text = format!("{:<26} {:>6} {:>9} {:>15}\n", "", "n", "score %", "95 %");
-    text += &score_row("all", &row["score"], &Value::Null);
-    for (group, score) in row["groups"].as_object().into_iter().flatten() {
-        if !group.is_empty() {
-            text += &score_row(&format!("  {group}"), score, &Value::Null);
-        }
-    }
-    text + &pairs_rows(row)
+    let width = name_width([("all", row)].into_iter());
+    score_head("", width) + &question_rows("all", row, width)
 }
