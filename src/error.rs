@@ -106,6 +106,14 @@ pub enum Error {
         /// What was otherwise.
         what: String,
     },
+    /// There are answers of a run that was started otherwise.
+    #[error("{path}: holds answers of a run with another {what}", path = path.display())]
+    OtherAnswers {
+        /// The output folder.
+        path: PathBuf,
+        /// What was otherwise.
+        what: String,
+    },
     /// The user asked the run to stop.
     #[error("interrupted; nothing unfinished was kept")]
     Interrupted,
@@ -165,6 +173,9 @@ impl Error {
             Self::OtherRun { .. } => {
                 "start it as it was started then, choose another --output, or give up those layers with \
                  --resume never"
+            }
+            Self::OtherAnswers { .. } => {
+                "start it as it was started then, choose another --output, or remove that folder yourself"
             }
             Self::Interrupted => "start the command again to have the rest",
             Self::Tensor { .. } => {

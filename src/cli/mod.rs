@@ -12,6 +12,7 @@ mod progress;
 mod prompt;
 mod quantize;
 mod rotate;
+mod score;
 mod summary;
 mod trace;
 mod verify;
@@ -64,6 +65,8 @@ enum Command {
     Rotate(rotate::Args),
     /// Answer the questions of a task and count right answers
     Eval(eval::Args),
+    /// Score answers that were written down, or hold two models' answers against each other
+    Score(score::Args),
     /// Run methods, formats and seeds on one model and make a table
     Compare(compare::Args),
     /// Answer one prompt about images
@@ -127,6 +130,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Verify(args) => verify::run(&args, cli.json),
         Command::Rotate(args) => rotate::run(&args, cli.json),
         Command::Eval(args) => eval::run(&args, cli.json),
+        Command::Score(args) => score::run(&args, cli.json),
         Command::Compare(args) => compare::run(&args, cli.json),
         Command::Generate(args) => generate::run(&args, cli.json),
         Command::Trace(args) => trace::run(&args, cli.json),

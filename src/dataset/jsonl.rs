@@ -1,12 +1,12 @@
 //! Rows of a JSONL file, or of a file that is one JSON array.
 
 use super::image_source::ImageFolder;
-use super::record::Record;
+use super::record::{Record, Records};
 use crate::{Error, Result};
 use serde_json::{Map, Value};
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// Longest line that is read, so that a file without line breaks cannot exhaust memory.
@@ -14,39 +14,71 @@ const MAX_LINE_BYTES: u64 = 64 << 20;
 /// Largest file that is read as one JSON array.
 const MAX_ARRAY_BYTES: u64 = 2 << 30;
 
-/// The rows of `path`; blank lines are skipped.
+/// The rows of `path`, line by line; blank lines are skipped.
 ///
 /// # Errors
 /// [`Error::Io`]; [`Error::Format`] naming the line that is no JSON object.
-pub(super) fn read(path: &Path, folder: &Arc<ImageFolder>) -> Result<Vec<Record>> {
+pub(super) fn read(path: &Path, folder: &Arc<ImageFolder>) -> Result<Records> {
     let file = File::open(path).map_err(|e| Error::io(path, "open", e))?;
     let mut reader = BufReader::new(file);
     if starts_with_bracket(&mut reader).map_err(|e| Error::io(path, "read", e))? {
-        return read_array(path, reader, folder);
+        let records = read_array(path, reader, folder)?;
+        return Ok(Box::new(records.into_iter().map(Ok)));
     }
-    let mut records = Vec::new();
-    for line_number in 1.. {
-        let at = format!("line {line_number}");
-        let mut line = Vec::new();
-        let mut limited = (&mut reader).take(MAX_LINE_BYTES + 1);
-        let n = limited.read_until(b'\n', &mut line);
-        let n = n.map_err(|e| Error::io(path, "read", e))? as u64;
-        if n == 0 {
-            break;
+    Ok(Box::new(Lines {
+        path: path.to_path_buf(),
+        reader,
+        folder: Arc::clone(folder),
+        n_lines: 0,
+    }))
+}
+
+struct Lines {
+    path: PathBuf,
+    reader: BufReader<File>,
+    folder: Arc<ImageFolder>,
+    n_lines: usize,
+}
+
+impl Iterator for Lines {
+    type Item = Result<Record>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        loop {
+            let line = match next_line(&self.path, &mut self.reader, self.n_lines) {
+                Ok(line) => line?,
+                Err(e) => return Some(Err(e)),
+            };
+            self.n_lines += 1;
+            if line.iter().all(u8::is_ascii_whitespace) {
+                continue;
+            }
+            let at = format!("line {}", self.n_lines);
+            let values = serde_json::from_slice(&line).map_err(|e| {
+                let why = format!("a JSON object expected: {e}");
+                Error::format(&self.path, at.as_str(), why)
+            });
+            return Some(values.map(|values| record(&self.path, at, values, &self.folder)));
         }
-        if n > MAX_LINE_BYTES {
-            let why = format!("longer than {MAX_LINE_BYTES} bytes");
-            return Err(Error::format(path, at, why));
-        }
-        if line.iter().all(u8::is_ascii_whitespace) {
-            continue;
-        }
-        let values: Map<String, Value> = serde_json::from_slice(&line).map_err(|e| {
-            Error::format(path, at.as_str(), format!("a JSON object expected: {e}"))
-        })?;
-        records.push(record(path, at, values, folder));
     }
-    Ok(records)
+}
+
+/// The line after the first `n_before`; `None` at the end of the file.
+pub(crate) fn next_line(
+    path: &Path,
+    reader: &mut impl BufRead,
+    n_before: usize,
+) -> Result<Option<Vec<u8>>> {
+    let mut line = Vec::new();
+    let n = reader
+        .take(MAX_LINE_BYTES + 1)
+        .read_until(b'\n', &mut line)
+        .map_err(|e| Error::io(path, "read", e))? as u64;
+    if n > MAX_LINE_BYTES {
+        let why = format!("longer than {MAX_LINE_BYTES} bytes");
+        return Err(Error::format(path, format!("line {}", n_before + 1), why));
+    }
+    Ok((n > 0).then_some(line))
 }
 
 fn record(

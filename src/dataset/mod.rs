@@ -11,11 +11,11 @@
 //!
 //! Image names are resolved in the data file's folder, then as members of an `images.zip` beside
 //! it, read without unpacking. Data is not trusted: absolute names, `..` and web addresses are
-//! refused. Images are read when a sample is used; the rows themselves, and with parquet and TSV
-//! the encoded images, are held in memory.
+//! refused. Images are read when a sample is used. [`read_rows`] reads row by row; what opens a whole
+//! set holds the rows, and with parquet and TSV the encoded images, in memory.
 
 pub mod image_source;
-mod jsonl;
+pub(crate) mod jsonl;
 mod parquet;
 mod parquet_layout;
 mod record;
@@ -24,11 +24,12 @@ mod tsv;
 pub use self::image_source::ImageSource;
 
 use self::image_source::ImageFolder;
-use self::record::Record;
+use self::record::{Record, Records};
 use crate::processor::Message;
 use crate::{Error, Result};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use serde_json::{Map, Value};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -210,25 +211,116 @@ pub fn open_questions(path: &Path) -> Result<Vec<Question>> {
     }
 }
 
+/// A row as it stands in its file.
+#[derive(Debug)]
+pub struct Row {
+    record: Record,
+    is_of_table: bool,
+}
+
+impl Row {
+    /// The row's own id, else its place in the file.
+    pub fn id(&self) -> String {
+        self.record.id()
+    }
+
+    /// File and line or row, for messages.
+    pub fn origin(&self) -> String {
+        self.record.origin()
+    }
+
+    /// Whether all values are texts because it is a row of a TSV.
+    pub fn is_of_table(&self) -> bool {
+        self.is_of_table
+    }
+
+    /// Everything but images by name of column.
+    pub fn values(&self) -> &Map<String, Value> {
+        &self.record.values
+    }
+
+    /// The values, images as text left out.
+    pub fn into_values(self) -> Map<String, Value> {
+        let mut values = self.record.values;
+        values.retain(|key, _| key != record::BASE64_KEY);
+        values
+    }
+
+    /// The row's images.
+    ///
+    /// # Errors
+    /// As [`open_samples`] for one that cannot be had.
+    pub fn images(&self) -> Result<Vec<ImageSource>> {
+        self.record.row_images()
+    }
+
+    /// Whether it is raw text.
+    pub fn is_text(&self) -> bool {
+        self.record.is_text()
+    }
+
+    /// The row as a question of its own.
+    ///
+    /// # Errors
+    /// As [`open_rows`].
+    pub fn into_question(self) -> Result<Question> {
+        if self.is_text() {
+            let why = "raw text and questions in one file; a task is of one kind";
+            return Err(self.record.bad(why));
+        }
+        self.record.into_question()
+    }
+}
+
+/// The rows of DATA, read as they are asked for: what is in memory is a row group of parquet or a line,
+/// and the images of the rows that the caller keeps. Nothing follows an error.
+///
+/// # Errors
+/// As [`open_samples`], of the first file at once and of the others when they are reached.
+pub fn read_rows(path: &Path) -> Result<impl Iterator<Item = Result<Row>> + Send> {
+    let mut files = data_files(path)?.into_iter();
+    let first = files.next().map(|file| records_of(&file)).transpose()?;
+    let rest = files.flat_map(|file| match records_of(&file) {
+        Ok(records) => records,
+        Err(e) => Box::new(std::iter::once(Err(e))),
+    });
+    let mut is_sound = true;
+    let rows = first.into_iter().flatten().chain(rest);
+    Ok(rows
+        .take_while(move |row| std::mem::replace(&mut is_sound, row.is_ok()))
+        .map(|record| {
+            let record = record?;
+            let is_of_table = extension(&record.path) == "tsv";
+            Ok(Row {
+                record,
+                is_of_table,
+            })
+        }))
+}
+
+fn records_of(file: &Path) -> Result<Records> {
+    let parent = file.parent().unwrap_or(Path::new("")).to_path_buf();
+    let folder = Arc::new(ImageFolder::open(&parent)?);
+    match extension(file).as_str() {
+        "jsonl" | "json" => jsonl::read(file, &folder),
+        "parquet" => parquet::read(file, &folder),
+        "tsv" => tsv::read(file),
+        other => Err(Error::Unsupported {
+            what: format!(
+                "{}: data of kind {other:?}; supported are .jsonl, .json, .parquet, .tsv and \
+                 folders of them",
+                file.display()
+            ),
+        }),
+    }
+}
+
 fn open_records(path: &Path) -> Result<Vec<Record>> {
     let mut records = Vec::new();
     for file in data_files(path)? {
-        let parent = file.parent().unwrap_or(Path::new("")).to_path_buf();
-        let folder = Arc::new(ImageFolder::open(&parent)?);
-        records.extend(match extension(&file).as_str() {
-            "jsonl" | "json" => jsonl::read(&file, &folder)?,
-            "parquet" => parquet::read(&file, &folder)?,
-            "tsv" => tsv::read(&file)?,
-            other => {
-                return Err(Error::Unsupported {
-                    what: format!(
-                        "{}: data of kind {other:?}; supported are .jsonl, .json, .parquet, .tsv \
-                         and folders of them",
-                        file.display()
-                    ),
-                });
-            }
-        });
+        for record in records_of(&file)? {
+            records.push(record?);
+        }
     }
     if records.is_empty() {
         return Err(Error::Missing {

@@ -2,13 +2,15 @@
 
 use super::image_source::{ImageFolder, ImageSource};
 use super::parquet_layout::{check_pages, check_schema};
-use super::record::Record;
+use super::record::{Record, Records};
 use crate::{Error, Result};
+use parquet::errors::ParquetError;
 use parquet::file::reader::{FileReader, SerializedFileReader};
+use parquet::record::reader::RowIter;
 use parquet::record::{Field, Row};
 use serde_json::{Map, Value};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// Bytes of text in all rows together, and bytes for each one of the file: a dictionary lets rows
@@ -16,36 +18,83 @@ use std::sync::Arc;
 const MIN_TEXT_BYTES: u64 = 256 << 20;
 const TEXT_BYTES_PER_BYTE: u64 = 64;
 
-/// The rows of `path`.
+/// The rows of `path`, one at a time: of a row group at most what its pages unpack to is in memory.
 ///
 /// # Errors
 /// [`Error::Io`]; [`Error::Format`] naming the row where the file is damaged; whatever
 /// [`ImageFolder::resolve`] says of an image that is given by name only.
-pub(super) fn read(path: &Path, folder: &Arc<ImageFolder>) -> Result<Vec<Record>> {
-    // The parquet crate asserts some properties of a file that a damaged one lacks.
-    catch_unwind(AssertUnwindSafe(|| read_rows(path, folder)))
+pub(super) fn read(path: &Path, folder: &Arc<ImageFolder>) -> Result<Records> {
+    let rows = unless_it_panics(path, || open(path))?;
+    Ok(Box::new(Rows {
+        path: path.to_path_buf(),
+        folder: Arc::clone(folder),
+        text_left: rows
+            .n_bytes
+            .saturating_mul(TEXT_BYTES_PER_BYTE)
+            .max(MIN_TEXT_BYTES),
+        rows: Some(rows.rows),
+        n_rows: 0,
+    }))
+}
+
+/// The parquet crate asserts some properties of a file that a damaged one lacks.
+fn unless_it_panics<T>(path: &Path, f: impl FnOnce() -> Result<T>) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(f))
         .unwrap_or_else(|_| Err(Error::format(path, "pages", "damaged parquet data")))
 }
 
-fn read_rows(path: &Path, folder: &Arc<ImageFolder>) -> Result<Vec<Record>> {
+struct Opened {
+    rows: RowIter<'static>,
+    n_bytes: u64,
+}
+
+fn open(path: &Path) -> Result<Opened> {
     let fail = |e| Error::io(path, "open", e);
     let mut file = std::fs::File::open(path).map_err(fail)?;
     let n_bytes = file.metadata().map_err(fail)?.len();
     check_schema(path, &mut file)?;
-    let bad = |at: &str, e: parquet::errors::ParquetError| Error::format(path, at, e.to_string());
+    let bad = |at: &str, e: ParquetError| Error::format(path, at, e.to_string());
     let reader = SerializedFileReader::new(file.try_clone().map_err(fail)?);
     let reader = reader.map_err(|e| bad("footer", e))?;
     check_pages(path, &file, reader.metadata())?;
-    let rows = reader.get_row_iter(None).map_err(|e| bad("schema", e))?;
-    let mut records = Vec::new();
-    let text_left = n_bytes.saturating_mul(TEXT_BYTES_PER_BYTE);
-    let mut text_left = text_left.max(MIN_TEXT_BYTES);
-    for (i, row) in rows.enumerate() {
-        let at = format!("row {}", i + 1);
-        let row = row.map_err(|e| bad(&at, e))?;
-        records.push(record(path, at, row, folder, &mut text_left)?);
+    let rows = RowIter::from_file_into(Box::new(reader));
+    Ok(Opened { rows, n_bytes })
+}
+
+struct Rows {
+    path: PathBuf,
+    folder: Arc<ImageFolder>,
+    /// Bytes of text that the file may still unpack to.
+    text_left: u64,
+    /// None after an error, at which the parquet crate leaves off in the middle of something.
+    rows: Option<RowIter<'static>>,
+    n_rows: usize,
+}
+
+impl Rows {
+    fn next_record(&mut self, rows: &mut RowIter<'static>) -> Result<Option<Record>> {
+        let at = format!("row {}", self.n_rows + 1);
+        let Some(row) = rows.next() else {
+            return Ok(None);
+        };
+        let row = row.map_err(|e| Error::format(&self.path, at.as_str(), e.to_string()))?;
+        self.n_rows += 1;
+        record(&self.path, at, row, &self.folder, &mut self.text_left).map(Some)
     }
-    Ok(records)
+}
+
+impl Iterator for Rows {
+    type Item = Result<Record>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let mut rows = self.rows.take()?;
+        let path = self.path.clone();
+        let record = unless_it_panics(&path, || self.next_record(&mut rows)).transpose();
+        if matches!(record, Some(Ok(_))) {
+            self.rows = Some(rows);
+        }
+        record
+    }
 }
 
 fn record(

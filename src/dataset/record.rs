@@ -14,6 +14,11 @@ const PLACE: &str = "<image>";
 const CHAT_KEYS: [&str; 4] = ["conversations", "messages", "question", "query"];
 /// Keys that name images.
 const IMAGE_KEYS: [&str; 2] = ["image", "images"];
+/// The column of an image as base64 text, as MME-RealWorld's parquet files have it.
+pub(super) const BASE64_KEY: &str = "bytes";
+
+/// The rows of a file, read as they are asked for; nothing sensible follows an error.
+pub(super) type Records = Box<dyn Iterator<Item = Result<Record>> + Send>;
 
 /// One row with its named values.
 #[derive(Debug)]
@@ -36,7 +41,7 @@ struct Turns {
 }
 
 impl Record {
-    fn origin(&self) -> String {
+    pub(super) fn origin(&self) -> String {
         format!("{} {}", self.path.display(), self.at)
     }
 
@@ -44,7 +49,7 @@ impl Record {
         Error::format(&self.path, self.at.as_str(), why)
     }
 
-    fn id(&self) -> String {
+    pub(super) fn id(&self) -> String {
         let keys = ["id", "index", "question_id"];
         let id = keys.iter().find_map(|k| scalar(&self.values, k));
         id.unwrap_or_else(|| self.at.clone())
@@ -260,7 +265,7 @@ impl Record {
     }
 
     /// The images of the row itself, not those that messages name.
-    fn row_images(&self) -> Result<Vec<ImageSource>> {
+    pub(super) fn row_images(&self) -> Result<Vec<ImageSource>> {
         if !self.images.is_empty() {
             return Ok(self.images.clone());
         }
@@ -280,7 +285,13 @@ impl Record {
                 }
             }
         }
-        Ok(Vec::new())
+        Ok(match self.values.get(BASE64_KEY) {
+            Some(Value::String(text)) => vec![ImageSource::Base64 {
+                name: format!("{}: {BASE64_KEY}", self.origin()),
+                text: text.as_str().into(),
+            }],
+            _ => Vec::new(),
+        })
     }
 
     fn resolve(&self, name: &str) -> Result<ImageSource> {

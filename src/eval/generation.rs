@@ -15,7 +15,7 @@ const CACHE_BYTES: usize = 1 << 30;
 /// Most answers that are written at a time: more make no step faster.
 const MAX_SEQUENCES: usize = 64;
 
-/// The answers to `items` as text, in their order, of at most `max_new_tokens` tokens each.
+/// The answers to `items` as text, in their order, each of at most as many tokens as its item says.
 /// `on_answer` hears of each one that is done.
 ///
 /// # Errors
@@ -24,11 +24,10 @@ pub fn generate_answers(
     model: &LoadedModel,
     processor: &Processor,
     items: &[EvalItem],
-    max_new_tokens: usize,
     on_answer: &(dyn Fn() + Sync),
 ) -> Result<Vec<String>> {
     let mut answers = Vec::with_capacity(items.len());
-    for batch in batches(model, &task::groups(items), max_new_tokens) {
+    for batch in batches(model, &task::groups(items)) {
         let prefixes: Vec<Prefix> = batch
             .par_iter()
             .map(|group| task::shared_prefix(model, group))
@@ -40,7 +39,7 @@ pub fn generate_answers(
             .collect();
         let requests: Vec<Request> = items_with_prefix
             .par_iter()
-            .map(|(item, prefix)| request(model, item, prefix, max_new_tokens))
+            .map(|(item, prefix)| request(model, item, prefix))
             .collect::<Result<_>>()?;
         for ids in model.generate(&requests, processor.eos_ids(), on_answer)? {
             answers.push(processor.decode(&ids)?);
@@ -49,37 +48,24 @@ pub fn generate_answers(
     Ok(answers)
 }
 
-fn request<'a>(
-    model: &LoadedModel,
-    item: &'a EvalItem,
-    prefix: &'a Prefix,
-    max_new_tokens: usize,
-) -> Result<Request<'a>> {
+fn request<'a>(model: &LoadedModel, item: &'a EvalItem, prefix: &'a Prefix) -> Result<Request<'a>> {
     Ok(Request {
         prefix,
         input: &item.prompt,
         features: item.features(model)?,
-        max_new_tokens,
+        max_new_tokens: item.max_new_tokens,
     })
 }
 
 /// Runs of groups that are answered together.
-fn batches<'g, 'i>(
-    model: &LoadedModel,
-    groups: &'g [&'i [EvalItem]],
-    max_new_tokens: usize,
-) -> Vec<&'g [&'i [EvalItem]]> {
+fn batches<'g, 'i>(model: &LoadedModel, groups: &'g [&'i [EvalItem]]) -> Vec<&'g [&'i [EvalItem]]> {
     let decoder = model.source().decoder();
     let token_bytes =
         2 * size_of::<f32>() * decoder.n_layers * decoder.n_kv_heads * decoder.head_dim;
     let cost = |group: &[EvalItem]| {
-        let tokens = group
-            .iter()
-            .map(|item| item.prompt.input_ids.len() + max_new_tokens);
-        [
-            group.len(),
-            tokens.sum::<usize>().saturating_mul(token_bytes),
-        ]
+        // Most answers are short, however long they may be.
+        let tokens = group.iter().map(|item| item.prompt.input_ids.len());
+        [group.len(), 2 * token_bytes * tokens.sum::<usize>()]
     };
     let costs: Vec<[usize; 2]> = groups.iter().map(|group| cost(group)).collect();
     let mut start = 0;
@@ -146,16 +132,18 @@ mod tests {
         let tell = || {
             n_told.fetch_add(1, Ordering::Relaxed);
         };
-        let together = generate_answers(&model, &processor, &items, 6, &tell).unwrap();
+        let together = generate_answers(&model, &processor, &items, &tell).unwrap();
         assert_eq!(n_told.into_inner(), items.len());
         let lengths: BTreeSet<usize> = together.iter().map(String::len).collect();
         assert!(lengths.len() > 2, "{together:?}");
         for (item, expected) in items.iter().zip(together) {
             let one = std::slice::from_ref(item);
-            let alone = generate_answers(&model, &processor, one, 6, &|| {}).unwrap();
+            let alone = generate_answers(&model, &processor, one, &|| {}).unwrap();
             assert_eq!(alone, [expected]);
         }
-        let nothing = generate_answers(&model, &processor, &items[..2], 0, &|| {}).unwrap();
+        items.truncate(2);
+        items.iter_mut().for_each(|item| item.max_new_tokens = 0);
+        let nothing = generate_answers(&model, &processor, &items, &|| {}).unwrap();
         assert_eq!(nothing, ["", ""]);
     }
 

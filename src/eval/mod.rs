@@ -5,14 +5,22 @@
 //! which sees changes long before an answer flips. Of raw texts, perplexity and the same divergence
 //! over their tokens.
 
+pub mod benchmark;
 mod generation;
+pub mod metric;
+mod questions;
+mod sample;
 mod score;
+mod summary;
 mod task;
 mod text;
 
 pub use generation::generate_answers;
+pub use questions::{QUESTIONS_AT_ONCE, QuestionSource};
+pub use sample::{AnsweredQuestion, OtherAnswer, Rules, WrittenAnswer, read_answers};
 pub use score::{AnswerScore, Divergence, Reference, score_answers};
-pub use task::{EvalItem, Task, TaskItems, TaskRows, open_tasks};
+pub use summary::{Pairs, RIGHT_FROM, Score, is_right};
+pub use task::{EvalItem, Task, TaskItems, TaskRows, encode_questions, open_tasks, task_files};
 pub use text::{TextItem, TextReference, TextScore, perplexity, score_texts};
 
 use crate::model::LoadedModel;
@@ -21,7 +29,7 @@ use crate::{Error, Result};
 use serde::Serialize;
 use std::collections::BTreeMap;
 
-/// Longest answer that is generated, in tokens.
+/// Longest answer that is generated to a question of no benchmark, in tokens.
 pub const MAX_ANSWER_TOKENS: usize = 32;
 
 /// One answered question.
@@ -33,6 +41,9 @@ pub struct Prediction {
     pub category: Option<String>,
     /// The model's answer.
     pub answer: String,
+    /// The same with the white space around it.
+    #[serde(skip)]
+    pub text: String,
     /// The right answers.
     pub expected: Vec<String>,
     /// Whether it is one of the right ones.
@@ -75,12 +86,14 @@ impl Accuracy {
         }
     }
 
-    /// Shares by category.
-    pub fn by_category(predictions: &[Prediction]) -> BTreeMap<String, Self> {
+    /// Shares by group; those without one under an empty name.
+    pub fn by_group<'a>(
+        answers: impl Iterator<Item = (Option<&'a String>, bool)>,
+    ) -> BTreeMap<String, Self> {
         let mut flags: BTreeMap<String, Vec<bool>> = BTreeMap::new();
-        for p in predictions {
-            let name = p.category.clone().unwrap_or_default();
-            flags.entry(name).or_default().push(p.correct);
+        for (name, is_right) in answers {
+            let name = name.cloned().unwrap_or_default();
+            flags.entry(name).or_default().push(is_right);
         }
         flags
             .into_iter()
@@ -111,12 +124,13 @@ pub fn answer_all(
             place: item.origin.clone(),
         });
     }
-    let answers = generate_answers(model, processor, items, MAX_ANSWER_TOKENS, on_answer)?;
+    let answers = generate_answers(model, processor, items, on_answer)?;
     let predictions = items.iter().zip(answers).map(|(item, answer)| Prediction {
         id: item.id.clone(),
         category: item.category.clone(),
         correct: is_correct(&answer, &item.answers),
         answer: answer.trim().to_owned(),
+        text: answer,
         expected: item.answers.clone(),
     });
     Ok(predictions.collect())

@@ -6,7 +6,7 @@ use crate::model::loaded::Continuation;
 use crate::processor::ModelInput;
 use crate::{Error, Result};
 use rayon::prelude::*;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// Log probabilities `[n_answer_tokens][vocab]` of the original, with which others are compared.
 #[derive(Clone, Debug)]
@@ -47,7 +47,7 @@ pub struct AnswerScore {
 }
 
 /// Distance from the original over the tokens of an answer or a text.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Divergence {
     /// Σ KL(original ‖ model) over tokens, in nats.
     pub kl_sum: f64,

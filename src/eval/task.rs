@@ -1,6 +1,8 @@
 //! Questions and texts ready for the model.
 
 use crate::dataset::{Question, Rows, open_rows};
+use crate::eval::MAX_ANSWER_TOKENS;
+use crate::eval::benchmark::Asked;
 use crate::eval::text::TextItem;
 use crate::model::LoadedModel;
 use crate::model::loaded::Prefix;
@@ -60,6 +62,8 @@ pub struct EvalItem {
     /// The prompt with the first right answer after it, end token included, and how many tokens
     /// of it are the prompt.
     pub answered: Option<(ModelInput, usize)>,
+    /// Longest answer, in tokens.
+    pub max_new_tokens: usize,
     images: Vec<Arc<EvalImage>>,
 }
 
@@ -164,7 +168,11 @@ pub fn open_tasks(
         .collect()
 }
 
-fn task_files(path: &Path) -> Result<Vec<PathBuf>> {
+/// The file itself, or all files of data of a folder in order of name.
+///
+/// # Errors
+/// [`Error::Io`]; [`Error::Missing`] for a folder without files of data.
+pub fn task_files(path: &Path) -> Result<Vec<PathBuf>> {
     if !path.is_dir() {
         return Ok(vec![path.to_path_buf()]);
     }
@@ -197,7 +205,9 @@ fn open_task(
         Rows::Questions(mut questions) => {
             rows.cut(&mut questions);
             let images = Mutex::new(HashMap::new());
-            let items = questions.par_iter().map(|q| encode(q, processor, &images));
+            let items = questions
+                .par_iter()
+                .map(|q| encode(q, processor, &images, MAX_ANSWER_TOKENS));
             TaskItems::Questions(items.collect::<Result<_>>()?)
         }
         Rows::Texts(mut texts) => {
@@ -218,7 +228,22 @@ fn open_task(
 
 type ImageCache = Mutex<HashMap<u64, Arc<EvalImage>>>;
 
-fn encode(question: &Question, processor: &Processor, cache: &ImageCache) -> Result<EvalItem> {
+/// Questions of a benchmark, ready for the model.
+///
+/// # Errors
+/// The processor's, and those of images that cannot be read.
+pub fn encode_questions(asked: &[Asked], processor: &Processor) -> Result<Vec<EvalItem>> {
+    let images = Mutex::new(HashMap::new());
+    let one = |asked: &Asked| encode(&asked.question, processor, &images, asked.max_new_tokens);
+    asked.par_iter().map(one).collect()
+}
+
+fn encode(
+    question: &Question,
+    processor: &Processor,
+    cache: &ImageCache,
+    max_new_tokens: usize,
+) -> Result<EvalItem> {
     let n_images = question.images.len();
     let images = question.images.iter().map(|source| {
         let mut hasher = DefaultHasher::new();
@@ -258,6 +283,7 @@ fn encode(question: &Question, processor: &Processor, cache: &ImageCache) -> Res
         answers: question.answers.clone(),
         answered: answered.transpose()?,
         prompt,
+        max_new_tokens,
         images,
     })
 }

@@ -56,8 +56,8 @@ pub struct KvCache {
     keys_values: Option<(Tensor, Tensor)>,
 }
 
-/// Keys and values of one sequence that is being continued token by token, with room for what is to
-/// come: adding a token copies nothing that is there.
+/// Keys and values of one sequence that is being continued token by token, with room for some that are
+/// to come: adding a token copies what is there once in many steps only.
 #[derive(Debug)]
 pub struct DecodeCache {
     keys: Tensor,
@@ -66,31 +66,28 @@ pub struct DecodeCache {
 }
 
 impl DecodeCache {
-    /// A copy of what `cache` holds, with room for `n_new` tokens more.
+    /// A copy of what `cache` holds, with room for more.
     ///
     /// # Errors
-    /// [`Error::Missing`] for a cache without any token; a tensor error for too little memory.
-    pub fn new(cache: &KvCache, n_new: usize) -> Result<Self> {
+    /// [`Error::Missing`] for a cache without any token; a tensor error if its shape is another.
+    pub fn new(cache: &KvCache) -> Result<Self> {
         let (keys, values) = cache.keys_values.as_ref().ok_or_else(|| Error::Missing {
             what: "a first token".into(),
             place: "the cache of keys and values".into(),
         })?;
-        let (heads, n_tokens, head_dim) = keys.dims3()?;
-        let with_room = |past: &Tensor| -> Result<Tensor> {
-            let shape = (heads, n_tokens + n_new, head_dim);
-            let whole = Tensor::zeros(shape, past.dtype(), past.device())?;
-            whole.slice_set(&past.contiguous()?, 1, 0)?;
-            Ok(whole)
-        };
         Ok(Self {
             keys: with_room(keys)?,
             values: with_room(values)?,
-            n_tokens,
+            n_tokens: keys.dim(1)?,
         })
     }
 
     /// Adds a token's `[kv_heads, 1, head_dim]`; gives those of the last `window` tokens, or of all.
     fn push(&mut self, k: &Tensor, v: &Tensor, window: Option<usize>) -> Result<[Tensor; 2]> {
+        if self.keys.dim(1)? == self.n_tokens {
+            self.keys = with_room(&self.keys)?;
+            self.values = with_room(&self.values)?;
+        }
         self.keys.slice_set(&k.contiguous()?, 1, self.n_tokens)?;
         self.values.slice_set(&v.contiguous()?, 1, self.n_tokens)?;
         self.n_tokens += 1;
@@ -101,6 +98,15 @@ impl DecodeCache {
             self.values.narrow(1, start, n)?,
         ])
     }
+}
+
+/// A copy of `past [heads, n, head_dim]` with room for a quarter more tokens, and some.
+fn with_room(past: &Tensor) -> Result<Tensor> {
+    let (heads, n_tokens, head_dim) = past.dims3()?;
+    let shape = (heads, n_tokens + n_tokens / 4 + 16, head_dim);
+    let whole = Tensor::zeros(shape, past.dtype(), past.device())?;
+    whole.slice_set(&past.contiguous()?, 1, 0)?;
+    Ok(whole)
 }
 
 impl KvCache {
@@ -374,7 +380,7 @@ impl DecoderLayer {
     /// `caches`; `context` is that of these tokens. The weights are read once for all of them.
     ///
     /// # Errors
-    /// A tensor error if shapes disagree or a cache has no room left.
+    /// A tensor error if shapes disagree.
     pub fn decode(
         &self,
         x: &Tensor,

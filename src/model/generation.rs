@@ -92,8 +92,7 @@ impl LoadedModel {
                 next,
                 last: x.narrow(0, x.dim(0)? - 1, 1)?,
             };
-            let room = request.max_new_tokens;
-            let caches = caches.iter().map(|cache| DecodeCache::new(cache, room));
+            let caches = caches.iter().map(DecodeCache::new);
             Ok((sequence, caches.collect::<Result<Vec<_>>>()?))
         };
         let read = requests.par_iter().enumerate().map(read);

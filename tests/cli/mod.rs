@@ -1,6 +1,7 @@
 mod allocation;
 mod bad_input;
 mod damaged_parts;
+mod evaluation;
 mod exports;
 mod flow;
 mod resume;
