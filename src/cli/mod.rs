@@ -10,6 +10,7 @@ mod log;
 mod progress;
 mod prompt;
 mod quantize;
+mod report;
 mod rotate;
 mod summary;
 mod trace;
@@ -60,6 +61,8 @@ enum Command {
     Rotate(rotate::Args),
     /// Answer the questions of a task and count right answers
     Eval(eval::Args),
+    /// Write what a run did as a page with pictures, or as Markdown
+    Report(report::Args),
     /// Run methods, formats and seeds on one model and make a table
     Compare(compare::Args),
     /// Answer one prompt about images
@@ -118,6 +121,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Verify(args) => verify::run(&args, cli.json),
         Command::Rotate(args) => rotate::run(&args, cli.json),
         Command::Eval(args) => eval::run(&args, cli.json),
+        Command::Report(args) => report::run(&args, cli.json),
         Command::Compare(args) => compare::run(&args, cli.json),
         Command::Generate(args) => generate::run(&args, cli.json),
         Command::Trace(args) => trace::run(&args, cli.json),

@@ -10,6 +10,7 @@ mod task;
 mod text;
 
 pub use score::{AnswerScore, Divergence, Reference, score_answers};
+pub(crate) use task::task_files;
 pub use task::{EvalItem, Task, TaskItems, TaskRows, open_tasks};
 pub use text::{TextItem, TextReference, TextScore, perplexity, score_texts};
 

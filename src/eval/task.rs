@@ -164,7 +164,8 @@ pub fn open_tasks(
         .collect()
 }
 
-fn task_files(path: &Path) -> Result<Vec<PathBuf>> {
+/// The file `path`, or all files of data of the folder, in order of name.
+pub(crate) fn task_files(path: &Path) -> Result<Vec<PathBuf>> {
     if !path.is_dir() {
         return Ok(vec![path.to_path_buf()]);
     }
