@@ -145,7 +145,7 @@ struct Part {
 
 const BAR_TOP: f64 = 8.0;
 const BAR_HEIGHT: f64 = 150.0;
-const BARS_LEFT: f64 = 40.0;
+const BARS_LEFT: f64 = 46.0;
 const BARS_WIDTH: f64 = 330.0;
 
 impl ShareChart {

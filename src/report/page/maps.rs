@@ -13,8 +13,8 @@ const LEVELS: f64 = 9.0;
 pub(super) struct Map {
     columns: Vec<String>,
     rows: Vec<Row>,
-    /// What the lightest and the darkest colour stand for.
-    ends: [String; 2],
+    /// Whether any cell is marked.
+    has_marks: bool,
 }
 
 #[derive(Debug, PartialEq, Serialize)]
@@ -157,7 +157,7 @@ fn map(report: &RunReport, entry: impl Fn(&Sums) -> Option<Entry>) -> Option<Map
     };
     Some(Map {
         rows: layers.into_iter().map(row).collect(),
-        ends: [least.text.clone(), most.text.clone()],
+        has_marks: entries.values().any(|entry| entry.is_marked),
         columns,
     })
 }

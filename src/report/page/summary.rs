@@ -25,6 +25,8 @@ const STAGES: [(&str, &str); 13] = [
 
 #[derive(Serialize)]
 pub(super) struct Summary {
+    /// What it is, in a line.
+    lede: String,
     /// The numbers that matter most: name, value, and what it is to be held against.
     figures: Vec<[String; 3]>,
     /// Further facts, by name.
@@ -47,6 +49,7 @@ struct Stage {
 impl Summary {
     pub(super) fn of(report: &RunReport) -> Self {
         Self {
+            lede: lede(report),
             figures: figures(report),
             facts: facts(report),
             settings: settings(&report.settings),
@@ -65,6 +68,24 @@ impl Summary {
         });
         figures.chain(self.facts.iter().cloned())
     }
+}
+
+fn lede(report: &RunReport) -> String {
+    let source = report
+        .source
+        .as_ref()
+        .map(|source| format!("{} by ", source.name));
+    let format = report
+        .output
+        .as_ref()
+        .map(|output| format!(", {}", output.format));
+    format!(
+        "{}{}: {}{}",
+        source.unwrap_or_default(),
+        report.method,
+        schemes(report),
+        format.unwrap_or_default()
+    )
 }
 
 fn figures(report: &RunReport) -> Vec<[String; 3]> {
