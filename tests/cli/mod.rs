@@ -3,6 +3,7 @@ mod bad_input;
 mod damaged_parts;
 mod exports;
 mod flow;
+mod report;
 mod resume;
 mod rotation;
 mod scales;
