@@ -176,8 +176,8 @@ pub fn quantize_with(
     let schemes = modules.filter_map(|m| recipe.scheme_of(&m.name));
     let with_full = recipe.needs_full_stream(&schemes.collect::<Vec<Scheme>>());
     let end_loss = recipe.importance.filter(ImportanceSettings::is_end_loss);
-    let end_loss = end_loss.map(|i| end_loss::importance(model, &calibration, i, observer));
-    let end_loss = end_loss.transpose()?;
+    let of_end = |settings| end_loss::importance(model, &calibration, settings, observer);
+    let end_loss = end_loss.map(of_end).transpose()?;
     let mut streams = Streams::new(calibration, model.decoder(), with_full)?;
     let n_layers = model.decoder().n_layers;
     let mut outcomes = Vec::new();

@@ -142,31 +142,17 @@ pub fn quantize_folder(
         exporter = open_exporter(model, &plan, &journal, options.format)?;
     }
     journal.bind(&fingerprint(recipe, &plan, &set)?)?;
-    let calibration = choice.filter(|_| recipe.needs_calibration());
-    let mut report = RunReport {
-        schema: SCHEMA,
-        vlmq: env!("CARGO_PKG_VERSION").into(),
-        method: recipe.method.name().into(),
-        command: options.command.clone(),
-        source: Some(source_report(model)),
-        settings: settings(recipe),
-        calibration: calibration.map(|c| calibration_report(c, &set.samples)),
-        n_resumed_layers: journal.n_finished()?,
-        deviations: idle_rules(model, recipe),
-        allocation: allocated.report,
-        seconds: preparation_seconds(checked, prepared, set.seconds),
-        ..RunReport::default()
-    };
+    let mut report = begun_report(model, recipe, choice, &set, &options);
+    report.n_resumed_layers = journal.n_finished()?;
+    report.allocation = allocated.report;
+    report.seconds = preparation_seconds(checked, prepared, set.seconds);
     let mut sink = Journaled {
         model,
         exporter,
         journal,
         layer: None,
         kept: recipe.tuning().map(|_| Vec::new()),
-        pictures: match options.report {
-            true => Some(pictures(model, recipe, choice, &set)?),
-            false => None,
-        },
+        pictures: pictures(model, recipe, choice, &set, &options)?,
     };
     let layers = pipeline::quantize(model, set, recipe, observer, &mut sink)?;
     if options.imatrix {
@@ -174,9 +160,8 @@ pub fn quantize_folder(
     }
     for mut layer in layers {
         let weights = std::mem::take(&mut layer.kept_weights);
-        if let Some(pictures) = &mut sink.pictures {
-            pictures.layers.push(weights);
-        }
+        let pictures = sink.pictures.as_mut();
+        pictures.map_or((), |pictures| pictures.layers.push(weights));
         report.add_layer(layer);
     }
     report.add_tuning(sink.tune(recipe, choice, memory_bytes, observer)?);
@@ -194,14 +179,41 @@ pub fn quantize_folder(
     Ok((report, exported))
 }
 
+/// What is known of a run before its first layer.
+fn begun_report(
+    model: &ModelSource,
+    recipe: &Recipe,
+    choice: Option<&SampleChoice>,
+    set: &CalibrationSet,
+    options: &RunOptions,
+) -> RunReport {
+    let calibration = choice.filter(|_| recipe.needs_calibration());
+    RunReport {
+        schema: SCHEMA,
+        vlmq: env!("CARGO_PKG_VERSION").into(),
+        method: recipe.method.name().into(),
+        command: options.command.clone(),
+        source: Some(source_report(model)),
+        settings: settings(recipe),
+        calibration: calibration.map(|c| calibration_report(c, &set.samples)),
+        deviations: idle_rules(model, recipe),
+        ..RunReport::default()
+    }
+}
+
 /// The calibration samples that the report's pictures are of, without weights yet; none where all
-/// tokens weigh alike. They are read before any work: the files may be gone after it.
+/// tokens weigh alike. They are read before any work: the files may be gone after it. `None` where no
+/// pictures are asked for.
 fn pictures(
     model: &ModelSource,
     recipe: &Recipe,
     choice: Option<&SampleChoice>,
     set: &CalibrationSet,
-) -> Result<Pictures> {
+    options: &RunOptions,
+) -> Result<Option<Pictures>> {
+    if !options.report {
+        return Ok(None);
+    }
     let mut pictures = Pictures::default();
     if let (Some(_), Some(choice)) = (recipe.importance, choice) {
         let processor = open_processor(model.checkpoint().dir())?;
@@ -211,7 +223,7 @@ fn pictures(
             shown_samples(&processor, &chosen, &set.samples, &kept, choice.max_tokens)?;
         pictures.kept = kept;
     }
-    Ok(pictures)
+    Ok(Some(pictures))
 }
 
 fn source_report(model: &ModelSource) -> SourceReport {
