@@ -160,22 +160,16 @@ pub fn quantize_folder(
     }
     for mut layer in layers {
         let weights = std::mem::take(&mut layer.kept_weights);
-        let pictures = sink.pictures.as_mut();
-        pictures.map_or((), |pictures| pictures.layers.push(weights));
+        if let Some(pictures) = &mut sink.pictures {
+            pictures.layers.push(weights);
+        }
         report.add_layer(layer);
     }
     report.add_tuning(sink.tune(recipe, choice, memory_bytes, observer)?);
     let total = began.elapsed().as_secs_f64();
     report.seconds.insert("total".into(), total);
     report.peak_memory_bytes = peak_memory_bytes();
-    report.output = Some(OutputReport {
-        format: options.format.name().into(),
-        tensor_bytes: sink.exporter.tensor_bytes(),
-    });
-    let exported = sink.finish(&plan, options.format, &report, output)?;
-    if let Some(written) = &mut report.output {
-        written.tensor_bytes = exported.tensor_bytes;
-    }
+    let exported = sink.finish(&plan, options.format, &mut report, output)?;
     Ok((report, exported))
 }
 
@@ -387,14 +381,18 @@ impl Journaled<'_> {
         mut self,
         plan: &[ModulePlan],
         format: Format,
-        report: &RunReport,
+        report: &mut RunReport,
         output: &Path,
     ) -> Result<Exported> {
+        let folder = folder_name(output);
+        report.output = Some(OutputReport {
+            format: format.name().into(),
+            tensor_bytes: self.exporter.tensor_bytes(),
+        });
         let (name, bytes) = report.to_file();
         self.exporter.write_file(&name, &bytes)?;
         if let Some(pictures) = self.pictures.take() {
             let importance = pictures.into_file();
-            let folder = folder_name(output);
             let page = Page::new(&folder, report, importance.as_ref());
             self.exporter
                 .write_file(PAGE_FILE, page.html().as_bytes())?;
@@ -406,6 +404,10 @@ impl Journaled<'_> {
         let mut exported = self.exporter.finish()?;
         if format == Format::Gguf {
             exported.tensor_bytes = write_gguf(&self.journal, output)?;
+            let written = report.output.as_mut();
+            written
+                .into_iter()
+                .for_each(|w| w.tensor_bytes = exported.tensor_bytes);
         }
         self.journal.discard()?;
         Ok(exported)
