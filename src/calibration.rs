@@ -212,7 +212,11 @@ pub fn count_tokens(
 }
 
 /// The sequences of a sample.
-fn encode(processor: &Processor, sample: &Sample, max_tokens: usize) -> Result<Vec<ModelInput>> {
+pub(crate) fn encode(
+    processor: &Processor,
+    sample: &Sample,
+    max_tokens: usize,
+) -> Result<Vec<ModelInput>> {
     match &sample.content {
         Content::Text(text) => processor.encode_pieces(text, &sample.origin, max_tokens),
         Content::Chat { messages, images } => Ok(vec![encode_chat(processor, messages, images)?]),

@@ -4,8 +4,10 @@ use crate::checkpoint::Checkpoint;
 use crate::export::gguf::{self, GgufExported};
 use crate::export::{Exported, Format, convert, plan_of};
 use crate::model::ModelSource;
+use crate::report::RunReport;
 use crate::report::card::{BASE_CARD_FILE, CARD_FILE, Card};
-use crate::report::{REPORT_FILE, RunReport};
+use crate::report::importance::ImportanceFile;
+use crate::report::page::{PAGE_FILE, Page};
 use crate::{Error, Result};
 use serde_json::Value;
 use std::path::Path;
@@ -55,6 +57,8 @@ pub fn export_gguf(
     let plan = plan_of(source)?;
     let report = report_of(source)?;
     let base_card = base_card(source, report.is_some())?;
+    let has_page = source.dir().join(PAGE_FILE).exists();
+    let importance = ImportanceFile::read(source.dir())?;
     gguf::export(source, output, |exported| {
         let card = Card {
             name: &folder_name(output),
@@ -67,22 +71,29 @@ pub fn export_gguf(
         };
         let text = card.text_of_gguf(exported);
         let card = (CARD_FILE.to_owned(), text.into_bytes());
-        let report = report.as_ref().map(|report| report.to_file());
-        base_card.into_iter().chain([card]).chain(report).collect()
+        let mut report = report.clone();
+        if let Some(written) = report.as_mut().and_then(|report| report.output.as_mut()) {
+            let files = [Some(&exported.model), exported.mmproj.as_ref()];
+            written.tensor_bytes = files.iter().flatten().map(|file| file.tensor_bytes).sum();
+        }
+        let files = base_card.into_iter().chain([card]);
+        let files = files.chain(report.as_ref().map(RunReport::to_file));
+        match &report {
+            Some(report) if has_page => {
+                let name = folder_name(output);
+                let page = Page::new(&name, report, importance.as_ref()).html();
+                let page = (PAGE_FILE.to_owned(), page.into_bytes());
+                let kept = importance.as_ref().map(ImportanceFile::to_file);
+                files.chain([page]).chain(kept).collect()
+            }
+            _ => files.collect(),
+        }
     })
 }
 
 /// The report of the run that made the codes, if the folder is of our making.
 fn report_of(source: &Checkpoint) -> Result<Option<RunReport>> {
-    let path = source.dir().join(REPORT_FILE);
-    if !path.exists() {
-        return Ok(None);
-    }
-    let text = std::fs::read_to_string(&path).map_err(|e| Error::io(&path, "read", e))?;
-    let report = serde_json::from_str(&text);
-    report
-        .map(Some)
-        .map_err(|e| Error::format(&path, "JSON", e.to_string()))
+    RunReport::read(source.dir())
 }
 
 /// The card of the model that was quantized, under its other name; none if the folder has it under

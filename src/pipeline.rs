@@ -29,6 +29,7 @@ use crate::model::projection::{Projection, Slot};
 use crate::model::source::{ModelSource, Module};
 use crate::plan::Scheme;
 use crate::recipe::Recipe;
+use crate::report::importance::KeptWeights;
 use crate::report::{ChangeReport, Deviation, ModuleReport, ScaleReport, log};
 use crate::solver::{Target, rtn};
 use crate::statistics::{InputSquares, is_output_cheaper};
@@ -81,6 +82,9 @@ pub struct LayerOutcome {
     /// How large the inputs of its linears are, where statistics of them were kept.
     #[serde(default)]
     pub input_squares: Vec<InputSquares>,
+    /// Token weights of a few samples, where the sink wants them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub kept_weights: Vec<KeptWeights>,
     /// Wall time per stage in seconds.
     pub seconds: BTreeMap<String, f64>,
 }
@@ -103,6 +107,12 @@ pub trait LayerSink {
     /// The sink's own, which end the run.
     fn finished(&mut self, _layer_idx: usize) -> Result<Option<FinishedLayer>> {
         Ok(None)
+    }
+
+    /// The samples whose token weights are to be kept for the report, for which the loss of rounding
+    /// to nearest is measured as well; `None` where there will be no report.
+    fn kept_samples(&self) -> Option<Vec<usize>> {
+        None
     }
 
     /// Takes a module as soon as it is solved.
@@ -169,8 +179,8 @@ pub fn quantize_with(
     let schemes = modules.filter_map(|m| recipe.scheme_of(&m.name));
     let with_full = recipe.needs_full_stream(&schemes.collect::<Vec<Scheme>>());
     let end_loss = recipe.importance.filter(ImportanceSettings::is_end_loss);
-    let end_loss = end_loss.map(|i| end_loss::importance(model, &calibration, i, observer));
-    let end_loss = end_loss.transpose()?;
+    let of_end = |settings| end_loss::importance(model, &calibration, settings, observer);
+    let end_loss = end_loss.map(of_end).transpose()?;
     let mut streams = Streams::new(calibration, model.decoder(), with_full)?;
     let n_layers = model.decoder().n_layers;
     let mut outcomes = Vec::new();
@@ -184,6 +194,7 @@ pub fn quantize_with(
             modules: model.layer_modules(layer_idx),
             source: model.layer_source(layer_idx),
             end_loss: end_loss.as_ref().and_then(|layers| layers.get(layer_idx)),
+            kept_samples: sink.kept_samples(),
             outcome: LayerOutcome::default(),
         };
         let finished = sink.finished(layer_idx)?;
@@ -219,6 +230,8 @@ struct Run<'a> {
     source: LayerSource<'a>,
     /// Importance by the loss at the end of the model, which was there before the first layer.
     end_loss: Option<&'a LayerImportance>,
+    /// As [`LayerSink::kept_samples`].
+    kept_samples: Option<Vec<usize>>,
     outcome: LayerOutcome,
 }
 
@@ -472,6 +485,10 @@ impl Run<'_> {
                     let entry = Deviation::safeguarded(self.layer_idx, projection, changes);
                     self.outcome.deviations.push(entry);
                 }
+                if let Some(kept) = &self.kept_samples {
+                    let kept = KeptWeights::of(projection.name(), &found.weights, kept);
+                    self.outcome.kept_weights.push(kept);
+                }
                 Some(Arc::new(found.weights))
             }
             Err(reason) => {
@@ -528,9 +545,11 @@ fn blank_report(module: &Module, scheme: Option<Scheme>) -> ModuleReport {
     ModuleReport {
         name: module.name.clone(),
         layer_idx: module.layer_idx,
+        shape: Some(module.shape),
         scheme,
         relative_loss: None,
         loss: None,
+        nearest_loss: None,
         dampening_frac: None,
         alpha: None,
         n_dead_columns: None,

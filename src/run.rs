@@ -20,7 +20,13 @@ use crate::model::{ChangedTensor, ModelSource, Module};
 use crate::pipeline::{self, FinishedLayer, LayerOutcome, LayerSink, Observer, ScaleSearch};
 use crate::recipe::Recipe;
 use crate::report::card::{CARD_FILE, Card};
-use crate::report::{CalibrationReport, Deviation, RunReport, SCHEMA, peak_memory_bytes};
+use crate::report::importance::{
+    self, ImportanceFile, KeptWeights, ShownSample, kept_samples, shown_samples,
+};
+use crate::report::page::{PAGE_FILE, Page};
+use crate::report::{
+    CalibrationReport, Deviation, OutputReport, RunReport, SCHEMA, SourceReport, peak_memory_bytes,
+};
 use crate::tuning::{self, TuningReport};
 use crate::{Error, QuantizedWeight, Result};
 use candle_core::Device;
@@ -42,7 +48,7 @@ pub struct SampleChoice {
 }
 
 /// What a run does otherwise than another of the same result.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct RunOptions {
     /// How the result is written.
     pub format: Format,
@@ -52,6 +58,10 @@ pub struct RunOptions {
     pub memory_bytes: u64,
     /// Whether to leave the importance matrix for llama.cpp beside the model.
     pub imatrix: bool,
+    /// Whether to leave the report as a page beside the model, and what its pictures are made of.
+    pub report: bool,
+    /// The command that was given, for the report.
+    pub command: Option<String>,
 }
 
 /// The formats of all modules, those left as they are aside.
@@ -115,7 +125,7 @@ pub fn quantize_folder(
 ) -> Result<(RunReport, Exported)> {
     let began = Instant::now();
     let mut plan = module_plan(model, recipe)?;
-    check_imatrix(recipe, options)?;
+    check_imatrix(recipe, &options)?;
     let journal = Journal::open(output, options.resume)?;
     let mut exporter = open_exporter(model, &plan, &journal, options.format)?;
     check_copied(model, &plan)?;
@@ -132,45 +142,100 @@ pub fn quantize_folder(
         exporter = open_exporter(model, &plan, &journal, options.format)?;
     }
     journal.bind(&fingerprint(recipe, &plan, &set)?)?;
-    let n_resumed_layers = journal.n_finished()?;
-    let calibration = choice.filter(|_| recipe.needs_calibration());
-    let calibration = calibration.map(|c| calibration_report(c, &set.samples));
-    let seconds = preparation_seconds(checked, prepared, set.seconds);
+    let mut report = begun_report(model, recipe, choice, &set, &options);
+    report.n_resumed_layers = journal.n_finished()?;
+    report.allocation = allocated.report;
+    report.seconds = preparation_seconds(checked, prepared, set.seconds);
     let mut sink = Journaled {
         model,
         exporter,
         journal,
         layer: None,
         kept: recipe.tuning().map(|_| Vec::new()),
+        pictures: pictures(model, recipe, choice, &set, &options)?,
     };
     let layers = pipeline::quantize(model, set, recipe, observer, &mut sink)?;
-    let mut report = RunReport {
-        schema: SCHEMA,
-        vlmq: env!("CARGO_PKG_VERSION").into(),
-        method: recipe.method.name().into(),
-        settings: settings(recipe),
-        calibration,
-        n_resumed_layers,
-        deviations: idle_rules(model, recipe),
-        allocation: allocated.report,
-        seconds,
-        ..RunReport::default()
-    };
     if options.imatrix {
         sink.write_imatrix(&layers, &report)?;
     }
-    layers.into_iter().for_each(|layer| report.add_layer(layer));
+    for mut layer in layers {
+        let weights = std::mem::take(&mut layer.kept_weights);
+        if let Some(pictures) = &mut sink.pictures {
+            pictures.layers.push(weights);
+        }
+        report.add_layer(layer);
+    }
     report.add_tuning(sink.tune(recipe, choice, memory_bytes, observer)?);
     let total = began.elapsed().as_secs_f64();
     report.seconds.insert("total".into(), total);
     report.peak_memory_bytes = peak_memory_bytes();
-    let exported = sink.finish(&plan, options.format, &report, output)?;
+    let exported = sink.finish(&plan, options.format, &mut report, output)?;
     Ok((report, exported))
+}
+
+/// What is known of a run before its first layer.
+fn begun_report(
+    model: &ModelSource,
+    recipe: &Recipe,
+    choice: Option<&SampleChoice>,
+    set: &CalibrationSet,
+    options: &RunOptions,
+) -> RunReport {
+    let calibration = choice.filter(|_| recipe.needs_calibration());
+    RunReport {
+        schema: SCHEMA,
+        vlmq: env!("CARGO_PKG_VERSION").into(),
+        method: recipe.method.name().into(),
+        command: options.command.clone(),
+        source: Some(source_report(model)),
+        settings: settings(recipe),
+        calibration: calibration.map(|c| calibration_report(c, &set.samples)),
+        deviations: idle_rules(model, recipe),
+        ..RunReport::default()
+    }
+}
+
+/// The calibration samples that the report's pictures are of, without weights yet; none where all
+/// tokens weigh alike. They are read before any work: the files may be gone after it. `None` where no
+/// pictures are asked for.
+fn pictures(
+    model: &ModelSource,
+    recipe: &Recipe,
+    choice: Option<&SampleChoice>,
+    set: &CalibrationSet,
+    options: &RunOptions,
+) -> Result<Option<Pictures>> {
+    if !options.report {
+        return Ok(None);
+    }
+    let mut pictures = Pictures::default();
+    if let (Some(_), Some(choice)) = (recipe.importance, choice) {
+        let processor = open_processor(model.checkpoint().dir())?;
+        let chosen = choice.set.choose(choice.n_samples, choice.seed)?;
+        let kept = kept_samples(&set.samples);
+        pictures.samples =
+            shown_samples(&processor, &chosen, &set.samples, &kept, choice.max_tokens)?;
+        pictures.kept = kept;
+    }
+    Ok(Some(pictures))
+}
+
+fn source_report(model: &ModelSource) -> SourceReport {
+    let checkpoint = model.checkpoint();
+    let dir = checkpoint.dir();
+    // A relative path such as `.` names nothing.
+    let whole = dir.canonicalize();
+    let model_type = checkpoint.config()["model_type"].as_str();
+    SourceReport {
+        name: folder_name(whole.as_deref().unwrap_or(dir)),
+        model_type: model_type.map(str::to_owned),
+        tensor_bytes: checkpoint.total_bytes(),
+    }
 }
 
 /// # Errors
 /// [`Error::Invalid`] if an importance matrix is asked for of a method that has none.
-fn check_imatrix(recipe: &Recipe, options: RunOptions) -> Result<()> {
+fn check_imatrix(recipe: &Recipe, options: &RunOptions) -> Result<()> {
     let sums_up = recipe.needs_calibration() && !recipe.method.is_scaled();
     if sums_up || !options.imatrix {
         return Ok(());
@@ -242,6 +307,27 @@ struct Journaled<'a> {
     layer: Option<LayerWriter>,
     /// All modules, where their scales are going to be tuned before they go to the folder.
     kept: Option<Vec<(Module, QuantizedWeight)>>,
+    /// Where the report is to be a page too.
+    pictures: Option<Pictures>,
+}
+
+/// What the pictures of the report are made of.
+#[derive(Default)]
+struct Pictures {
+    /// Places of the samples among all.
+    kept: Vec<usize>,
+    samples: Vec<ShownSample>,
+    layers: Vec<Vec<KeptWeights>>,
+}
+
+impl Pictures {
+    fn into_file(self) -> Option<ImportanceFile> {
+        (!self.samples.is_empty()).then_some(ImportanceFile {
+            schema: importance::SCHEMA,
+            samples: self.samples,
+            layers: self.layers,
+        })
+    }
 }
 
 impl Journaled<'_> {
@@ -292,18 +378,36 @@ impl Journaled<'_> {
 
     /// Adds report and card, and gives the output its name.
     fn finish(
-        self,
+        mut self,
         plan: &[ModulePlan],
         format: Format,
-        report: &RunReport,
+        report: &mut RunReport,
         output: &Path,
     ) -> Result<Exported> {
+        let folder = folder_name(output);
+        report.output = Some(OutputReport {
+            format: format.name().into(),
+            tensor_bytes: self.exporter.tensor_bytes(),
+        });
         let (name, bytes) = report.to_file();
         self.exporter.write_file(&name, &bytes)?;
+        if let Some(pictures) = self.pictures.take() {
+            let importance = pictures.into_file();
+            let page = Page::new(&folder, report, importance.as_ref());
+            self.exporter
+                .write_file(PAGE_FILE, page.html().as_bytes())?;
+            if let Some((name, bytes)) = importance.map(|file| file.to_file()) {
+                self.exporter.write_file(&name, &bytes)?;
+            }
+        }
         write_card(&self.exporter, self.model, plan, format, report, output)?;
         let mut exported = self.exporter.finish()?;
         if format == Format::Gguf {
             exported.tensor_bytes = write_gguf(&self.journal, output)?;
+            let written = report.output.as_mut();
+            written
+                .into_iter()
+                .for_each(|w| w.tensor_bytes = exported.tensor_bytes);
         }
         self.journal.discard()?;
         Ok(exported)
@@ -340,6 +444,11 @@ impl LayerSink for Journaled<'_> {
             self.exporter.write_tensor(name, values)?;
         }
         Ok(Some(layer))
+    }
+
+    fn kept_samples(&self) -> Option<Vec<usize>> {
+        let pictures = self.pictures.as_ref()?;
+        Some(pictures.kept.clone())
     }
 
     fn module(&mut self, module: &Module, weight: &QuantizedWeight) -> Result<()> {
@@ -446,9 +555,7 @@ pub fn load_samples(
 fn calibration_report(choice: &SampleChoice, samples: &[CalibrationSample]) -> CalibrationReport {
     let mut n_tokens = BTreeMap::new();
     for class in samples.iter().flat_map(|s| &s.classes) {
-        *n_tokens
-            .entry(format!("{class:?}").to_lowercase())
-            .or_insert(0) += 1;
+        *n_tokens.entry(class.name().to_owned()).or_insert(0) += 1;
     }
     CalibrationReport {
         n_samples: choice.n_samples,

@@ -154,6 +154,11 @@ impl ShardedWriter {
         Ok(())
     }
 
+    /// Bytes of all tensors that were announced.
+    pub fn total_bytes(&self) -> u64 {
+        self.slots.values().map(|slot| slot.n_bytes).sum()
+    }
+
     /// Whether the tensor was announced and not yet written.
     pub fn is_open(&self, name: &str) -> bool {
         self.slots.get(name).is_some_and(|slot| !slot.is_written)
@@ -170,7 +175,7 @@ impl ShardedWriter {
                 place: self.dir.display().to_string(),
             });
         }
-        let n_bytes = self.slots.values().map(|slot| slot.n_bytes).sum();
+        let n_bytes = self.total_bytes();
         if self.files.len() > 1 {
             self.write_index(n_bytes)?;
         }

@@ -11,6 +11,7 @@ mod pages;
 mod progress;
 mod prompt;
 mod quantize;
+mod report;
 mod rotate;
 mod score;
 mod summary;
@@ -67,6 +68,8 @@ enum Command {
     Eval(eval::Args),
     /// Score answers that were written down, or hold two models' answers against each other
     Score(score::Args),
+    /// Write what a run did as a page with pictures, or as Markdown
+    Report(report::Args),
     /// Run methods, formats and seeds on one model and make a table
     Compare(compare::Args),
     /// Answer one prompt about images
@@ -131,6 +134,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Rotate(args) => rotate::run(&args, cli.json),
         Command::Eval(args) => eval::run(&args, cli.json),
         Command::Score(args) => score::run(&args, cli.json),
+        Command::Report(args) => report::run(&args, cli.json),
         Command::Compare(args) => compare::run(&args, cli.json),
         Command::Generate(args) => generate::run(&args, cli.json),
         Command::Trace(args) => trace::run(&args, cli.json),

@@ -56,6 +56,11 @@ pub struct Args {
     /// it, which `llama-quantize --imatrix` reads
     #[arg(long)]
     imatrix: bool,
+    /// Also write report.html, a page with the losses beside those of rounding to nearest and with
+    /// pictures of the importance of tokens, and vlmq_importance.json, which it draws them from;
+    /// `vlmq report` makes the page again
+    #[arg(long)]
+    report: bool,
     /// Say what would be done and what it would cost, and do nothing
     #[arg(long)]
     dry_run: bool,
@@ -203,6 +208,8 @@ pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
         resume: args.resume.into(),
         memory_bytes: args.memory_bytes(),
         imatrix: args.imatrix,
+        report: args.report,
+        command: Some(command(std::env::args_os())),
     };
     let outcome = quantize_folder(&model, &recipe, choice.as_ref(), output, options, &progress);
     progress.finish();
@@ -224,6 +231,23 @@ pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
         say(&(summary(&report, args.format) + &wrote))?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The command as it would be typed. A report is published with its model, and where the folders of a
+/// machine lie is nobody's business: of whole paths the last names are told alone.
+fn command(args: impl Iterator<Item = std::ffi::OsString>) -> String {
+    let told = |arg: std::ffi::OsString| {
+        let path = Path::new(&arg);
+        let name = path.file_name().filter(|_| path.is_absolute());
+        let text = name.unwrap_or(&arg).to_string_lossy().into_owned();
+        let is_plain = |c: char| c.is_alphanumeric() || "-_./=:,+@%".contains(c);
+        match !text.is_empty() && text.chars().all(is_plain) {
+            true => text,
+            false => format!("'{}'", text.replace('\'', "'\\''")),
+        }
+    };
+    let words: Vec<String> = args.skip(1).map(told).collect();
+    format!("vlmq {}", words.join(" "))
 }
 
 /// After a failure: which work the next run of the same command need not do again.
@@ -326,4 +350,25 @@ fn dry_run(
         say(&text)?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::command;
+
+    #[test]
+    fn the_command_tells_names_and_not_where_folders_lie() {
+        let args = [
+            "/bin/vlmq",
+            "quantize",
+            "/home/me/a model",
+            "--set",
+            "x=it's",
+            "out/3",
+        ];
+        assert_eq!(
+            command(args.iter().map(Into::into)),
+            "vlmq quantize 'a model' --set 'x=it'\\''s' out/3"
+        );
+    }
 }

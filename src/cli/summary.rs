@@ -8,7 +8,7 @@ use vlmq::importance::Safeguarded;
 use vlmq::report::{Deviation, ModuleReport, RunReport};
 use vlmq::tuning::TuningReport;
 
-const STAGES: [&str; 8] = [
+const STAGES: [&str; 9] = [
     "load",
     "forward",
     "importance",
@@ -16,6 +16,7 @@ const STAGES: [&str; 8] = [
     "search",
     "factor",
     "solve",
+    "report",
     "write",
 ];
 
@@ -60,8 +61,9 @@ fn losses(modules: &[ModuleReport]) -> String {
 
 /// Where the seconds went, by layer and stage.
 fn profile(report: &RunReport) -> String {
-    // Few methods search.
-    let is_shown = |s: &&str| *s != "search" || report.seconds.contains_key(*s);
+    // Few methods search, and not every run has a report.
+    let is_rare = |s: &str| s == "search" || s == "report";
+    let is_shown = |s: &&str| !is_rare(s) || report.seconds.contains_key(*s);
     let stages: Vec<&str> = STAGES.into_iter().filter(is_shown).collect();
     let line = |name: &str, seconds: &BTreeMap<String, f64>| {
         let cell = |stage: &&str| format!("{:>11.2}", seconds.get(*stage).unwrap_or(&0.0));

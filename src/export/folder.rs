@@ -203,6 +203,11 @@ impl<'a> Exporter<'a> {
         Ok(())
     }
 
+    /// Bytes of all tensors of the folder.
+    pub fn tensor_bytes(&self) -> u64 {
+        self.writer.total_bytes()
+    }
+
     /// Adds a file of our own, such as a report.
     ///
     /// # Errors

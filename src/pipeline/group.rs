@@ -2,13 +2,14 @@
 
 use super::inputs::Summed;
 use super::{Run, blank_report};
-use crate::Result;
 use crate::model::decoder::DecoderLayer;
 use crate::model::source::Module;
 use crate::pipeline::LayerSink;
+use crate::plan::Scheme;
 use crate::report::{Deviation, ModuleReport};
-use crate::solver::{Factor, gptq, rtn};
+use crate::solver::{Clip, Factor, gptq, quantization_loss, rtn};
 use crate::statistics::Statistics;
+use crate::{Matrix, Result};
 
 impl Run<'_> {
     pub(super) fn solve_group(
@@ -48,6 +49,7 @@ impl Run<'_> {
             let solved = self.timed("solve", |_| {
                 gptq::solve(&module.name, &w, &factor, scheme, &settings)
             })?;
+            let nearest_loss = self.nearest_loss(&module.name, &w, &factor, scheme)?;
             drop(w);
             self.take(module, &solved.weight, quantized, sink)?;
             self.note_deviations(module, &factor, effective_sample_size);
@@ -58,6 +60,7 @@ impl Run<'_> {
             }
             self.outcome.modules.push(ModuleReport {
                 loss: Some(solved.loss),
+                nearest_loss,
                 relative_loss: Some(solved.loss / solved.energy.max(f64::MIN_POSITIVE)),
                 dampening_frac: Some(factor.dampening_frac),
                 alpha: Some(f64::from(solved.alpha)),
@@ -68,6 +71,23 @@ impl Run<'_> {
             });
         }
         Ok(())
+    }
+
+    /// The loss of the weight rounded to nearest, where the report is to tell it.
+    fn nearest_loss(
+        &mut self,
+        name: &str,
+        w: &Matrix,
+        factor: &Factor,
+        scheme: Scheme,
+    ) -> Result<Option<f64>> {
+        if self.kept_samples.is_none() {
+            return Ok(None);
+        }
+        self.timed("report", |_| {
+            let nearest = rtn(name, w, scheme, Clip::None)?;
+            Ok(Some(quantization_loss(w, &nearest, factor.hessian_lower())))
+        })
     }
 
     /// The factor, and whether α was to be found on samples held out, and none could be.

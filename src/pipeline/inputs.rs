@@ -60,8 +60,7 @@ pub(super) struct WeightShare {
 impl WeightShare {
     fn add(&mut self, classes: &[TokenClass], weights: &[f32]) {
         for (class, weight) in classes.iter().zip(weights) {
-            let name = format!("{class:?}").to_lowercase();
-            *self.sums.entry(name).or_default() += f64::from(*weight);
+            *self.sums.entry(class.name().to_owned()).or_default() += f64::from(*weight);
         }
     }
 

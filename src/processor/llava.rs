@@ -277,6 +277,11 @@ impl ImageProcessor for LlavaImages {
     fn image_token(&self) -> &str {
         &self.image_token
     }
+
+    /// A centre that is cut out is not all, and a canvas is more.
+    fn shows_whole_image(&self) -> bool {
+        matches!(self.views, Views::Centre { crop: None, .. })
+    }
 }
 
 fn packing(tile: usize, tower: TowerSettings, max_tiles: Option<usize>) -> Packing {

@@ -59,6 +59,19 @@ pub enum TokenClass {
     Text,
 }
 
+impl TokenClass {
+    /// Its name in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Vision => "vision",
+            Self::Prompt => "prompt",
+            Self::Answer => "answer",
+            Self::Special => "special",
+            Self::Text => "text",
+        }
+    }
+}
+
 /// One image as a vision tower takes it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct VisionInput {
@@ -104,6 +117,12 @@ pub trait ImageProcessor: std::fmt::Debug + Send + Sync {
     /// that the tokenizer puts around a text is added to it.
     fn template(&self) -> Option<&str> {
         None
+    }
+
+    /// Whether the tower sees all of an image and nothing around it, so that its patches, tiles aside,
+    /// share the image out evenly.
+    fn shows_whole_image(&self) -> bool {
+        true
     }
 
     /// What the placeholder of an image becomes.
@@ -216,6 +235,32 @@ impl Processor {
     /// [`Error::Format`] if the tokenizer's decoder fails.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
         caught(|| self.tokenizer.decode(ids, true)).map_err(|e| self.tokenizer_error(&e))
+    }
+
+    /// What each of the tokens at these places says, special tokens included; a character that is
+    /// split over tokens is none in any of them.
+    ///
+    /// # Errors
+    /// [`Error::Format`] if the tokenizer's decoder fails.
+    pub fn token_texts(&self, ids: &[u32], places: Range<usize>) -> Result<Vec<String>> {
+        let decoded = |ids: &[u32]| {
+            caught(|| self.tokenizer.decode(ids, false)).map_err(|e| self.tokenizer_error(&e))
+        };
+        let one = |i: usize| {
+            // Some tokenizers leave out the blank before the first token of a text.
+            let start = i.saturating_sub(1);
+            let (before, both) = (decoded(&ids[start..i])?, decoded(&ids[start..=i])?);
+            match both.strip_prefix(&before) {
+                Some(text) => Ok(text.to_owned()),
+                None => decoded(&ids[i..=i]),
+            }
+        };
+        places.map(one).collect()
+    }
+
+    /// As [`ImageProcessor::shows_whole_image`].
+    pub fn shows_whole_image(&self) -> bool {
+        self.images.shows_whole_image()
     }
 
     /// The ids that end an answer.

@@ -2,8 +2,11 @@
 //! memory. Written beside the model as JSON; nothing is decided from it.
 
 pub mod card;
+pub mod importance;
 pub(crate) mod log;
 mod memory;
+mod notes;
+pub mod page;
 
 pub use memory::{free_memory_bytes, peak_memory_bytes};
 
@@ -13,8 +16,10 @@ use crate::model::Projection;
 use crate::pipeline::LayerOutcome;
 use crate::plan::Scheme;
 use crate::tuning::TuningReport;
+use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::path::Path;
 
 /// Version of [`RunReport`]'s form.
 pub const SCHEMA: u32 = 1;
@@ -31,6 +36,15 @@ pub struct RunReport {
     pub vlmq: String,
     /// Method by its name on the command line.
     pub method: String,
+    /// The command that was given, where it is known; of a folder's whole path its name alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub command: Option<String>,
+    /// What was quantized.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<SourceReport>,
+    /// The format by its name on the command line, and the bytes of all tensors in it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub output: Option<OutputReport>,
     /// Every setting that had a part in it.
     pub settings: serde_json::Value,
     /// What was calibrated on; absent without calibration.
@@ -79,6 +93,23 @@ impl RunReport {
         self.layers.push(layer.seconds);
     }
 
+    /// The report of a folder; `None` if it has none.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::Format`] if it is damaged.
+    pub fn read(dir: &Path) -> Result<Option<Self>> {
+        let path = dir.join(REPORT_FILE);
+        let bytes = match std::fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(Error::io(&path, "read", e)),
+        };
+        let report = serde_json::from_slice(&bytes);
+        report
+            .map(Some)
+            .map_err(|e| Error::format(&path, "JSON", e.to_string()))
+    }
+
     /// Name and content of its file.
     pub fn to_file(&self) -> (String, Vec<u8>) {
         let mut bytes = serde_json::to_vec_pretty(self).expect("a report has only text keys");
@@ -98,6 +129,26 @@ impl RunReport {
         }
         self.tuning = tuning;
     }
+}
+
+/// The model that a run quantized.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SourceReport {
+    /// Name of its folder.
+    pub name: String,
+    /// `model_type` of its configuration.
+    pub model_type: Option<String>,
+    /// Bytes of all its tensors.
+    pub tensor_bytes: u64,
+}
+
+/// What a run wrote.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OutputReport {
+    /// The format by its name on the command line.
+    pub format: String,
+    /// Bytes of all tensors, those that were not quantized included.
+    pub tensor_bytes: u64,
 }
 
 /// The calibration data of a run.
@@ -121,12 +172,19 @@ pub struct ModuleReport {
     pub name: String,
     /// Layer it belongs to.
     pub layer_idx: usize,
+    /// `[out, in]`, absent in reports of before it was told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shape: Option<[usize; 2]>,
     /// Number format; absent if it was left as it was.
     pub scheme: Option<Scheme>,
     /// tr(ΔW·H·ΔWᵀ) / tr(W·H·Wᵀ): the share of the weighted output energy that is lost.
     pub relative_loss: Option<f64>,
     /// The numerator: squared output error, summed over weighted tokens and rows.
     pub loss: Option<f64>,
+    /// What `loss` would be had the weight been rounded to nearest, by a run that keeps this for its
+    /// report.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nearest_loss: Option<f64>,
     /// λ / mean(diag H) that was used.
     pub dampening_frac: Option<f64>,
     /// α that was used.

@@ -31,6 +31,7 @@ pub use factor::Factor;
 pub use gptq::gptq;
 pub use limit::{limited, search_limits};
 pub use loss::layer_loss;
+pub(crate) use loss::quantization_loss;
 pub use rtn::rtn;
 
 use crate::plan::{ScaleDtype, Scheme};

@@ -402,3 +402,74 @@ fn a_full_disk_loses_no_finished_layer() {
         std::fs::remove_dir_all(&kept).unwrap();
     }
 }
+
+/// The weights that the pictures are of lie in the finished layers: a run that is killed writes the
+/// same as one that is not.
+#[test]
+fn a_killed_run_with_a_report_keeps_its_pictures() {
+    let home = tempfile::tempdir().unwrap();
+    let (model, output) = (repository("testbed/model"), home.path().join("out"));
+    let run = |flags: &[&str]| {
+        let usual = ["--report", "--bits", "3", "--samples", "4", "--json"];
+        quantize(&model, &output, &[&usual, flags].concat())
+    };
+    report(&run(&[]));
+    let file = output.join("vlmq_importance.json");
+    let whole = std::fs::read(&file).unwrap();
+    std::fs::remove_dir_all(&output).unwrap();
+    let mut child = vlmq()
+        .arg("quantize")
+        .arg(&model)
+        .arg("--calibration")
+        .arg(repository("testbed/calibration"))
+        .args([
+            "--report",
+            "--bits",
+            "3",
+            "--samples",
+            "4",
+            "--group-size",
+            "64",
+            "--output",
+        ])
+        .arg(&output)
+        .stderr(Stdio::piped())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    let _words = wait_for(&mut child, 4);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let resumed = report(&run(&["--resume", "required"]));
+    assert!(resumed["n_resumed_layers"].as_u64().unwrap() >= 3);
+    assert!(
+        std::fs::read(&file).unwrap() == whole,
+        "the pictures differ"
+    );
+    let layers = resumed["modules"].as_array().unwrap().iter();
+    assert!(layers.into_iter().all(|m| m["nearest_loss"].is_f64()));
+}
+
+/// Layers of a run that was to have no report lack its pictures, and the page says so.
+#[test]
+fn a_report_that_comes_late_says_what_it_lacks() {
+    let home = tempfile::tempdir().unwrap();
+    let (model, output) = (repository("testbed/model"), home.path().join("out"));
+    let mut child = begin(&model, &output, "4");
+    let _words = wait_for(&mut child, 4);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let more = [
+        "--report",
+        "--bits",
+        "3",
+        "--samples",
+        "4",
+        "--resume",
+        "required",
+        "--json",
+    ];
+    report(&quantize(&model, &output, &more));
+    let page = std::fs::read_to_string(output.join("report.html")).unwrap();
+    assert!(page.contains("an earlier run without --report finished this layer"));
+}
