@@ -45,6 +45,8 @@
 pub mod allocation;
 pub mod calibration;
 pub mod checkpoint;
+#[cfg(feature = "cli")]
+pub mod cli;
 pub mod conversion;
 pub mod dataset;
 pub mod error;

@@ -1,11 +1,9 @@
 //! The `vlmq` command.
 
-mod cli;
-
 fn main() -> std::process::ExitCode {
     keep_candle_to_its_thread();
     tell_candle_of_threads();
-    cli::run()
+    vlmq::cli::run().into()
 }
 
 /// Samples are worked on side by side, a thread each. candle's own threads for large element-wise

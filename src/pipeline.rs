@@ -32,7 +32,7 @@ use crate::recipe::Recipe;
 use crate::report::importance::KeptWeights;
 use crate::report::{ChangeReport, Deviation, ModuleReport, ScaleReport, log};
 use crate::solver::{Target, rtn};
-use crate::statistics::{InputSquares, is_output_cheaper};
+use crate::statistics::{InputSquares, Statistics, is_output_cheaper};
 use crate::{Error, QuantizedWeight, Result};
 use inputs::{Shared, Summing};
 pub use scaled::ScaleSearch;
@@ -51,8 +51,24 @@ pub trait Observer: Sync {
     /// A stage of it begins: one of the keys of [`LayerOutcome::seconds`]. They come in turns, some
     /// of them several times a layer.
     fn on_stage(&self, _name: &str) {}
+    /// What some linears see was summed up; they are solved next.
+    fn on_statistics(&self, _found: &GroupStatistics<'_>) {}
     /// Whether the user asked to stop.
     fn is_cancelled(&self) -> bool;
+}
+
+/// What linears see that share their inputs and their token weights.
+pub struct GroupStatistics<'a> {
+    /// Their layer.
+    pub layer_idx: usize,
+    /// They themselves; at least one.
+    pub modules: &'a [Module],
+    /// H, and C where a correction for drift is asked for.
+    pub statistics: &'a Statistics,
+    /// ω, `[sample][token]`; `None` where all tokens weigh alike.
+    pub weights: Option<&'a [Vec<f32>]>,
+    /// g, `[sample][token]`, that ω is made of; `None` where there is no importance.
+    pub factors: Option<&'a [Vec<f32>]>,
 }
 
 /// An observer that looks away.
@@ -287,12 +303,25 @@ impl Run<'_> {
                 })?;
                 some.iter_mut().for_each(|group| group.at_output = None);
                 for (group, summed) in some.iter().zip(sums) {
+                    self.show(group, &summed.statistics, importance);
                     self.solve_group(&group.modules, summed, &mut pair.quantized, sink)?;
                 }
             }
         }
         self.end(pair, streams)?;
         self.timed("write", |run| sink.layer(run.layer_idx, &run.outcome))
+    }
+
+    fn show(&self, group: &Shared, statistics: &Statistics, importance: Option<&LayerImportance>) {
+        let projection = group.modules.first().map(|module| module.slot.projection);
+        let factors = importance.zip(projection);
+        self.observer.on_statistics(&GroupStatistics {
+            layer_idx: self.layer_idx,
+            modules: &group.modules,
+            statistics,
+            weights: group.weights.as_ref().map(|weights| weights.as_slice()),
+            factors: factors.and_then(|(importance, of)| importance.factors(of)),
+        });
     }
 
     /// Takes F through attention, and gives the importance of tokens.

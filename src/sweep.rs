@@ -348,7 +348,7 @@ pub fn score_tasks(
                 task_score(&scores)
             }
             (TaskItems::Texts(items), TaskReference::Texts(kept)) => {
-                text_task_score(&score_texts(model, items, Some(kept), &|| ())?)
+                text_task_score(&score_texts(model, items, Some(kept), &|| Ok(()))?)
             }
             _ => {
                 return Err(Error::Invalid {

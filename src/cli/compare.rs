@@ -4,20 +4,19 @@ mod table;
 
 use super::progress::Progress;
 use super::quantize::scale_dtype;
-use super::{SCHEMA, open_model, print_json, say};
-use std::path::PathBuf;
-use std::process::ExitCode;
-use std::time::Instant;
-use vlmq::Error;
-use vlmq::dataset::open_samples;
-use vlmq::eval::{TaskRows, open_tasks};
-use vlmq::families::open_processor;
-use vlmq::model::LoadedModel;
-use vlmq::pipeline::Observer;
-use vlmq::run::SampleChoice;
-use vlmq::sweep::{
+use super::{Caller, Done, SCHEMA, open_model};
+use crate::Error;
+use crate::dataset::open_samples;
+use crate::eval::{TaskRows, open_tasks};
+use crate::families::open_processor;
+use crate::model::LoadedModel;
+use crate::pipeline::Observer;
+use crate::run::SampleChoice;
+use crate::sweep::{
     PreparedSamples, Sweep, SweepRow, quantize_in_memory, score_original, score_tasks,
 };
+use std::path::PathBuf;
+use std::time::Instant;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -29,23 +28,21 @@ pub struct Args {
     output: PathBuf,
 }
 
-pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
+pub fn run(args: &Args, caller: &Caller) -> anyhow::Result<Done> {
     let sweep = Sweep::read(&args.sweep)?;
-    let rows = measure(&sweep, &args.output)?;
-    match json {
-        true => print_json(serde_json::json!({
-            "schema": SCHEMA,
-            "command": "compare",
-            "rows": rows,
-            "paired": vlmq::sweep::paired::paired(&rows, sweep.baseline.as_deref()),
-        }))?,
-        false => say(&table::tables(&rows, sweep.baseline.as_deref()))?,
-    }
-    Ok(ExitCode::SUCCESS)
+    let rows = measure(&sweep, &args.output, caller)?;
+    let baseline = sweep.baseline.as_deref();
+    let json = serde_json::json!({
+        "schema": SCHEMA,
+        "command": "compare",
+        "rows": rows,
+        "paired": crate::sweep::paired::paired(&rows, baseline),
+    });
+    Ok(Done::new(json, table::tables(&rows, baseline)))
 }
 
 /// All lines of the sweep, those that `output` has and those that it lacked.
-fn measure(sweep: &Sweep, output: &PathBuf) -> anyhow::Result<Vec<SweepRow>> {
+fn measure(sweep: &Sweep, output: &PathBuf, caller: &Caller) -> anyhow::Result<Vec<SweepRow>> {
     let model = open_model(&sweep.model)?;
     let runs = sweep.runs(scale_dtype(&model))?;
     let mut rows = read_rows(output)?;
@@ -68,9 +65,9 @@ fn measure(sweep: &Sweep, output: &PathBuf) -> anyhow::Result<Vec<SweepRow>> {
         max_tokens: sweep.max_tokens,
     };
     let mut prepared = PreparedSamples::default();
-    let progress = Progress::start()?;
+    let progress = Progress::start(caller)?;
     for run in &runs {
-        progress.step("runs", runs.len());
+        progress.step("runs", 1, runs.len());
         if progress.is_cancelled() {
             return Err(Error::Interrupted.into());
         }
@@ -113,7 +110,7 @@ fn read_rows(path: &PathBuf) -> anyhow::Result<Vec<SweepRow>> {
         serde_json::from_str(line)
             .map_err(|e| Error::format(path, format!("line {}", i + 1), e.to_string()))
     });
-    Ok(rows.collect::<vlmq::Result<_>>()?)
+    Ok(rows.collect::<crate::Result<_>>()?)
 }
 
 fn add_row(path: &PathBuf, rows: &mut Vec<SweepRow>, row: SweepRow) -> anyhow::Result<()> {

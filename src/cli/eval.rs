@@ -6,21 +6,20 @@ mod output;
 use self::answers::Models;
 use self::output::{Output, fingerprint};
 use super::progress::Progress;
-use super::{ModelArg, SCHEMA, open_model, print_json, say};
-use serde_json::{Value, json};
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
-use std::process::ExitCode;
-use vlmq::Error;
-use vlmq::eval::benchmark::Benchmark;
-use vlmq::eval::metric::Protocol;
-use vlmq::eval::{
+use super::{Caller, Done, ModelArg, SCHEMA, open_model};
+use crate::Error;
+use crate::eval::benchmark::Benchmark;
+use crate::eval::metric::Protocol;
+use crate::eval::{
     Divergence, QuestionSource, Task, TaskItems, TaskRows, TextItem, TextReference, TextScore,
     open_tasks, perplexity, score_texts, task_files,
 };
-use vlmq::families::open_processor;
-use vlmq::model::LoadedModel;
-use vlmq::processor::{MAX_TEXT_TOKENS, Processor};
+use crate::families::open_processor;
+use crate::model::LoadedModel;
+use crate::processor::{MAX_TEXT_TOKENS, Processor};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -106,7 +105,7 @@ impl Planned {
     }
 }
 
-pub fn run(args: &Args, as_json: bool) -> anyhow::Result<ExitCode> {
+pub fn run(args: &Args, caller: &Caller) -> anyhow::Result<Done> {
     let about = match &args.output {
         Some(folder) => Some((folder.as_path(), describe(args)?)),
         None => None,
@@ -122,7 +121,7 @@ pub fn run(args: &Args, as_json: bool) -> anyhow::Result<ExitCode> {
         processor,
         model,
         reference: reference.map(LoadedModel::load).transpose()?,
-        progress: Progress::silent_about_signals(),
+        progress: Progress::silent_about_signals(caller),
         n: tasks.iter().map(Planned::len).sum(),
     };
     // Only now, so that a run that cannot begin leaves no folder.
@@ -151,15 +150,11 @@ pub fn run(args: &Args, as_json: bool) -> anyhow::Result<ExitCode> {
     if let Some(output) = &output {
         output.finish(&json!(all), &report)?;
     }
-    match as_json {
-        true => print_json(report)?,
-        false => say(&table(&tasks, &results))?,
-    }
-    Ok(ExitCode::SUCCESS)
+    Ok(Done::new(report, table(&tasks, &results)))
 }
 
 /// All that the answers depend on.
-fn describe(args: &Args) -> vlmq::Result<Value> {
+fn describe(args: &Args) -> crate::Result<Value> {
     let reference = args.reference.as_deref().map(fingerprint).transpose()?;
     Ok(json!({
         "version": env!("CARGO_PKG_VERSION"),
@@ -222,7 +217,7 @@ fn plan(args: &Args, processor: &Processor) -> anyhow::Result<Vec<Planned>> {
 }
 
 /// A file that is not there and whose name begins as a benchmark might: the name is the mistake.
-fn unsplit(files: vlmq::Result<Vec<PathBuf>>, task: &Path) -> vlmq::Result<Vec<PathBuf>> {
+fn unsplit(files: crate::Result<Vec<PathBuf>>, task: &Path) -> crate::Result<Vec<PathBuf>> {
     let text = task.to_string_lossy();
     match text.split_once('=') {
         Some((name, _)) if !task.exists() => Benchmark::from_name(name).and(files),
@@ -234,7 +229,7 @@ fn planned(
     source: QuestionSource,
     processor: &Processor,
     max_tokens: usize,
-) -> vlmq::Result<Vec<Planned>> {
+) -> crate::Result<Vec<Planned>> {
     if source.is_text()? {
         let tasks = open_tasks(&source.path, processor, source.rows, max_tokens)?;
         return Ok(tasks.into_iter().map(Planned::Texts).collect());
@@ -253,7 +248,10 @@ fn texts(models: &Models, task: &Task) -> anyhow::Result<(Value, Value)> {
         return Ok((Value::Null, Value::Null));
     };
     let items: &[TextItem] = items;
-    let step = || models.progress.step(&task.name, models.n);
+    let step = || {
+        models.progress.step(&task.name, 1, models.n);
+        models.progress.go_on()
+    };
     let reference = models.reference.as_ref();
     let reference = reference
         .map(|r| TextReference::read(r, items))

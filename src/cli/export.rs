@@ -1,13 +1,12 @@
 //! `vlmq export`
 
-use super::{ModelArg, SCHEMA, open_model, print_json, say};
+use super::{Done, ModelArg, SCHEMA, open_model};
+use crate::Error;
+use crate::conversion::{export_folder, export_gguf};
+use crate::export::gguf::GgufExported;
+use crate::export::{Exported, Format};
 use anyhow::Context;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
-use vlmq::Error;
-use vlmq::conversion::{export_folder, export_gguf};
-use vlmq::export::gguf::GgufExported;
-use vlmq::export::{Exported, Format};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -24,7 +23,7 @@ pub struct Args {
     evaluation: Option<PathBuf>,
 }
 
-pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
+pub fn run(args: &Args) -> anyhow::Result<Done> {
     let evaluation = args
         .evaluation
         .as_deref()
@@ -33,32 +32,26 @@ pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
     let model = open_model(&args.model.model)?;
     if args.format == Format::Gguf {
         let exported = export_gguf(&model, &args.output, evaluation.as_ref())?;
-        match json {
-            true => print_json(serde_json::json!({
-                "schema": SCHEMA,
-                "command": "export",
-                "format": args.format.name(),
-                "output": args.output,
-                "gguf": exported,
-            }))?,
-            false => say(&gguf_text(args, &exported))?,
-        }
-        return Ok(ExitCode::SUCCESS);
-    }
-    let exported = export_folder(&model, args.format, &args.output, evaluation.as_ref())?;
-    match json {
-        true => print_json(serde_json::json!({
+        let json = serde_json::json!({
             "schema": SCHEMA,
             "command": "export",
             "format": args.format.name(),
             "output": args.output,
-            "n_modules": exported.n_quantized,
-            "tensor_bytes": exported.tensor_bytes,
-            "rounded_scales": exported.rounded_scales,
-        }))?,
-        false => say(&text(args, &exported))?,
+            "gguf": exported,
+        });
+        return Ok(Done::new(json, gguf_text(args, &exported)));
     }
-    Ok(ExitCode::SUCCESS)
+    let exported = export_folder(&model, args.format, &args.output, evaluation.as_ref())?;
+    let json = serde_json::json!({
+        "schema": SCHEMA,
+        "command": "export",
+        "format": args.format.name(),
+        "output": args.output,
+        "n_modules": exported.n_quantized,
+        "tensor_bytes": exported.tensor_bytes,
+        "rounded_scales": exported.rounded_scales,
+    });
+    Ok(Done::new(json, text(args, &exported)))
 }
 
 fn read_evaluation(path: &Path) -> anyhow::Result<serde_json::Value> {

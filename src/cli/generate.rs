@@ -1,11 +1,11 @@
 //! `vlmq generate`
 
+use super::progress::Progress;
 use super::prompt::PromptArgs;
-use super::{ModelArg, SCHEMA, open_model, print_json, say};
-use std::process::ExitCode;
-use vlmq::families::open_processor;
-use vlmq::model::LoadedModel;
-use vlmq::model::generation::Request;
+use super::{Caller, Done, ModelArg, SCHEMA, open_model};
+use crate::families::open_processor;
+use crate::model::LoadedModel;
+use crate::model::generation::Request;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -18,13 +18,14 @@ pub struct Args {
     max_new_tokens: usize,
 }
 
-pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
+pub fn run(args: &Args, caller: &Caller) -> anyhow::Result<Done> {
     let source = open_model(&args.model.model)?;
     let processor = open_processor(&args.model.model)?;
     let input = args.prompt.encode(&processor)?;
     let model = LoadedModel::load(source)?;
     let features = input.images.iter().map(|image| model.image_features(image));
-    let features = features.collect::<vlmq::Result<Vec<_>>>()?;
+    let features = features.collect::<crate::Result<Vec<_>>>()?;
+    let progress = Progress::silent_about_signals(caller);
     let start = model.nothing();
     let request = Request {
         prefix: &start,
@@ -32,19 +33,15 @@ pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
         features,
         max_new_tokens: args.max_new_tokens,
     };
-    let answers = model.generate(&[request], processor.eos_ids(), &|| {})?;
+    let answers = model.generate(&[request], processor.eos_ids(), &|_| progress.go_on())?;
     let ids = answers.concat();
     let text = processor.decode(&ids)?;
-    if json {
-        print_json(serde_json::json!({
-            "schema": SCHEMA,
-            "command": "generate",
-            "n_prompt_tokens": input.input_ids.len(),
-            "output_ids": ids,
-            "text": text,
-        }))?;
-    } else {
-        say(&(text + "\n"))?;
-    }
-    Ok(ExitCode::SUCCESS)
+    let json = serde_json::json!({
+        "schema": SCHEMA,
+        "command": "generate",
+        "n_prompt_tokens": input.input_ids.len(),
+        "output_ids": ids,
+        "text": text,
+    });
+    Ok(Done::new(json, text + "\n"))
 }

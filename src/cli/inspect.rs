@@ -1,11 +1,10 @@
 //! `vlmq inspect`
 
 use super::quantize::scale_dtype;
-use super::{ModelArg, SCHEMA, open_model, print_json, say};
-use std::process::ExitCode;
-use vlmq::checkpoint::Quantization;
-use vlmq::model::{DecoderConfig, ModelSource, Module};
-use vlmq::plan::Scheme;
+use super::{Done, ModelArg, SCHEMA, open_model};
+use crate::checkpoint::Quantization;
+use crate::model::{DecoderConfig, ModelSource, Module};
+use crate::plan::Scheme;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -48,14 +47,11 @@ impl Candidate {
     }
 }
 
-pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
+pub fn run(args: &Args) -> anyhow::Result<Done> {
     let model = open_model(&args.model.model)?;
     let candidates = candidates(&model)?;
-    match json {
-        true => print_json(summary(&model, &candidates))?,
-        false => say(&(model_text(&model) + &candidates_text(&candidates)))?,
-    }
-    Ok(ExitCode::SUCCESS)
+    let text = model_text(&model) + &candidates_text(&candidates);
+    Ok(Done::new(summary(&model, &candidates), text))
 }
 
 fn n_weights(model: &ModelSource) -> usize {
@@ -173,7 +169,7 @@ fn candidates_text(candidates: &[Candidate]) -> String {
     text
 }
 
-fn candidates(model: &ModelSource) -> vlmq::Result<Vec<Candidate>> {
+fn candidates(model: &ModelSource) -> crate::Result<Vec<Candidate>> {
     let mut all = Vec::new();
     for bits in [4, 3, 2] {
         for group_size in [Some(32), Some(64), Some(128), None] {

@@ -46,5 +46,5 @@ impl LogArgs {
 
 fn open(path: &Path) -> anyhow::Result<File> {
     let file = File::options().create(true).append(true).open(path);
-    file.map_err(|e| vlmq::Error::io(path, "open the log", e).into())
+    file.map_err(|e| crate::Error::io(path, "open the log", e).into())
 }

@@ -1,6 +1,10 @@
-//! Flags to plans, results to text. Data goes to stdout, everything else to stderr; the exit code
-//! is 0 for done, 1 for a quality gate missed, 2 for an error.
+//! The `vlmq` command: flags to plans, results to text.
+//!
+//! At a terminal ([`run`]) data goes to stdout, everything else to stderr; the exit code is 0 for done,
+//! 1 for a quality gate missed, 2 for an error. A program can give the same commands ([`call`]) and has
+//! the object of `--json`.
 
+mod caller;
 mod compare;
 mod eval;
 mod export;
@@ -18,15 +22,19 @@ mod summary;
 mod trace;
 mod verify;
 
+pub use self::caller::{Caller, Done, Failure, Listener, Step};
+
+use self::caller::Ear;
+use crate::Error;
+use crate::checkpoint::Checkpoint;
+use crate::families;
+use crate::model::ModelSource;
 use anyhow::Context;
 use clap::{Parser, Subcommand};
+use std::ffi::OsString;
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
-use vlmq::Error;
-use vlmq::checkpoint::Checkpoint;
-use vlmq::families;
-use vlmq::model::ModelSource;
+use std::sync::Arc;
 
 /// Version of the objects that `--json` prints.
 const SCHEMA: u32 = 1;
@@ -82,18 +90,74 @@ enum Command {
     Man(pages::ManArgs),
 }
 
-/// Runs the command line and says how it ended.
-pub fn run() -> ExitCode {
-    let cli = Cli::parse();
-    match dispatch(cli) {
+/// Runs the command line of this process; returns its exit code.
+pub fn run() -> u8 {
+    run_words(std::env::args_os())
+}
+
+/// Runs a command line, the program's name first, as if it had been typed; returns its exit code.
+pub fn run_words(words: impl IntoIterator<Item = OsString>) -> u8 {
+    let words: Vec<OsString> = words.into_iter().collect();
+    let cli = match Cli::try_parse_from(&words) {
+        Ok(cli) => cli,
+        Err(help) => {
+            // Where nobody can be told, the code still says how it went.
+            let _ = help.print();
+            return u8::try_from(help.exit_code()).unwrap_or(2);
+        }
+    };
+    let caller = Caller {
+        words: words.into_iter().skip(1).collect(),
+        ear: Ear::Terminal {
+            is_quiet: cli.quiet,
+        },
+    };
+    let as_json = cli.json;
+    let done = cli.log.start().and_then(|()| execute(cli, &caller));
+    match done.and_then(|done| print(done, as_json)) {
         Ok(code) => code,
         Err(error) => {
-            tell(&format!("error: {}", message(&error)));
-            let known = error.downcast_ref::<Error>();
-            let hint = known.map_or("see `vlmq help`", |e| e.hint());
-            tell(&format!("hint: {hint}"));
-            ExitCode::from(2)
+            let failure = failure(&error);
+            tell(&format!("error: {}", failure.message));
+            tell(&format!("hint: {}", failure.hint));
+            2
         }
+    }
+}
+
+/// Does one command for a program; `words` are those after the program's name. Nothing is printed and
+/// no signal is listened for; flags of the log and of printing have no effect.
+///
+/// # Errors
+/// [`Failure`], with the same text that a terminal would show.
+pub fn call(words: Vec<OsString>, listener: Arc<dyn Listener>) -> Result<Done, Failure> {
+    let all = [OsString::from("vlmq")].into_iter().chain(words.clone());
+    let cli = Cli::try_parse_from(all).map_err(|wrong| Failure {
+        message: wrong.to_string().trim_end().to_owned(),
+        hint: "see `vlmq help` for the allowed values".into(),
+        is_interrupted: false,
+    })?;
+    let caller = Caller {
+        words,
+        ear: Ear::Listener(listener),
+    };
+    execute(cli, &caller).map_err(|error| failure(&error))
+}
+
+fn print(done: Done, as_json: bool) -> anyhow::Result<u8> {
+    match done.json.filter(|_| as_json) {
+        Some(json) => say(&(serde_json::to_string(&json)? + "\n"))?,
+        None => say(&done.text)?,
+    }
+    Ok(u8::from(!done.is_good))
+}
+
+fn failure(error: &anyhow::Error) -> Failure {
+    let known = error.downcast_ref::<Error>();
+    Failure {
+        message: message(error),
+        hint: known.map_or("see `vlmq help`", |e| e.hint()).to_owned(),
+        is_interrupted: matches!(known, Some(Error::Interrupted)),
     }
 }
 
@@ -110,46 +174,44 @@ fn message(error: &anyhow::Error) -> String {
     text
 }
 
-fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
-    cli.log.start()?;
-    progress::be_quiet(cli.quiet);
-    if let Some(n) = cli.threads {
-        if !(1..=MAX_THREADS).contains(&n) {
-            return Err(Error::Invalid {
-                what: format!("--threads {n}"),
-                why: format!("1 to {MAX_THREADS} expected"),
-            }
-            .into());
+/// Does the command, on its own threads if it is to have a number of them.
+fn execute(cli: Cli, caller: &Caller) -> anyhow::Result<Done> {
+    let Some(n) = cli.threads else {
+        return dispatch(&cli.command, caller);
+    };
+    if !(1..=MAX_THREADS).contains(&n) {
+        return Err(Error::Invalid {
+            what: format!("--threads {n}"),
+            why: format!("1 to {MAX_THREADS} expected"),
         }
-        rayon::ThreadPoolBuilder::new()
-            .num_threads(n)
-            .build_global()
-            .context("--threads")?;
+        .into());
     }
-    match cli.command {
-        Command::Inspect(args) => inspect::run(&args, cli.json),
-        Command::Quantize(args) => quantize::run(&args, cli.json),
-        Command::Export(args) => export::run(&args, cli.json),
-        Command::Verify(args) => verify::run(&args, cli.json),
-        Command::Rotate(args) => rotate::run(&args, cli.json),
-        Command::Eval(args) => eval::run(&args, cli.json),
-        Command::Score(args) => score::run(&args, cli.json),
-        Command::Report(args) => report::run(&args, cli.json),
-        Command::Compare(args) => compare::run(&args, cli.json),
-        Command::Generate(args) => generate::run(&args, cli.json),
-        Command::Trace(args) => trace::run(&args, cli.json),
-        Command::Completions(args) => pages::completions(&args),
-        Command::Man(args) => pages::man(&args),
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(n).build();
+    pool.context("--threads")?
+        .install(|| dispatch(&cli.command, caller))
+}
+
+fn dispatch(command: &Command, caller: &Caller) -> anyhow::Result<Done> {
+    match command {
+        Command::Inspect(args) => inspect::run(args),
+        Command::Quantize(args) => quantize::run(args, caller),
+        Command::Export(args) => export::run(args),
+        Command::Verify(args) => verify::run(args),
+        Command::Rotate(args) => rotate::run(args),
+        Command::Eval(args) => eval::run(args, caller),
+        Command::Score(args) => score::run(args),
+        Command::Report(args) => report::run(args),
+        Command::Compare(args) => compare::run(args, caller),
+        Command::Generate(args) => generate::run(args, caller),
+        Command::Trace(args) => trace::run(args),
+        Command::Completions(args) => pages::completions(args),
+        Command::Man(args) => pages::man(args),
     }
 }
 
 fn open_model(dir: &Path) -> anyhow::Result<ModelSource> {
     let checkpoint = Checkpoint::open(dir)?;
     Ok(families::open_model(checkpoint, candle_core::Device::Cpu)?)
-}
-
-fn print_json(value: serde_json::Value) -> anyhow::Result<()> {
-    say(&(serde_json::to_string(&value)? + "\n"))
 }
 
 /// Writes to stdout. A reader that has seen enough, as in `vlmq … | head`, is no error.

@@ -1,25 +1,21 @@
-//! Progress on stderr, and the end by Ctrl-C.
+//! Progress on stderr or to a program, and the end by Ctrl-C or by that program.
 
+use super::caller::{Caller, Ear, Listener, Step};
 use super::tell;
+use crate::pipeline::Observer;
+use crate::{Error, Result};
 use anyhow::Context;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use std::collections::BTreeMap;
 use std::io::IsTerminal;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
-use vlmq::pipeline::Observer;
 
 /// Between two pictures of the turning sign.
 const TICK: Duration = Duration::from_millis(120);
 
 static CANCELLED: AtomicBool = AtomicBool::new(false);
-static QUIET: AtomicBool = AtomicBool::new(false);
-
-/// Whether nothing is to be said of progress, from now on.
-pub fn be_quiet(quiet: bool) {
-    QUIET.store(quiet, Ordering::Relaxed);
-}
 
 /// Where a run stands.
 pub struct Progress {
@@ -31,7 +27,6 @@ pub struct Progress {
 }
 
 /// How progress is shown.
-#[derive(Clone, Copy, PartialEq, Eq)]
 enum Shown {
     /// As bars with the time left, on a terminal.
     Bars,
@@ -39,6 +34,8 @@ enum Shown {
     Lines,
     /// Not at all.
     Nothing,
+    /// To a program, which may end the command as well.
+    Told(Arc<dyn Listener>, Mutex<Step>),
 }
 
 /// The stage that a layer is in, and what each took in the layer before.
@@ -52,8 +49,11 @@ struct Stage {
 }
 
 impl Progress {
-    /// Begins to listen for Ctrl-C, which ends the run at its next step.
-    pub fn start() -> anyhow::Result<Self> {
+    /// At a terminal begins to listen for Ctrl-C, which ends the run at its next step.
+    pub fn start(caller: &Caller) -> anyhow::Result<Self> {
+        if !caller.is_terminal() {
+            return Ok(Self::silent_about_signals(caller));
+        }
         ctrlc::set_handler(|| {
             if CANCELLED.swap(true, Ordering::SeqCst) {
                 std::process::exit(130);
@@ -61,15 +61,16 @@ impl Progress {
             tell("stopping; press Ctrl-C again to stop without tidying up");
         })
         .context("cannot listen for Ctrl-C")?;
-        Ok(Self::silent_about_signals())
+        Ok(Self::silent_about_signals(caller))
     }
 
     /// As [`Progress::start`] without listening.
-    pub fn silent_about_signals() -> Self {
-        let shown = match QUIET.load(Ordering::Relaxed) {
-            true => Shown::Nothing,
-            false if std::io::stderr().is_terminal() => Shown::Bars,
-            false => Shown::Lines,
+    pub fn silent_about_signals(caller: &Caller) -> Self {
+        let shown = match &caller.ear {
+            Ear::Listener(listener) => Shown::Told(listener.clone(), Mutex::new(Step::begin())),
+            Ear::Terminal { is_quiet: true } => Shown::Nothing,
+            Ear::Terminal { .. } if std::io::stderr().is_terminal() => Shown::Bars,
+            Ear::Terminal { .. } => Shown::Lines,
         };
         Self {
             shown,
@@ -86,12 +87,37 @@ impl Progress {
         })
     }
 
-    /// One of `n` steps is done.
-    pub fn step(&self, what: &str, n: usize) {
-        if self.shown == Shown::Bars {
-            let bar = self.bar(n);
-            bar.set_message(what.to_owned());
-            bar.inc(1);
+    /// So many more of `n` steps are done.
+    pub fn step(&self, what: &str, n_more: usize, n: usize) {
+        match &self.shown {
+            _ if n_more == 0 => {}
+            Shown::Bars => {
+                let bar = self.bar(n);
+                bar.set_message(what.to_owned());
+                bar.inc(n_more as u64);
+            }
+            Shown::Told(..) => self.advise(|step| {
+                what.clone_into(&mut step.what);
+                (step.n_done, step.n) = (step.n_done + n_more, n);
+            }),
+            Shown::Lines | Shown::Nothing => {}
+        }
+    }
+
+    /// An error if the command is to end, for work that is not watched by an [`Observer`].
+    pub fn go_on(&self) -> Result<()> {
+        match self.is_cancelled() {
+            true => Err(Error::Interrupted),
+            false => Ok(()),
+        }
+    }
+
+    /// Tells a program how far the command has come now.
+    fn advise(&self, change: impl FnOnce(&mut Step)) {
+        if let Shown::Told(listener, step) = &self.shown {
+            let mut step = step.lock().unwrap_or_else(PoisonError::into_inner);
+            change(&mut step);
+            listener.on_step(step.clone());
         }
     }
 
@@ -141,9 +167,20 @@ fn styled(bar: ProgressBar, template: &str) -> ProgressBar {
     }
 }
 
+impl Step {
+    fn begin() -> Self {
+        Self {
+            what: String::new(),
+            n_done: 0,
+            n: 0,
+            stage: None,
+        }
+    }
+}
+
 impl Observer for Progress {
     fn on_layer(&self, layer_idx: usize, n_layers: usize) {
-        match self.shown {
+        match &self.shown {
             Shown::Bars => {
                 let bar = self.bar(n_layers);
                 bar.set_message("layers");
@@ -153,13 +190,22 @@ impl Observer for Progress {
                 stage.last_layer = std::mem::take(&mut stage.this_layer);
             }
             Shown::Lines => tell(&format!("layer {} of {n_layers}", layer_idx + 1)),
+            Shown::Told(..) => self.advise(|step| {
+                *step = Step {
+                    what: "layers".into(),
+                    n_done: layer_idx,
+                    n: n_layers,
+                    stage: None,
+                };
+            }),
             Shown::Nothing => {}
         }
     }
 
     fn on_stage(&self, name: &str) {
+        self.advise(|step| step.stage = Some(name.to_owned()));
         let mut stage = self.stage();
-        if self.shown != Shown::Bars || stage.name == name {
+        if !matches!(self.shown, Shown::Bars) || stage.name == name {
             return;
         }
         stage.turn(name);
@@ -173,7 +219,10 @@ impl Observer for Progress {
     }
 
     fn is_cancelled(&self) -> bool {
-        CANCELLED.load(Ordering::SeqCst)
+        match &self.shown {
+            Shown::Told(listener, _) => listener.is_cancelled(),
+            _ => CANCELLED.load(Ordering::SeqCst),
+        }
     }
 }
 

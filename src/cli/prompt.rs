@@ -1,10 +1,10 @@
 //! One prompt from flags: images first, then the text.
 
+use crate::dataset::ImageSource;
+use crate::processor::chat::{ContentPart, Message, Role};
+use crate::processor::{ModelInput, Processor, VisionInput};
 use std::path::PathBuf;
 use std::sync::Arc;
-use vlmq::dataset::ImageSource;
-use vlmq::processor::chat::{ContentPart, Message, Role};
-use vlmq::processor::{ModelInput, Processor, VisionInput};
 
 #[derive(clap::Args)]
 pub struct PromptArgs {
@@ -29,12 +29,16 @@ impl PromptArgs {
     }
 
     /// The prompt as the model takes it.
-    pub fn encode(&self, processor: &Processor) -> vlmq::Result<ModelInput> {
+    pub fn encode(&self, processor: &Processor) -> crate::Result<ModelInput> {
         processor.encode_prompt(&[self.message()], &self.images(processor)?)
     }
 
     /// The prompt with an answer.
-    pub fn encode_answered(&self, processor: &Processor, answer: &str) -> vlmq::Result<ModelInput> {
+    pub fn encode_answered(
+        &self,
+        processor: &Processor,
+        answer: &str,
+    ) -> crate::Result<ModelInput> {
         let answer = Message {
             role: Role::Assistant,
             content: vec![ContentPart::Text(answer.into())],
@@ -42,7 +46,7 @@ impl PromptArgs {
         processor.encode_conversation(&[self.message(), answer], &self.images(processor)?)
     }
 
-    fn images(&self, processor: &Processor) -> vlmq::Result<Vec<Arc<VisionInput>>> {
+    fn images(&self, processor: &Processor) -> crate::Result<Vec<Arc<VisionInput>>> {
         let images = self.image.iter().map(|path| {
             let image = ImageSource::File(path.clone()).load()?;
             processor

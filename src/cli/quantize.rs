@@ -2,23 +2,23 @@
 
 use super::progress::Progress;
 use super::summary::summary;
-use super::{ModelArg, SCHEMA, open_model, print_json, say, tell};
+use super::{Caller, Done, ModelArg, SCHEMA, open_model, tell};
+use crate::Error;
+use crate::checkpoint::DType;
+use crate::dataset::open_samples;
+use crate::export::Format;
+use crate::families::open_processor;
+use crate::journal::{Journal, Resume};
+use crate::memory::{plan_disk, plan_memory};
+use crate::model::ModelSource;
+use crate::plan::{Bits, ScaleDtype, Scheme};
+use crate::processor::MAX_TEXT_TOKENS;
+use crate::recipe::{Method, Recipe};
+use crate::report::free_memory_bytes;
+use crate::run::{RunOptions, SampleChoice, module_plan, quantize_folder};
 use anyhow::Context;
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
-use vlmq::Error;
-use vlmq::checkpoint::DType;
-use vlmq::dataset::open_samples;
-use vlmq::export::Format;
-use vlmq::families::open_processor;
-use vlmq::journal::{Journal, Resume};
-use vlmq::memory::{plan_disk, plan_memory};
-use vlmq::model::ModelSource;
-use vlmq::plan::{Bits, ScaleDtype, Scheme};
-use vlmq::processor::MAX_TEXT_TOKENS;
-use vlmq::recipe::{Method, Recipe};
-use vlmq::report::free_memory_bytes;
-use vlmq::run::{RunOptions, SampleChoice, module_plan, quantize_folder};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -122,7 +122,7 @@ pub struct RecipeArgs {
 
 impl RecipeArgs {
     /// The recipe for a model; scales are stored in the type that the format has for them.
-    pub fn recipe(&self, model: &ModelSource, format: Format) -> vlmq::Result<Recipe> {
+    pub fn recipe(&self, model: &ModelSource, format: Format) -> crate::Result<Recipe> {
         let group_size = match self.group_size {
             -1 => None,
             n => Some(usize::try_from(n).map_err(|_| Error::Invalid {
@@ -186,7 +186,7 @@ pub fn scale_dtype(model: &ModelSource) -> ScaleDtype {
     }
 }
 
-pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
+pub fn run(args: &Args, caller: &Caller) -> anyhow::Result<Done> {
     let model = open_model(&args.model.model)?;
     let recipe = args.recipe.recipe(&model, args.format)?;
     let choice = match (&args.calibration, recipe.needs_calibration()) {
@@ -199,54 +199,54 @@ pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
         _ => None,
     };
     if args.dry_run {
-        return dry_run(args, &model, &recipe, choice.as_ref(), json);
+        return dry_run(args, &model, &recipe, choice.as_ref());
     }
     let output = args.output.as_deref().context("--output DIR is needed")?;
-    let progress = Progress::start()?;
+    let progress = Progress::start(caller)?;
     let options = RunOptions {
         format: args.format,
         resume: args.resume.into(),
         memory_bytes: args.memory_bytes(),
         imatrix: args.imatrix,
         report: args.report,
-        command: Some(command(std::env::args_os())),
+        command: Some(command(&caller.words)),
     };
     let outcome = quantize_folder(&model, &recipe, choice.as_ref(), output, options, &progress);
     progress.finish();
-    let (report, exported) = outcome.inspect_err(|error| tell_what_is_kept(error, output))?;
-    if json {
-        print_json(serde_json::json!({
-            "schema": SCHEMA,
-            "command": "quantize",
-            "output": output,
-            "tensor_bytes": exported.tensor_bytes,
-            "report": report,
-        }))?;
-    } else {
-        let megabytes = exported.tensor_bytes as f64 / 1e6;
-        let wrote = format!(
-            "wrote {} ({megabytes:.1} MB of tensors)\n",
-            output.display()
-        );
-        say(&(summary(&report, args.format) + &wrote))?;
-    }
-    Ok(ExitCode::SUCCESS)
+    let (report, exported) = outcome.inspect_err(|error| {
+        if caller.is_terminal() {
+            tell_what_is_kept(error, output);
+        }
+    })?;
+    let json = serde_json::json!({
+        "schema": SCHEMA,
+        "command": "quantize",
+        "output": output,
+        "tensor_bytes": exported.tensor_bytes,
+        "report": report,
+    });
+    let megabytes = exported.tensor_bytes as f64 / 1e6;
+    let wrote = format!(
+        "wrote {} ({megabytes:.1} MB of tensors)\n",
+        output.display()
+    );
+    Ok(Done::new(json, summary(&report, args.format) + &wrote))
 }
 
 /// The command as it would be typed. A report is published with its model, and where the folders of a
 /// machine lie is nobody's business: of whole paths the last names are told alone.
-fn command(args: impl Iterator<Item = std::ffi::OsString>) -> String {
-    let told = |arg: std::ffi::OsString| {
-        let path = Path::new(&arg);
+fn command(words: &[OsString]) -> String {
+    let told = |word: &OsString| {
+        let path = Path::new(word);
         let name = path.file_name().filter(|_| path.is_absolute());
-        let text = name.unwrap_or(&arg).to_string_lossy().into_owned();
+        let text = name.unwrap_or(word).to_string_lossy().into_owned();
         let is_plain = |c: char| c.is_alphanumeric() || "-_./=:,+@%".contains(c);
         match !text.is_empty() && text.chars().all(is_plain) {
             true => text,
             false => format!("'{}'", text.replace('\'', "'\\''")),
         }
     };
-    let words: Vec<String> = args.skip(1).map(told).collect();
+    let words: Vec<String> = words.iter().map(told).collect();
     format!("vlmq {}", words.join(" "))
 }
 
@@ -265,10 +265,10 @@ fn tell_what_is_kept(error: &Error, output: &Path) {
 }
 
 /// Tokens of each sequence of the samples.
-fn count(args: &Args, choice: &SampleChoice) -> vlmq::Result<Vec<usize>> {
+fn count(args: &Args, choice: &SampleChoice) -> crate::Result<Vec<usize>> {
     let processor = open_processor(&args.model.model)?;
     let chosen = choice.set.choose(choice.n_samples, choice.seed)?;
-    vlmq::calibration::count_tokens(&processor, &chosen, choice.max_tokens)
+    crate::calibration::count_tokens(&processor, &chosen, choice.max_tokens)
 }
 
 /// How many modules a mean of bits will be shared out to.
@@ -297,8 +297,7 @@ fn dry_run(
     model: &ModelSource,
     recipe: &Recipe,
     choice: Option<&SampleChoice>,
-    json: bool,
-) -> anyhow::Result<ExitCode> {
+) -> anyhow::Result<Done> {
     let modules = module_plan(model, recipe)?;
     args.format.check(model.checkpoint(), &modules)?;
     if let Some(output) = args.output.as_deref().filter(|o| o.exists()) {
@@ -313,43 +312,39 @@ fn dry_run(
     let shared = shared_modules(model, recipe);
     let tokens: usize = n_tokens.iter().sum();
     let n_samples = choice.map_or(0, |choice| choice.n_samples);
-    if json {
-        print_json(serde_json::json!({
-            "schema": SCHEMA,
-            "command": "quantize --dry-run",
-            "n_modules": modules.len(),
-            "bits": recipe.bits(),
-            "n_modules_with_shared_bits": shared,
-            "n_samples": n_samples,
-            "n_sequences": n_tokens.len(),
-            "n_tokens": tokens,
-            "memory": memory,
-            "peak_memory_bytes": memory.total(),
-            "disk_bytes": disk.tensors,
-            "progress_bytes": disk.progress,
-        }))?;
-    } else {
-        let mb = |bytes: u64| bytes as f64 / 1e6;
-        let mut text = format!(
-            "{} modules, {n_samples} samples, {tokens} tokens\nmemory {:>8.0} MB at most\n",
-            modules.len(),
-            mb(memory.total())
-        );
-        text += &shared_text(recipe, shared);
-        if memory.streams_on_disk > 0 {
-            text += &format!(
-                "disk   {:>8.1} MB of hidden states while at work\n",
-                mb(memory.streams_on_disk)
-            );
-        }
+    let json = serde_json::json!({
+        "schema": SCHEMA,
+        "command": "quantize --dry-run",
+        "n_modules": modules.len(),
+        "bits": recipe.bits(),
+        "n_modules_with_shared_bits": shared,
+        "n_samples": n_samples,
+        "n_sequences": n_tokens.len(),
+        "n_tokens": tokens,
+        "memory": memory,
+        "peak_memory_bytes": memory.total(),
+        "disk_bytes": disk.tensors,
+        "progress_bytes": disk.progress,
+    });
+    let mb = |bytes: u64| bytes as f64 / 1e6;
+    let mut text = format!(
+        "{} modules, {n_samples} samples, {tokens} tokens\nmemory {:>8.0} MB at most\n",
+        modules.len(),
+        mb(memory.total())
+    );
+    text += &shared_text(recipe, shared);
+    if memory.streams_on_disk > 0 {
         text += &format!(
-            "disk   {:>8.1} MB of tensors, {:.1} MB of progress while at work\n",
-            mb(disk.tensors),
-            mb(disk.progress)
+            "disk   {:>8.1} MB of hidden states while at work\n",
+            mb(memory.streams_on_disk)
         );
-        say(&text)?;
     }
-    Ok(ExitCode::SUCCESS)
+    text += &format!(
+        "disk   {:>8.1} MB of tensors, {:.1} MB of progress while at work\n",
+        mb(disk.tensors),
+        mb(disk.progress)
+    );
+    Ok(Done::new(json, text))
 }
 
 #[cfg(test)]
@@ -358,16 +353,9 @@ mod tests {
 
     #[test]
     fn the_command_tells_names_and_not_where_folders_lie() {
-        let args = [
-            "/bin/vlmq",
-            "quantize",
-            "/home/me/a model",
-            "--set",
-            "x=it's",
-            "out/3",
-        ];
+        let args = ["quantize", "/home/me/a model", "--set", "x=it's", "out/3"];
         assert_eq!(
-            command(args.iter().map(Into::into)),
+            command(&args.map(Into::into)),
             "vlmq quantize 'a model' --set 'x=it'\\''s' out/3"
         );
     }

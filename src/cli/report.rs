@@ -1,14 +1,13 @@
 //! `vlmq report`
 
-use super::{SCHEMA, print_json, say};
+use super::{Done, SCHEMA};
+use crate::Error;
+use crate::report::importance::ImportanceFile;
+use crate::report::page::{Answers, PAGE_FILE, Page, Predictions};
+use crate::report::{REPORT_FILE, RunReport};
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
-use vlmq::Error;
-use vlmq::report::importance::ImportanceFile;
-use vlmq::report::page::{Answers, PAGE_FILE, Page, Predictions};
-use vlmq::report::{REPORT_FILE, RunReport};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -32,7 +31,7 @@ pub struct Args {
     task: Option<PathBuf>,
 }
 
-pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
+pub fn run(args: &Args) -> anyhow::Result<Done> {
     let report = RunReport::read(&args.folder)?.ok_or_else(|| Error::Missing {
         what: REPORT_FILE.into(),
         place: args.folder.display().to_string(),
@@ -56,20 +55,17 @@ pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
     if let Some(output) = &output {
         replace(output, text.as_bytes())?;
     }
-    match (json, &output) {
-        (true, _) => print_json(serde_json::json!({
-            "schema": SCHEMA,
-            "command": "report",
-            "output": output,
-            "markdown": (args.markdown && output.is_none()).then_some(text),
-        }))?,
-        (false, Some(output)) => say(&format!("wrote {}\n", output.display()))?,
-        (false, None) => say(&text)?,
-    }
-    Ok(ExitCode::SUCCESS)
+    let json = serde_json::json!({
+        "schema": SCHEMA,
+        "command": "report",
+        "output": output,
+        "markdown": (args.markdown && output.is_none()).then_some(&text),
+    });
+    let text = output.map_or(text, |output| format!("wrote {}\n", output.display()));
+    Ok(Done::new(json, text))
 }
 
-fn answers(args: &Args) -> vlmq::Result<Option<Answers>> {
+fn answers(args: &Args) -> crate::Result<Option<Answers>> {
     let Some(evaluation) = &args.evaluation else {
         return Ok(None);
     };
@@ -87,7 +83,7 @@ fn answers(args: &Args) -> vlmq::Result<Option<Answers>> {
 }
 
 /// Writes a whole file, or leaves what was there.
-fn replace(path: &Path, bytes: &[u8]) -> vlmq::Result<()> {
+fn replace(path: &Path, bytes: &[u8]) -> crate::Result<()> {
     let io = |e| Error::io(path, "write", e);
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let unfinished = path.with_file_name(format!(".{name}.unfinished"));

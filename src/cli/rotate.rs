@@ -1,9 +1,8 @@
 //! `vlmq rotate`
 
-use super::{ModelArg, SCHEMA, open_model, print_json, say};
+use super::{Done, ModelArg, SCHEMA, open_model};
+use crate::transform::{RotationKind, RotationSettings, rotate_folder};
 use std::path::PathBuf;
-use std::process::ExitCode;
-use vlmq::transform::{RotationKind, RotationSettings, rotate_folder};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -32,7 +31,7 @@ enum KindArg {
     Random,
 }
 
-pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
+pub fn run(args: &Args) -> anyhow::Result<Done> {
     let model = open_model(&args.model.model)?;
     let settings = RotationSettings {
         kind: match args.kind {
@@ -44,19 +43,17 @@ pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
     };
     let rotated = rotate_folder(&model, settings, &args.output)?;
     let megabytes = rotated.tensor_bytes as f64 / 1e6;
-    match json {
-        true => print_json(serde_json::json!({
-            "schema": SCHEMA,
-            "command": "rotate",
-            "n_changed": rotated.n_changed,
-            "n_copied": rotated.n_copied,
-            "tensor_bytes": rotated.tensor_bytes,
-        }))?,
-        false => say(&format!(
-            "wrote {} ({megabytes:.1} MB of tensors, {} of them turned)\n",
-            args.output.display(),
-            rotated.n_changed,
-        ))?,
-    }
-    Ok(ExitCode::SUCCESS)
+    let json = serde_json::json!({
+        "schema": SCHEMA,
+        "command": "rotate",
+        "n_changed": rotated.n_changed,
+        "n_copied": rotated.n_copied,
+        "tensor_bytes": rotated.tensor_bytes,
+    });
+    let text = format!(
+        "wrote {} ({megabytes:.1} MB of tensors, {} of them turned)\n",
+        args.output.display(),
+        rotated.n_changed,
+    );
+    Ok(Done::new(json, text))
 }

@@ -1,13 +1,12 @@
 //! `vlmq score`
 
 use super::eval::{ProtocolArg, name_width, question_rows, score_head};
-use super::{SCHEMA, print_json, say};
+use super::{Done, SCHEMA};
+use crate::Error;
+use crate::eval::benchmark::Benchmark;
+use crate::eval::{Pairs, Rules, Score, WrittenAnswer, is_right, read_answers};
 use serde_json::{Value, json};
 use std::path::PathBuf;
-use std::process::ExitCode;
-use vlmq::Error;
-use vlmq::eval::benchmark::Benchmark;
-use vlmq::eval::{Pairs, Rules, Score, WrittenAnswer, is_right, read_answers};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -29,7 +28,7 @@ pub struct Args {
     seed: u64,
 }
 
-pub fn run(args: &Args, as_json: bool) -> anyhow::Result<ExitCode> {
+pub fn run(args: &Args) -> anyhow::Result<Done> {
     let benchmark = args.benchmark.as_deref().map(Benchmark::from_name);
     let rules = Rules {
         benchmark: benchmark.transpose()?,
@@ -56,15 +55,11 @@ pub fn run(args: &Args, as_json: bool) -> anyhow::Result<ExitCode> {
         }
         compare(&mut row, &own, &other, args.seed);
     }
-    if as_json {
-        row["schema"] = SCHEMA.into();
-        row["command"] = "score".into();
-        row["scores"] = json!(scores);
-        print_json(row)?;
-    } else {
-        say(&table(&row))?;
-    }
-    Ok(ExitCode::SUCCESS)
+    let text = table(&row);
+    row["schema"] = SCHEMA.into();
+    row["command"] = "score".into();
+    row["scores"] = json!(scores);
+    Ok(Done::new(row, text))
 }
 
 fn compare(row: &mut Value, own: &[WrittenAnswer], other: &[WrittenAnswer], seed: u64) {

@@ -1,12 +1,12 @@
 //! What a finished `vlmq quantize` says: the losses, where the seconds went, what went otherwise
 //! than planned.
 
+use crate::allocation::AllocationReport;
+use crate::export::Format;
+use crate::importance::Safeguarded;
+use crate::report::{Deviation, ModuleReport, RunReport};
+use crate::tuning::TuningReport;
 use std::collections::BTreeMap;
-use vlmq::allocation::AllocationReport;
-use vlmq::export::Format;
-use vlmq::importance::Safeguarded;
-use vlmq::report::{Deviation, ModuleReport, RunReport};
-use vlmq::tuning::TuningReport;
 
 const STAGES: [&str; 9] = [
     "load",

@@ -1,18 +1,17 @@
 //! `vlmq trace`: what a forward pass computed, as safetensors.
 
 use super::prompt::PromptArgs;
-use super::{ModelArg, SCHEMA, open_model, print_json};
+use super::{Done, ModelArg, SCHEMA, open_model};
+use crate::Error;
+use crate::families::open_processor;
+use crate::importance::end_loss::answer_gradients;
+use crate::importance::walk::{Sequence, answer_places};
+use crate::model::vision::ImageFeatures;
+use crate::model::{LoadedModel, Projection};
+use crate::processor::ModelInput;
 use candle_core::{Device, Tensor};
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::process::ExitCode;
-use vlmq::Error;
-use vlmq::families::open_processor;
-use vlmq::importance::end_loss::answer_gradients;
-use vlmq::importance::walk::{Sequence, answer_places};
-use vlmq::model::vision::ImageFeatures;
-use vlmq::model::{LoadedModel, Projection};
-use vlmq::processor::ModelInput;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -30,7 +29,7 @@ pub struct Args {
     output: PathBuf,
 }
 
-pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
+pub fn run(args: &Args) -> anyhow::Result<Done> {
     if args.output.exists() {
         return Err(Error::Exists {
             path: args.output.clone(),
@@ -44,7 +43,7 @@ pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
         Some(answer) => args.prompt.encode_answered(&processor, answer)?,
     };
     let features = input.images.iter().map(|image| model.image_features(image));
-    let features = features.collect::<vlmq::Result<Vec<_>>>()?;
+    let features = features.collect::<crate::Result<Vec<_>>>()?;
     let positions = model.source().positions(&input)?;
     let n = input.input_ids.len();
     let ids = |ids: &[u32]| ids.iter().map(|&id| i64::from(id)).collect::<Vec<_>>();
@@ -67,15 +66,13 @@ pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
         tensors.extend(gradient_tensors(&model, &input, &features)?);
     }
     candle_core::safetensors::save(&tensors, &args.output)?;
-    if json {
-        print_json(serde_json::json!({
-            "schema": SCHEMA,
-            "command": "trace",
-            "output": args.output,
-            "n_tokens": n,
-        }))?;
-    }
-    Ok(ExitCode::SUCCESS)
+    let json = serde_json::json!({
+        "schema": SCHEMA,
+        "command": "trace",
+        "output": args.output,
+        "n_tokens": n,
+    });
+    Ok(Done::new(json, String::new()))
 }
 
 /// The loss of the answer and its gradients.
@@ -83,7 +80,7 @@ fn gradient_tensors(
     model: &LoadedModel,
     input: &ModelInput,
     features: &[ImageFeatures],
-) -> vlmq::Result<Vec<(String, Tensor)>> {
+) -> crate::Result<Vec<(String, Tensor)>> {
     let source = model.source();
     let embedded = source.embed(&input.input_ids, features)?;
     let context = source.context(input, &source.positions(input)?)?;

@@ -1,12 +1,11 @@
 //! `vlmq verify`
 
-use super::{ModelArg, SCHEMA, open_model, print_json, say};
+use super::{Done, ModelArg, SCHEMA, open_model};
+use crate::checkpoint::Checkpoint;
+use crate::families::open_processor;
+use crate::gguf::gguf_files;
+use crate::verification::{Verification, verify_folder, verify_gguf_folder};
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
-use vlmq::checkpoint::Checkpoint;
-use vlmq::families::open_processor;
-use vlmq::gguf::gguf_files;
-use vlmq::verification::{Verification, verify_folder, verify_gguf_folder};
 
 /// Modules that are named for their distance from the source.
 const N_WORST: usize = 3;
@@ -20,25 +19,22 @@ pub struct Args {
     against: Option<PathBuf>,
 }
 
-/// Exits with 1 if anything is wrong.
-pub fn run(args: &Args, json: bool) -> anyhow::Result<ExitCode> {
+/// Not good if anything is wrong.
+pub fn run(args: &Args) -> anyhow::Result<Done> {
     let source = args.against.as_deref().map(Checkpoint::open).transpose()?;
     let folder = &args.model.model;
     let found = match gguf_files(folder).is_ok_and(|files| !files.is_empty()) {
         true => verify_gguf_files(folder, source.as_ref())?,
         false => verify_checkpoint(folder, source.as_ref())?,
     };
-    match json {
-        true => print_json(serde_json::json!({
-            "schema": SCHEMA,
-            "command": "verify",
-            "verification": found,
-        }))?,
-        false => say(&text(&found))?,
-    }
-    Ok(match found.problems.is_empty() {
-        true => ExitCode::SUCCESS,
-        false => ExitCode::from(1),
+    let json = serde_json::json!({
+        "schema": SCHEMA,
+        "command": "verify",
+        "verification": found,
+    });
+    Ok(Done {
+        is_good: found.problems.is_empty(),
+        ..Done::new(json, text(&found))
     })
 }
 

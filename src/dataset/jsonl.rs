@@ -1,5 +1,6 @@
 //! Rows of a JSONL file, or of a file that is one JSON array.
 
+use super::chartqa;
 use super::image_source::ImageFolder;
 use super::record::{Record, Records};
 use crate::{Error, Result};
@@ -84,9 +85,10 @@ pub(crate) fn next_line(
 fn record(
     path: &Path,
     at: String,
-    values: Map<String, Value>,
+    mut values: Map<String, Value>,
     folder: &Arc<ImageFolder>,
 ) -> Record {
+    chartqa::rename(path, &mut values);
     Record {
         path: path.to_path_buf(),
         at,

@@ -7,13 +7,15 @@
 //!   which no chat template is put around. Rows of different kinds may stand in one file;
 //! - a Hugging Face parquet file with such columns, images as `{bytes, path}`;
 //! - a VLMEvalKit TSV, images as base64;
-//! - a folder: `samples.jsonl` in it, else all its parquet files in order of name.
+//! - ChartQA's own JSON files, with their images in a folder `png`;
+//! - a folder: `samples.jsonl` in it, else all its parquet files in order of name, else ChartQA's files.
 //!
 //! Image names are resolved in the data file's folder, then as members of an `images.zip` beside
 //! it, read without unpacking. Data is not trusted: absolute names, `..` and web addresses are
 //! refused. Images are read when a sample is used. [`read_rows`] reads row by row; what opens a whole
 //! set holds the rows, and with parquet and TSV the encoded images, in memory.
 
+mod chartqa;
 pub mod image_source;
 pub(crate) mod jsonl;
 mod parquet;
@@ -152,16 +154,23 @@ impl SampleSet {
                 ),
             });
         }
-        let mut rng = ChaCha8Rng::seed_from_u64(seed);
-        let mut order: Vec<usize> = (0..self.len()).collect();
-        for i in 0..n {
-            let rest = (self.len() - i) as u64;
-            order.swap(i, i + rng.random_range(0..rest) as usize);
-        }
-        let mut chosen = order[..n].to_vec();
-        chosen.sort_unstable();
+        let chosen = chosen_rows(self.len(), n, seed);
         Ok(chosen.into_iter().map(|i| &self.samples[i]).collect())
     }
+}
+
+/// Which rows [`SampleSet::choose`] takes of a set of `len`; all of them if `n` is not less.
+pub fn chosen_rows(len: usize, n: usize, seed: u64) -> Vec<usize> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let mut order: Vec<usize> = (0..len).collect();
+    let n = n.min(len);
+    for i in 0..n {
+        let rest = (len - i) as u64;
+        order.swap(i, i + rng.random_range(0..rest) as usize);
+    }
+    order.truncate(n);
+    order.sort_unstable();
+    order
 }
 
 /// The samples of DATA.
@@ -354,6 +363,9 @@ fn data_files(path: &Path) -> Result<Vec<PathBuf>> {
         }
     }
     files.sort();
+    if files.is_empty() {
+        files = chartqa::files(path);
+    }
     if files.is_empty() {
         return Err(Error::Missing {
             what: "samples.jsonl or a parquet file".into(),

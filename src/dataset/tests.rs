@@ -297,3 +297,26 @@ fn damaged_parquet_and_zip_files_never_panic() {
         }
     }
 }
+
+#[test]
+fn chartqas_own_files_are_rows_of_its_table() {
+    let human = r#"[{"imgname": "a.png", "query": "How many bars?", "label": "14"}]"#;
+    let (dir, _) = written("test_human.json", human);
+    let augmented = r#"[{"imgname": "a.png", "query": "What is the peak?", "label": "0.57"},
+        {"imgname": "a.png", "query": "Which is the largest?", "label": "Italy"}]"#;
+    std::fs::write(dir.path().join("test_augmented.json"), augmented).unwrap();
+    std::fs::create_dir(dir.path().join("png")).unwrap();
+    std::fs::rename(dir.path().join("a.png"), dir.path().join("png/a.png")).unwrap();
+    let rows = read_rows(dir.path()).unwrap();
+    let rows: Vec<Row> = rows.collect::<Result<_>>().unwrap();
+    let kinds = rows.iter().map(|row| row.values()["type"].clone());
+    let kinds: Vec<Value> = kinds.collect();
+    assert_eq!(kinds, ["test_human", "test_augmented", "test_augmented"]);
+    let question = rows.into_iter().next().unwrap().into_question().unwrap();
+    assert_eq!(question.question, "How many bars?");
+    assert_eq!(question.answers, ["14"]);
+    assert!(question.images[0].load().is_ok());
+    let outside = r#"[{"imgname": "../../a.png", "query": "q", "label": "l"}]"#;
+    std::fs::write(dir.path().join("test_human.json"), outside).unwrap();
+    assert!(open_questions(dir.path()).is_err());
+}

@@ -4,7 +4,7 @@
 use super::task::{self, EvalItem};
 use crate::Result;
 use crate::model::LoadedModel;
-use crate::model::generation::Request;
+use crate::model::generation::{OnToken, Request};
 use crate::model::loaded::Prefix;
 use crate::processor::Processor;
 use rayon::prelude::*;
@@ -16,15 +16,15 @@ const CACHE_BYTES: usize = 1 << 30;
 const MAX_SEQUENCES: usize = 64;
 
 /// The answers to `items` as text, in their order, each of at most as many tokens as its item says.
-/// `on_answer` hears of each one that is done.
+/// `on_token` hears after each token how many answers ended there, and ends the work by an error.
 ///
 /// # Errors
-/// The model's and the tokenizer's.
+/// The model's and the tokenizer's; `on_token`'s.
 pub fn generate_answers(
     model: &LoadedModel,
     processor: &Processor,
     items: &[EvalItem],
-    on_answer: &(dyn Fn() + Sync),
+    on_token: &OnToken,
 ) -> Result<Vec<String>> {
     let mut answers = Vec::with_capacity(items.len());
     for batch in batches(model, &task::groups(items)) {
@@ -41,7 +41,7 @@ pub fn generate_answers(
             .par_iter()
             .map(|(item, prefix)| request(model, item, prefix))
             .collect::<Result<_>>()?;
-        for ids in model.generate(&requests, processor.eos_ids(), on_answer)? {
+        for ids in model.generate(&requests, processor.eos_ids(), on_token)? {
             answers.push(processor.decode(&ids)?);
         }
     }
@@ -129,8 +129,9 @@ mod tests {
             }
         }
         let n_told = AtomicUsize::new(0);
-        let tell = || {
-            n_told.fetch_add(1, Ordering::Relaxed);
+        let tell = |n| {
+            n_told.fetch_add(n, Ordering::Relaxed);
+            Ok(())
         };
         let together = generate_answers(&model, &processor, &items, &tell).unwrap();
         assert_eq!(n_told.into_inner(), items.len());
@@ -138,12 +139,12 @@ mod tests {
         assert!(lengths.len() > 2, "{together:?}");
         for (item, expected) in items.iter().zip(together) {
             let one = std::slice::from_ref(item);
-            let alone = generate_answers(&model, &processor, one, &|| {}).unwrap();
+            let alone = generate_answers(&model, &processor, one, &|_| Ok(())).unwrap();
             assert_eq!(alone, [expected]);
         }
         items.truncate(2);
         items.iter_mut().for_each(|item| item.max_new_tokens = 0);
-        let nothing = generate_answers(&model, &processor, &items, &|| {}).unwrap();
+        let nothing = generate_answers(&model, &processor, &items, &|_| Ok(())).unwrap();
         assert_eq!(nothing, ["", ""]);
     }
 

@@ -24,6 +24,7 @@ pub use task::{EvalItem, Task, TaskItems, TaskRows, encode_questions, open_tasks
 pub use text::{TextItem, TextReference, TextScore, perplexity, score_texts};
 
 use crate::model::LoadedModel;
+use crate::model::generation::OnToken;
 use crate::processor::Processor;
 use crate::{Error, Result};
 use serde::Serialize;
@@ -108,7 +109,8 @@ pub fn is_correct(answer: &str, expected: &[String]) -> bool {
     expected.iter().any(|e| plain(e) == plain(answer))
 }
 
-/// Answers every question of a task, in order. `on_answer` hears of each one that is done.
+/// Answers every question of a task, in order. `on_token` hears after each token how many
+/// answers ended there, and ends the work by an error.
 ///
 /// # Errors
 /// The model's; [`Error::Missing`] for a question without a right answer.
@@ -116,7 +118,7 @@ pub fn answer_all(
     model: &LoadedModel,
     processor: &Processor,
     items: &[EvalItem],
-    on_answer: &(dyn Fn() + Sync),
+    on_token: &OnToken,
 ) -> Result<Vec<Prediction>> {
     if let Some(item) = items.iter().find(|item| item.answers.is_empty()) {
         return Err(Error::Missing {
@@ -124,7 +126,7 @@ pub fn answer_all(
             place: item.origin.clone(),
         });
     }
-    let answers = generate_answers(model, processor, items, on_answer)?;
+    let answers = generate_answers(model, processor, items, on_token)?;
     let predictions = items.iter().zip(answers).map(|(item, answer)| Prediction {
         id: item.id.clone(),
         category: item.category.clone(),

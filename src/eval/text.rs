@@ -107,7 +107,7 @@ pub fn perplexity(scores: &[TextScore]) -> f64 {
 }
 
 /// Lays every text before the model, in order; with a reference, compares. `on_text` hears of each
-/// one that is done.
+/// one that is done, and ends the work by an error.
 ///
 /// # Errors
 /// The model's; [`Error::NotFinite`] if the logits of either model are not numbers;
@@ -116,7 +116,7 @@ pub fn score_texts(
     model: &LoadedModel,
     texts: &[TextItem],
     reference: Option<&TextReference>,
-    on_text: &(dyn Fn() + Sync),
+    on_text: &(dyn Fn() -> Result<()> + Sync),
 ) -> Result<Vec<TextScore>> {
     if let Some(other) = reference.filter(|r| r.states.len() != texts.len()) {
         return Err(shape("reference texts", texts.len(), other.states.len()));
@@ -125,7 +125,7 @@ pub fn score_texts(
         let own = text.states(model)?;
         let original = reference.map(|r| (&r.head, r.states[i].as_slice()));
         let score = score(text, (model.head(), &own), original)?;
-        on_text();
+        on_text()?;
         Ok(score)
     };
     texts.par_iter().enumerate().map(one).collect()

@@ -88,6 +88,13 @@ impl LayerImportance {
         Ok(all)
     }
 
+    /// g of the linears with this role, `[sample][token]`, as the backward pass gave them; `None`
+    /// where they have none.
+    pub fn factors(&self, projection: Projection) -> Option<&[Vec<f32>]> {
+        let factors = &self.factors[projection as usize];
+        (!factors.is_empty()).then_some(factors)
+    }
+
     /// ‖residual‖² / ‖output‖² over all tokens: how far the quantized stream has drifted, where
     /// factors are made of that.
     pub fn relative_drift(&self) -> Option<f64> {

@@ -26,6 +26,9 @@ pub struct Request<'a> {
     pub max_new_tokens: usize,
 }
 
+/// What hears after each token how many answers ended there.
+pub type OnToken<'a> = dyn Fn(usize) -> Result<()> + Sync + 'a;
+
 /// A prompt with as much of its answer as there is.
 struct Sequence {
     /// Its place among the requests.
@@ -48,33 +51,34 @@ struct Batch {
 
 impl LoadedModel {
     /// The most likely continuation of each prompt, until an end token (which is not returned) or
-    /// `max_new_tokens`. `on_answer` hears of each one that is done.
+    /// `max_new_tokens`. `on_token` hears after each token how many continuations ended there, and
+    /// ends the work by an error.
     ///
     /// # Errors
-    /// As [`LoadedModel::read_prefix`]; [`Error::NotFinite`] if the logits are not numbers.
+    /// As [`LoadedModel::read_prefix`]; [`Error::NotFinite`] if the logits are not numbers;
+    /// `on_token`'s.
     pub fn generate(
         &self,
         requests: &[Request],
         eos_ids: &[u32],
-        on_answer: &(dyn Fn() + Sync),
+        on_token: &OnToken,
     ) -> Result<Vec<Vec<u32>>> {
         let mut batch = self.begin(requests)?;
         let mut answers = vec![Vec::new(); requests.len()];
         loop {
-            for sequence in batch.remove_done() {
-                on_answer();
+            let done = batch.remove_done();
+            on_token(done.len())?;
+            for sequence in done {
                 answers[sequence.index] = sequence.answer;
             }
             if batch.sequences.is_empty() {
                 return Ok(answers);
             }
+            self.step(&mut batch)?;
             let lasts: Vec<&Tensor> = batch.sequences.iter().map(|s| &s.last).collect();
             let ids = most_likely(&self.head().logits(&Tensor::cat(&lasts, 0)?)?)?;
             for (sequence, id) in batch.sequences.iter_mut().zip(&ids) {
                 sequence.add(*id, eos_ids);
-            }
-            if batch.sequences.iter().any(|sequence| !sequence.is_done) {
-                self.step(&mut batch, &ids)?;
             }
         }
     }
@@ -109,15 +113,20 @@ impl LoadedModel {
         Ok(batch)
     }
 
-    /// Reads one more token of each answer.
-    fn step(&self, batch: &mut Batch, ids: &[u32]) -> Result<()> {
+    /// Reads the last token of each answer; the prompts are read already.
+    fn step(&self, batch: &mut Batch) -> Result<()> {
+        let lasts = batch.sequences.iter().filter_map(|s| s.answer.last());
+        let ids: Vec<u32> = lasts.copied().collect();
+        if ids.is_empty() {
+            return Ok(());
+        }
         let next: Vec<u32> = batch.sequences.iter().map(|s| s.next).collect();
         let positions = Positions {
             next: 0,
             ids: std::array::from_fn(|_| next.clone()),
         };
         let context = self.source().context_of_text(&positions)?;
-        let mut x = self.source().embed_text(ids)?;
+        let mut x = self.source().embed_text(&ids)?;
         for (layer, caches) in self.layers.iter().zip(&mut batch.caches) {
             x = layer.decode(&x, &context, caches)?;
         }

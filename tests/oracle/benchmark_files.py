@@ -121,6 +121,19 @@ def write_table(path, benchmark, n):
     return rows
 
 
+def write_chartqa(folder, n):
+    """ChartQA's own files: first all questions of one kind, then all of the other."""
+    rows = [lmms_row("chartqa", i) for i in range(n)]
+    (folder / "png").mkdir(parents=True)
+    for kind in ["human", "augmented"]:
+        found = []
+        for i, row in enumerate(rows):
+            if row["type"] == f"{kind}_test":
+                (folder / f"png/{i}.png").write_bytes(picture(i))
+                found.append(dict(imgname=f"{i}.png", query=row["question"], label=row["answer"]))
+        (folder / f"test_{kind}.json").write_text(json.dumps(found))
+
+
 def write_jsonl(path, benchmark, n):
     """Rows in lmms-eval's form, images as files beside them."""
     rows = [lmms_row(benchmark, i) for i in range(n)]

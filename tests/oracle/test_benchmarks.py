@@ -12,7 +12,7 @@ import time
 
 import pandas as pd
 import pytest
-from benchmark_files import write_jsonl, write_parquet, write_table
+from benchmark_files import write_chartqa, write_jsonl, write_parquet, write_table
 from benchmark_originals import (ROOT, TASKS, lmms_limit, lmms_metrics, lmms_prompt, lmms_score, vlm_prompt,
                                  vlm_score)
 
@@ -66,6 +66,23 @@ def test_vlm_eval_kit(benchmark, tmp_path):
     again = [float(vlm_score(benchmark, row, answer)) for row, answer in zip(texts, answers)]
     assert again == [sample["score"] for sample in samples]
     assert summary["score"]["protocol"] == "vlmevalkit"
+
+
+@pytest.mark.parametrize("protocol", ["lmms-eval", "vlmevalkit"])
+def test_chartqas_own_folder_is_its_table(protocol, tmp_path):
+    write_parquet(tmp_path / "data.parquet", "chartqa", N)
+    write_chartqa(tmp_path / "test", N)
+    more = ["--protocol", protocol, "--max-new-tokens", "8"]
+    expected, table = evaluate("chartqa", tmp_path / "data.parquet", tmp_path / "table", *more)
+    found, own = evaluate("chartqa", tmp_path / "test", tmp_path / "own", *more)
+    # The same questions in another order.
+    assert found["groups"].keys() == expected["groups"].keys()
+    for name, group in expected["groups"].items():
+        assert (group["n"], group["percent"]) == (found["groups"][name]["n"], found["groups"][name]["percent"])
+    assert abs(found["score"]["percent"] - expected["score"]["percent"]) < 1e-9
+    asked = [sorted((s["arguments"][0], s["target"], s["filtered_resps"][0]) for s in samples)
+             for samples in (table, own)]
+    assert asked[0] == asked[1]
 
 
 def test_sub_scores(tmp_path):

@@ -1,10 +1,10 @@
 //! The rows of a sweep as Markdown: scores, and how each method stands to the baseline.
 
+use crate::plan::Bits;
+use crate::sweep::paired::{Interval, paired};
+use crate::sweep::{SweepRow, TaskScore};
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
-use vlmq::plan::Bits;
-use vlmq::sweep::paired::{Interval, paired};
-use vlmq::sweep::{SweepRow, TaskScore};
 
 /// Means and spreads, then paired comparisons where there is something to compare.
 pub fn tables(rows: &[SweepRow], baseline: Option<&str>) -> String {

@@ -1,17 +1,17 @@
 //! Questions put to one model or two, portion by portion.
 
 use super::output::{Output, metric};
+use crate::Result;
 use crate::cli::progress::Progress;
-use serde_json::{Value, json};
-use vlmq::Result;
-use vlmq::eval::benchmark::Asked;
-use vlmq::eval::{
+use crate::eval::benchmark::Asked;
+use crate::eval::{
     Accuracy, AnsweredQuestion, Divergence, EvalItem, OtherAnswer, Pairs, Prediction,
     QUESTIONS_AT_ONCE, QuestionSource, Score, answer_all, encode_questions, is_right,
     score_answers,
 };
-use vlmq::model::LoadedModel;
-use vlmq::processor::Processor;
+use crate::model::LoadedModel;
+use crate::processor::Processor;
+use serde_json::{Value, json};
 
 /// What all tasks need.
 pub struct Models {
@@ -39,9 +39,7 @@ impl Models {
             }
             None => (Vec::new(), None),
         };
-        answers
-            .iter()
-            .for_each(|_| self.progress.step(task, self.n));
+        self.progress.step(task, answers.len(), self.n);
         let mut questions = source.questions()?.skip(answers.len()).peekable();
         while questions.peek().is_some() {
             let portion: Vec<Asked> = questions
@@ -65,8 +63,11 @@ impl Models {
         n_before: usize,
     ) -> Result<Vec<AnsweredQuestion>> {
         let items = encode_questions(asked, &self.processor)?;
-        let step = || self.progress.step(task, self.n);
-        let found = answer_all(&self.model, &self.processor, &items, &step)?;
+        let on_token = |n_answered| {
+            self.progress.step(task, n_answered, self.n);
+            self.progress.go_on()
+        };
+        let found = answer_all(&self.model, &self.processor, &items, &on_token)?;
         let one = |(i, (asked, found)): (usize, (&Asked, &Prediction))| {
             let (benchmark, protocol) = (source.benchmark, source.protocol);
             AnsweredQuestion::new(asked, n_before + i, &found.text, benchmark, protocol)
@@ -89,9 +90,13 @@ impl Models {
         asked: &[Asked],
         items: &[EvalItem],
     ) -> Result<Vec<OtherAnswer>> {
-        let found = answer_all(reference, &self.processor, items, &|| ())?;
+        let found = answer_all(reference, &self.processor, items, &|_| {
+            self.progress.go_on()
+        })?;
+        self.progress.go_on()?;
         let scored = score_answers(reference, items, None)?;
         let originals: Vec<_> = scored.into_iter().map(|(_, original)| original).collect();
+        self.progress.go_on()?;
         let scored = score_answers(&self.model, items, Some(&originals))?;
         let others = asked.iter().zip(&found).zip(scored);
         Ok(others

@@ -1,12 +1,12 @@
 //! The folder of a run's answers, which a later run of the same command goes on with.
 
+use crate::eval::metric::Protocol;
+use crate::eval::{AnsweredQuestion, QUESTIONS_AT_ONCE};
+use crate::{Error, Result};
 use serde_json::{Value, json};
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-use vlmq::eval::metric::Protocol;
-use vlmq::eval::{AnsweredQuestion, QUESTIONS_AT_ONCE};
-use vlmq::{Error, Result};
 
 /// What the answers were made of.
 const RUN: &str = "run.json";
@@ -197,7 +197,7 @@ pub fn fingerprint(model: &Path) -> Result<Value> {
 
 /// The metric's name, or that of plain comparison.
 pub fn metric(
-    benchmark: Option<vlmq::eval::benchmark::Benchmark>,
+    benchmark: Option<crate::eval::benchmark::Benchmark>,
     protocol: Protocol,
 ) -> &'static str {
     benchmark.map_or("exact", |benchmark| benchmark.metric(protocol))

@@ -1,0 +1,276 @@
+"""The program's commands as functions."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from . import _vlmq
+from ._data import Data, samples_file, task_files
+from ._progress import Callback, listener
+
+StrPath: TypeAlias = str | os.PathLike[str]
+Format: TypeAlias = Literal["compressed-tensors", "gptq", "awq", "mlx", "gguf", "bf16", "f16", "f32"]
+
+
+def quantize(
+    model: StrPath,
+    output: StrPath,
+    *,
+    calibration: Data | None = None,
+    method: str = "vlmq",
+    bits: float = 4,
+    group_size: int | None = 128,
+    symmetric: bool = False,
+    recipe: StrPath | None = None,
+    settings: Mapping[str, Any] | None = None,
+    samples: int | None = None,
+    seed: int = 0,
+    max_tokens: int | None = None,
+    format: Format = "compressed-tensors",
+    resume: Literal["auto", "required", "never"] = "auto",
+    memory: str | int | None = None,
+    imatrix: bool = False,
+    report: bool = False,
+    threads: int | None = None,
+    progress: Callback = None,
+) -> dict[str, Any]:
+    """Quantizes the model in the folder `model` into the new folder `output`.
+
+    calibration: a file or folder that the program reads, or rows: a list of dicts with PIL images, or a
+        data set of `datasets`. Rows have `messages`, `conversations`, `question` and `answer`, or `text`.
+    method: rtn, awq, mbq, gptq, gptaq, qronos, vlmq-v1, vlmq-v2 or vlmq.
+    bits: 2, 3, 4 or 8, or a mean that is shared out among modules, as 2.5.
+    group_size: input columns that share a scale; None for one scale per output channel.
+    symmetric: a grid centred on zero instead of one with a zero point.
+    recipe: rules per module, a TOML file.
+    settings: as `--set` has them, {"tune_steps": 100}.
+    samples: how many rows; 128 if absent, or all of fewer rows in memory. seed: of their choice.
+    max_tokens: raw texts are read in pieces of at most so many; 2048 if absent.
+    resume: what to do with the layers that an earlier run for the same output finished.
+    memory: what to stay below, as "8GiB" or in bytes.
+    imatrix, report: what is written beside the model, llama.cpp's importance matrix and report.html.
+    threads: all cores if absent.
+    progress: called with each `Progress`; True for a bar of tqdm.
+
+    Returns the report of the run under "report", "output" and "tensor_bytes".
+    """
+    tail = _flags(output=output, format=format, resume=resume, memory=memory, imatrix=imatrix, report=report)
+    given = locals()
+    return _quantize(tail, given)
+
+
+def plan(
+    model: StrPath,
+    *,
+    calibration: Data | None = None,
+    method: str = "vlmq",
+    bits: float = 4,
+    group_size: int | None = 128,
+    symmetric: bool = False,
+    recipe: StrPath | None = None,
+    settings: Mapping[str, Any] | None = None,
+    samples: int | None = None,
+    seed: int = 0,
+    max_tokens: int | None = None,
+    format: Format = "compressed-tensors",
+    memory: str | int | None = None,
+    threads: int | None = None,
+    progress: Callback = None,
+) -> dict[str, Any]:
+    """Says what `quantize` with the same arguments would do and what it would cost, in memory and on
+    disk, and does nothing."""
+    tail = [*_flags(format=format, memory=memory), "--dry-run"]
+    given = locals()
+    return _quantize(tail, given)
+
+
+def _quantize(tail: list[str], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The command with the arguments of one of the two functions above."""
+    settings = assignments(given["settings"])
+    words = ["quantize", _path(given["model"])]
+    words += _flags(**{name: given[name] for name in ("method", "recipe", "seed", "max_tokens")})
+    words += _flags(bits=f"{given['bits']:g}",
+                    group_size=-1 if given["group_size"] is None else given["group_size"])
+    words += _flags(symmetric=given["symmetric"], set=settings) + tail
+    with ExitStack() as files:
+        data = given["calibration"]
+        if data is not None:
+            takes_more = any(setting.startswith("tune_") for setting in settings)
+            path, n = files.enter_context(samples_file(data, given["samples"], given["seed"], takes_more))
+            words += _flags(calibration=path, samples=n)
+        return _done(words, given["threads"], given["progress"])
+
+
+def inspect(model: StrPath) -> dict[str, Any]:
+    """Family, size and linears of a model, and what each number format would make of it."""
+    return _done(["inspect", _path(model)])
+
+
+def evaluate(
+    model: StrPath,
+    tasks: Data | Sequence[StrPath] | Mapping[str, Data],
+    *,
+    protocol: Literal["lmms-eval", "vlmevalkit"] = "lmms-eval",
+    skip: int = 0,
+    limit: int | None = None,
+    max_new_tokens: int | None = None,
+    max_tokens: int | None = None,
+    reference: StrPath | None = None,
+    seed: int = 0,
+    output: StrPath | None = None,
+    threads: int | None = None,
+    progress: Callback = None,
+) -> dict[str, Any]:
+    """Answers the questions of tasks and scores the answers; raw texts are predicted.
+
+    tasks: a file or folder, several, or by name: {"docvqa": "DocVQA/"} asks by a benchmark's rules, and
+        {"mine": rows} rows in memory, with `question` and `answer` as a rule.
+    protocol: whose prompts and metrics benchmarks follow.
+    skip, limit: questions or texts of each task before the first, and at most.
+    reference: the original, or another: who answers better, what flipped, how far apart they are.
+    output: a folder for every answer; a run that was ended goes on in it.
+
+    Returns the scores by task under "tasks".
+    """
+    with task_files(tasks) as paths:
+        words = ["eval", _path(model)] + _flags(
+            task=paths, protocol=protocol, skip=skip, limit=limit, max_new_tokens=max_new_tokens,
+            max_tokens=max_tokens, reference=reference, seed=seed, output=output)
+        return _done(words, threads, progress)
+
+
+def generate(
+    model: StrPath,
+    prompt: str,
+    images: Iterable[StrPath] = (),
+    *,
+    max_new_tokens: int = 128,
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """Answers one prompt about images, which stand before the text. Returns "text" and "output_ids"."""
+    words = ["generate", _path(model)]
+    words += _flags(prompt=prompt, image=[os.fspath(image) for image in images],
+                    max_new_tokens=max_new_tokens)
+    return _done(words, threads)
+
+
+def export(
+    model: StrPath,
+    output: StrPath,
+    *,
+    format: Format,
+    evaluation: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Writes a quantized folder once more, in another format; no code is touched.
+
+    evaluation: what `evaluate` returned of this model, for the model card.
+    """
+    with ExitStack() as files:
+        path = None
+        if evaluation is not None:
+            folder = files.enter_context(tempfile.TemporaryDirectory(prefix="vlmq-"))
+            path = Path(folder, "evaluation.json")
+            path.write_text(json.dumps(evaluation))
+        words = _flags(format=format, output=output, evaluation=path)
+        return _done(["export", _path(model), *words])
+
+
+def verify(model: StrPath, *, against: StrPath | None = None) -> dict[str, Any]:
+    """Reads a quantized folder as its readers will, and compares it with its source. What is wrong is in
+    "verification", "problems", and raises nothing."""
+    return _done(["verify", _path(model), *_flags(against=against)])
+
+
+def rotate(
+    model: StrPath,
+    output: StrPath,
+    *,
+    kind: Literal["hadamard", "random"] = "hadamard",
+    seed: int = 0,
+    float32: bool = False,
+) -> dict[str, Any]:
+    """Turns a model's residual stream by an orthogonal matrix, its function kept, into a new folder."""
+    return _done(["rotate", _path(model), *_flags(output=output, kind=kind, seed=seed, float32=float32)])
+
+
+def report(
+    folder: StrPath,
+    *,
+    output: StrPath | None = None,
+    markdown: bool = False,
+    evaluation: StrPath | None = None,
+    original: StrPath | None = None,
+    task: StrPath | None = None,
+) -> dict[str, Any]:
+    """Writes what a run did as a page with pictures, report.html in the folder if `output` is absent;
+    with `markdown` returns it as "markdown", or writes that.
+
+    evaluation, original: the `output` folders of `evaluate`, of this model and of the original.
+    task: the task's file or folder, for the questions and their pictures.
+    """
+    words = _flags(output=output, markdown=markdown, evaluation=evaluation, original=original, task=task)
+    return _done(["report", _path(folder), *words])
+
+
+def score(
+    samples: StrPath,
+    *,
+    against: StrPath | None = None,
+    benchmark: str | None = None,
+    protocol: Literal["lmms-eval", "vlmevalkit"] | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Scores answers that were written down, and holds them against another model's."""
+    words = _flags(against=against, benchmark=benchmark, protocol=protocol, seed=seed)
+    return _done(["score", _path(samples), *words])
+
+
+def compare(
+    sweep: StrPath,
+    output: StrPath,
+    *,
+    threads: int | None = None,
+    progress: Callback = None,
+) -> dict[str, Any]:
+    """Runs methods, formats and seeds on one model, as a TOML file says; lines are added to `output` as
+    they are measured, and those that it has are kept."""
+    return _done(["compare", _path(sweep), *_flags(output=output)], threads, progress)
+
+
+def assignments(settings: Mapping[str, Any] | None) -> list[str]:
+    """Settings as `--set` has them."""
+    text = {True: "true", False: "false"}
+    pairs = (settings or {}).items()
+    return [f"{key}={text[value] if isinstance(value, bool) else value}" for key, value in pairs]
+
+
+def _path(path: StrPath) -> str:
+    """A path that is not taken for a flag."""
+    path = os.fspath(path)
+    return os.path.join(".", path) if path.startswith("-") else path
+
+
+def _flags(**values: Any) -> list[str]:
+    """Values as flags: lists are flags several times, None and False none."""
+    words = []
+    for name, value in values.items():
+        flag = "--" + name.replace("_", "-")
+        if value is True:
+            words.append(flag)
+        elif isinstance(value, list):
+            words += [f"{flag}={one}" for one in value]
+        elif value is not None and value is not False:
+            words.append(f"{flag}={os.fspath(value) if isinstance(value, os.PathLike) else value}")
+    return words
+
+
+def _done(words: list[str], threads: int | None = None, progress: Callback = None) -> dict[str, Any]:
+    with listener(progress) as on_step:
+        found, _, _ = _vlmq.call([*words, *_flags(threads=threads)], on_step)
+    return json.loads(found) if found else {}
