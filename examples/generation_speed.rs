@@ -44,6 +44,7 @@ fn main() -> anyhow::Result<()> {
             input: &input,
             features: vec![features.clone()],
             max_new_tokens: n_tokens,
+            first_ids: Vec::new(),
         };
         let requests: Vec<Request> = (0..n_prompts).map(request).collect();
         let begin = Instant::now();

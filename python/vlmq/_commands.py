@@ -206,16 +206,17 @@ def report(
     markdown: bool = False,
     evaluation: StrPath | None = None,
     original: StrPath | None = None,
-    task: StrPath | None = None,
+    tasks: StrPath | Sequence[StrPath] | Mapping[str, StrPath] = (),
 ) -> dict[str, Any]:
     """Writes what a run did as a page with pictures, report.html in the folder if `output` is absent;
     with `markdown` returns it as "markdown", or writes that.
 
     evaluation, original: the `output` folders of `evaluate`, of this model and of the original.
-    task: the task's file or folder, for the questions and their pictures.
+    tasks: files or folders, or by name of benchmark, as `evaluate` had them, for questions and pictures.
     """
-    words = _flags(output=output, markdown=markdown, evaluation=evaluation, original=original, task=task)
-    return _done(["report", _path(folder), *words])
+    with task_files(tasks) as paths:
+        words = _flags(output=output, markdown=markdown, evaluation=evaluation, original=original, task=paths)
+        return _done(["report", _path(folder), *words])
 
 
 def score(

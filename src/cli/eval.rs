@@ -170,7 +170,7 @@ fn describe(args: &Args) -> crate::Result<Value> {
 }
 
 /// A benchmark before an equals sign, and the rest. A name that is none is part of the path.
-fn split(task: &Path) -> (Option<Benchmark>, PathBuf) {
+pub(super) fn split(task: &Path) -> (Option<Benchmark>, PathBuf) {
     let text = task.to_string_lossy();
     let parts = text.split_once('=');
     let named = parts.and_then(|(name, rest)| Some((Benchmark::from_name(name).ok()?, rest)));
@@ -315,7 +315,7 @@ pub(super) fn name_width<'a>(rows: impl Iterator<Item = (&'a str, &'a Value)>) -
         names.map(|(name, _)| name.chars().count() + 2).max()
     };
     let widths = rows.map(|(name, row)| name.chars().count().max(groups(row).unwrap_or(0)));
-    widths.max().unwrap_or(0).max(14)
+    widths.max().unwrap_or(0).max(16)
 }
 
 pub(super) fn score_head(name: &str, width: usize) -> String {
@@ -330,6 +330,9 @@ pub(super) fn question_rows(name: &str, row: &Value, width: usize) -> String {
         if !group.is_empty() {
             text += &score_row(&format!("  {group}"), score, &Value::Null, width);
         }
+    }
+    if !row["first_token"].is_null() {
+        text += &score_row("  by first token", &row["first_token"], &Value::Null, width);
     }
     text + &pairs_rows(row)
 }

@@ -32,9 +32,10 @@ pub fn run(args: &Args, caller: &Caller) -> anyhow::Result<Done> {
         input: &input,
         features,
         max_new_tokens: args.max_new_tokens,
+        first_ids: Vec::new(),
     };
     let answers = model.generate(&[request], processor.eos_ids(), &|_| progress.go_on())?;
-    let ids = answers.concat();
+    let ids: Vec<u32> = answers.into_iter().flat_map(|a| a.ids).collect();
     let text = processor.decode(&ids)?;
     let json = serde_json::json!({
         "schema": SCHEMA,

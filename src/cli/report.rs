@@ -1,7 +1,9 @@
 //! `vlmq report`
 
+use super::eval::split;
 use super::{Done, SCHEMA};
 use crate::Error;
+use crate::eval::benchmark::Benchmark;
 use crate::report::importance::ImportanceFile;
 use crate::report::page::{Answers, PAGE_FILE, Page, Predictions};
 use crate::report::{REPORT_FILE, RunReport};
@@ -20,15 +22,19 @@ pub struct Args {
     /// Write Markdown, to stdout without --output
     #[arg(long)]
     markdown: bool,
-    /// What `vlmq eval --output` wrote of this model, for accuracies and answers
+    /// What `vlmq eval --output` wrote of this model, for scores and answers
     #[arg(long, value_name = "FILE_OR_DIR")]
     evaluation: Option<PathBuf>,
     /// The same of the original model, for answers side by side
     #[arg(long, value_name = "FILE_OR_DIR", requires = "evaluation")]
     original: Option<PathBuf>,
-    /// The task that was evaluated, for the questions and their pictures
-    #[arg(long, value_name = "FILE_OR_FOLDER", requires = "evaluation")]
-    task: Option<PathBuf>,
+    /// A task that was evaluated, as `vlmq eval --task` had it, for the questions and their pictures
+    #[arg(
+        long = "task",
+        value_name = "[BENCHMARK=]FILE_OR_FOLDER",
+        requires = "evaluation"
+    )]
+    tasks: Vec<PathBuf>,
 }
 
 pub fn run(args: &Args) -> anyhow::Result<Done> {
@@ -75,11 +81,12 @@ fn answers(args: &Args) -> crate::Result<Option<Answers>> {
         .as_deref()
         .map(Predictions::read)
         .transpose()?;
-    let answers = Answers::new(quantized, original);
-    match &args.task {
-        Some(task) => answers.with_questions(task).map(Some),
-        None => Ok(Some(answers)),
+    let mut answers = Answers::new(quantized, original);
+    for task in &args.tasks {
+        let (benchmark, path) = split(task);
+        answers = answers.with_questions(benchmark.map(Benchmark::name), &path)?;
     }
+    Ok(Some(answers))
 }
 
 /// Writes a whole file, or leaves what was there.

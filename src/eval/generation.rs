@@ -1,6 +1,7 @@
 //! Answers of a model to many questions: prompts that show the same image are read once up to where
 //! they differ, and many are continued at once, as many as their keys and values leave memory for.
 
+use super::first_token::FirstToken;
 use super::task::{self, EvalItem};
 use crate::Result;
 use crate::model::LoadedModel;
@@ -15,6 +16,15 @@ const CACHE_BYTES: usize = 1 << 30;
 /// Most answers that are written at a time: more make no step faster.
 const MAX_SEQUENCES: usize = 64;
 
+/// What a model wrote.
+#[derive(Clone, Debug, PartialEq)]
+pub struct WrittenText {
+    /// As it stands.
+    pub text: String,
+    /// Of multiple choice, the letter that is likeliest to come first.
+    pub first_token: Option<FirstToken>,
+}
+
 /// The answers to `items` as text, in their order, each of at most as many tokens as its item says.
 /// `on_token` hears after each token how many answers ended there, and ends the work by an error.
 ///
@@ -25,7 +35,7 @@ pub fn generate_answers(
     processor: &Processor,
     items: &[EvalItem],
     on_token: &OnToken,
-) -> Result<Vec<String>> {
+) -> Result<Vec<WrittenText>> {
     let mut answers = Vec::with_capacity(items.len());
     for batch in batches(model, &task::groups(items)) {
         let prefixes: Vec<Prefix> = batch
@@ -41,8 +51,12 @@ pub fn generate_answers(
             .par_iter()
             .map(|(item, prefix)| request(model, item, prefix))
             .collect::<Result<_>>()?;
-        for ids in model.generate(&requests, processor.eos_ids(), on_token)? {
-            answers.push(processor.decode(&ids)?);
+        let written = model.generate(&requests, processor.eos_ids(), on_token)?;
+        for ((item, _), written) in items_with_prefix.iter().zip(written) {
+            answers.push(WrittenText {
+                text: processor.decode(&written.ids)?,
+                first_token: FirstToken::of(&item.letters, &written.first_logits),
+            });
         }
     }
     Ok(answers)
@@ -54,6 +68,7 @@ fn request<'a>(model: &LoadedModel, item: &'a EvalItem, prefix: &'a Prefix) -> R
         input: &item.prompt,
         features: item.features(model)?,
         max_new_tokens: item.max_new_tokens,
+        first_ids: item.letters.iter().map(|(_, id)| *id).collect(),
     })
 }
 
@@ -135,7 +150,7 @@ mod tests {
         };
         let together = generate_answers(&model, &processor, &items, &tell).unwrap();
         assert_eq!(n_told.into_inner(), items.len());
-        let lengths: BTreeSet<usize> = together.iter().map(String::len).collect();
+        let lengths: BTreeSet<usize> = together.iter().map(|written| written.text.len()).collect();
         assert!(lengths.len() > 2, "{together:?}");
         for (item, expected) in items.iter().zip(together) {
             let one = std::slice::from_ref(item);
@@ -145,7 +160,8 @@ mod tests {
         items.truncate(2);
         items.iter_mut().for_each(|item| item.max_new_tokens = 0);
         let nothing = generate_answers(&model, &processor, &items, &|_| Ok(())).unwrap();
-        assert_eq!(nothing, ["", ""]);
+        assert!(nothing.iter().all(|written| written.text.is_empty()));
+        assert_eq!(nothing.len(), 2);
     }
 
     #[test]

@@ -6,6 +6,7 @@
 //! over their tokens.
 
 pub mod benchmark;
+pub mod first_token;
 mod generation;
 pub mod metric;
 mod questions;
@@ -15,7 +16,7 @@ mod summary;
 mod task;
 mod text;
 
-pub use generation::generate_answers;
+pub use generation::{WrittenText, generate_answers};
 pub use questions::{QUESTIONS_AT_ONCE, QuestionSource};
 pub use sample::{AnsweredQuestion, OtherAnswer, Rules, WrittenAnswer, read_answers};
 pub use score::{AnswerScore, Divergence, Reference, score_answers};
@@ -27,6 +28,7 @@ use crate::model::LoadedModel;
 use crate::model::generation::OnToken;
 use crate::processor::Processor;
 use crate::{Error, Result};
+use first_token::FirstToken;
 use serde::Serialize;
 use std::collections::BTreeMap;
 
@@ -45,6 +47,9 @@ pub struct Prediction {
     /// The same with the white space around it.
     #[serde(skip)]
     pub text: String,
+    /// Of multiple choice, the letter that is likeliest to come first.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub first_token: Option<FirstToken>,
     /// The right answers.
     pub expected: Vec<String>,
     /// Whether it is one of the right ones.
@@ -127,12 +132,13 @@ pub fn answer_all(
         });
     }
     let answers = generate_answers(model, processor, items, on_token)?;
-    let predictions = items.iter().zip(answers).map(|(item, answer)| Prediction {
+    let predictions = items.iter().zip(answers).map(|(item, written)| Prediction {
         id: item.id.clone(),
         category: item.category.clone(),
-        correct: is_correct(&answer, &item.answers),
-        answer: answer.trim().to_owned(),
-        text: answer,
+        correct: is_correct(&written.text, &item.answers),
+        answer: written.text.trim().to_owned(),
+        text: written.text,
+        first_token: written.first_token,
         expected: item.answers.clone(),
     });
     Ok(predictions.collect())

@@ -1,6 +1,8 @@
 //! Answers one by one, in the form of lmms-eval's `--log_samples` files.
 
+use super::Prediction;
 use super::benchmark::{Asked, Benchmark, Judgement, judged_plainly};
+use super::first_token::FirstToken;
 use super::metric::Protocol;
 use super::score::Divergence;
 use crate::dataset::jsonl::next_line;
@@ -36,6 +38,9 @@ pub struct AnsweredQuestion {
     pub groups: Vec<String>,
     /// From 0 to 1.
     pub score: f64,
+    /// Of multiple choice, the letter that the model finds likeliest to begin its answer with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub first_token: Option<FirstToken>,
     /// The other model's answer, where two are compared.
     pub reference: Option<OtherAnswer>,
 }
@@ -56,25 +61,32 @@ impl AnsweredQuestion {
     pub fn new(
         asked: &Asked,
         doc_id: usize,
-        text: &str,
+        found: &Prediction,
         benchmark: Option<Benchmark>,
         protocol: Protocol,
     ) -> Self {
-        let answer = asked.answer(text);
+        let answer = asked.answer(&found.text);
         Self {
             doc_id,
             id: asked.question.id.clone(),
             doc: asked.doc.clone(),
             target: asked.question.answers.clone(),
             arguments: vec![asked.question.question.clone()],
-            resps: vec![vec![text.to_owned()]],
+            resps: vec![vec![found.text.clone()]],
             score: asked.judge.score(&answer, protocol),
             filtered_resps: vec![answer],
             benchmark: benchmark.map(|b| b.name().to_owned()),
             protocol,
             groups: asked.groups.clone(),
+            first_token: found.first_token,
             reference: None,
         }
+    }
+
+    /// Whether the likeliest first letter is the right one, of multiple choice.
+    pub fn is_first_token_right(&self) -> Option<bool> {
+        let letter = self.first_token?.letter.to_string();
+        Some(self.target.contains(&letter))
     }
 
     /// The answer that was judged.

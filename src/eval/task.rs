@@ -3,6 +3,7 @@
 use crate::dataset::{Question, Rows, open_rows};
 use crate::eval::MAX_ANSWER_TOKENS;
 use crate::eval::benchmark::Asked;
+use crate::eval::first_token::{LetterToken, letter_tokens};
 use crate::eval::text::TextItem;
 use crate::model::LoadedModel;
 use crate::model::loaded::Prefix;
@@ -64,6 +65,8 @@ pub struct EvalItem {
     pub answered: Option<(ModelInput, usize)>,
     /// Longest answer, in tokens.
     pub max_new_tokens: usize,
+    /// Of multiple choice, the letters to choose from.
+    pub letters: Vec<LetterToken>,
     images: Vec<Arc<EvalImage>>,
 }
 
@@ -234,7 +237,13 @@ type ImageCache = Mutex<HashMap<u64, Arc<EvalImage>>>;
 /// The processor's, and those of images that cannot be read.
 pub fn encode_questions(asked: &[Asked], processor: &Processor) -> Result<Vec<EvalItem>> {
     let images = Mutex::new(HashMap::new());
-    let one = |asked: &Asked| encode(&asked.question, processor, &images, asked.max_new_tokens);
+    let one = |asked: &Asked| {
+        let item = encode(&asked.question, processor, &images, asked.max_new_tokens)?;
+        Ok(EvalItem {
+            letters: letter_tokens(processor, &asked.letters)?,
+            ..item
+        })
+    };
     asked.par_iter().map(one).collect()
 }
 
@@ -284,6 +293,7 @@ fn encode(
         answered: answered.transpose()?,
         prompt,
         max_new_tokens,
+        letters: Vec::new(),
         images,
     })
 }

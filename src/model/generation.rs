@@ -11,7 +11,7 @@ use crate::model::positions::Positions;
 use crate::model::vision::ImageFeatures;
 use crate::processor::ModelInput;
 use crate::{Error, Result};
-use candle_core::{D, Tensor};
+use candle_core::Tensor;
 use rayon::prelude::*;
 
 /// A prompt that is to be answered.
@@ -24,6 +24,17 @@ pub struct Request<'a> {
     pub features: Vec<ImageFeatures>,
     /// Longest answer, in tokens.
     pub max_new_tokens: usize,
+    /// Tokens whose logits at the answer's first place are wanted.
+    pub first_ids: Vec<u32>,
+}
+
+/// How a prompt goes on.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Continuation {
+    /// The answer's tokens.
+    pub ids: Vec<u32>,
+    /// Logits of the request's tokens at the answer's first place; none if no token was to be written.
+    pub first_logits: Vec<f32>,
 }
 
 /// What hears after each token how many answers ended there.
@@ -34,6 +45,8 @@ struct Sequence {
     /// Its place among the requests.
     index: usize,
     answer: Vec<u32>,
+    first_ids: Vec<u32>,
+    first_logits: Vec<f32>,
     max_new_tokens: usize,
     is_done: bool,
     /// Position of the next token.
@@ -62,23 +75,27 @@ impl LoadedModel {
         requests: &[Request],
         eos_ids: &[u32],
         on_token: &OnToken,
-    ) -> Result<Vec<Vec<u32>>> {
+    ) -> Result<Vec<Continuation>> {
         let mut batch = self.begin(requests)?;
-        let mut answers = vec![Vec::new(); requests.len()];
+        let mut answers = vec![Continuation::default(); requests.len()];
         loop {
             let done = batch.remove_done();
             on_token(done.len())?;
             for sequence in done {
-                answers[sequence.index] = sequence.answer;
+                answers[sequence.index] = Continuation {
+                    ids: sequence.answer,
+                    first_logits: sequence.first_logits,
+                };
             }
             if batch.sequences.is_empty() {
                 return Ok(answers);
             }
             self.step(&mut batch)?;
             let lasts: Vec<&Tensor> = batch.sequences.iter().map(|s| &s.last).collect();
-            let ids = most_likely(&self.head().logits(&Tensor::cat(&lasts, 0)?)?)?;
-            for (sequence, id) in batch.sequences.iter_mut().zip(&ids) {
-                sequence.add(*id, eos_ids);
+            let logits = self.head().logits(&Tensor::cat(&lasts, 0)?)?;
+            let rows = finite_rows(&logits)?;
+            for (sequence, row) in batch.sequences.iter_mut().zip(rows) {
+                sequence.add(&row, eos_ids);
             }
         }
     }
@@ -91,6 +108,8 @@ impl LoadedModel {
             let sequence = Sequence {
                 index,
                 answer: Vec::new(),
+                first_ids: request.first_ids.clone(),
+                first_logits: Vec::new(),
                 max_new_tokens: request.max_new_tokens,
                 is_done: request.max_new_tokens == 0,
                 next,
@@ -139,8 +158,16 @@ impl LoadedModel {
 }
 
 impl Sequence {
-    /// Takes the next token, unless it ends the answer.
-    fn add(&mut self, id: u32, eos_ids: &[u32]) {
+    /// Takes the likeliest next token, unless it ends the answer.
+    fn add(&mut self, logits: &[f32], eos_ids: &[u32]) {
+        if self.answer.is_empty() {
+            let first = self
+                .first_ids
+                .iter()
+                .filter_map(|id| logits.get(*id as usize));
+            self.first_logits = first.copied().collect();
+        }
+        let id = most_likely(logits);
         if eos_ids.contains(&id) {
             self.is_done = true;
             return;
@@ -164,16 +191,23 @@ impl Batch {
     }
 }
 
-/// Index of the largest of the logits `[n, vocab]` of each row; the first one among equals.
-fn most_likely(logits: &Tensor) -> Result<Vec<u32>> {
-    let values: Vec<f32> = logits.flatten_all()?.to_vec1()?;
-    let count = values.iter().filter(|v| !v.is_finite()).count();
-    if count > 0 {
-        return Err(Error::NotFinite {
+/// Logits `[n, vocab]` row by row.
+fn finite_rows(logits: &Tensor) -> Result<Vec<Vec<f32>>> {
+    let rows: Vec<Vec<f32>> = logits.to_vec2()?;
+    let count = rows.iter().flatten().filter(|v| !v.is_finite()).count();
+    match count {
+        0 => Ok(rows),
+        count => Err(Error::NotFinite {
             module: "head".into(),
             stage: "logits".into(),
             count,
-        });
+        }),
     }
-    Ok(logits.argmax(D::Minus1)?.to_vec1::<u32>()?)
+}
+
+/// Index of the largest of the logits; the first one among equals.
+fn most_likely(logits: &[f32]) -> u32 {
+    let larger = |best: (usize, f32), next: (usize, f32)| if next.1 > best.1 { next } else { best };
+    let values = logits.iter().copied().enumerate();
+    values.reduce(larger).map_or(0, |(id, _)| id as u32)
 }

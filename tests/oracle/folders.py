@@ -52,11 +52,11 @@ def image(tmp_path_factory):
     return path
 
 
-def inputs_for(folder, image):
+def inputs_for(folder, image, prompt=PROMPT):
     processor = AutoProcessor.from_pretrained(folder)
     # The torchvision variant, which AutoProcessor prefers, resamples otherwise than Pillow.
     processor.image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
-    content = [{"type": "image"}, {"type": "text", "text": PROMPT}]
+    content = [{"type": "image"}, {"type": "text", "text": prompt}]
     messages = [{"role": "user", "content": content}]
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
     picture = Image.open(image).convert("RGB")

@@ -12,9 +12,12 @@ import time
 
 import pandas as pd
 import pytest
+import torch
 from benchmark_files import write_chartqa, write_jsonl, write_parquet, write_table
 from benchmark_originals import (ROOT, TASKS, lmms_limit, lmms_metrics, lmms_prompt, lmms_score, vlm_prompt,
                                  vlm_score)
+from folders import inputs_for
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 PROGRAM = os.environ.get("VLMQ_BIN", str(ROOT / "target/debug/vlmq"))
 MODEL = ROOT / "testbed/model"
@@ -83,6 +86,28 @@ def test_chartqas_own_folder_is_its_table(protocol, tmp_path):
     asked = [sorted((s["arguments"][0], s["target"], s["filtered_resps"][0]) for s in samples)
              for samples in (table, own)]
     assert asked[0] == asked[1]
+
+
+def test_first_tokens_are_those_that_transformers_finds(tmp_path):
+    """Letter by letter: which is likeliest to come first, and its share among the letters."""
+    path = tmp_path / "data.jsonl"
+    write_jsonl(path, "seedbench-2-plus", N)
+    summary, samples = evaluate("seedbench-2-plus", path, tmp_path / "out")
+    model = AutoModelForImageTextToText.from_pretrained(MODEL, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    n_right = 0
+    for i, sample in enumerate(samples):
+        inputs = inputs_for(MODEL, tmp_path / f"{i}.png", sample["arguments"][0])
+        with torch.no_grad():
+            logits = model(**inputs).logits[0, -1]
+        ids = [tokenizer(letter, add_special_tokens=False).input_ids[0] for letter in "ABCD"]
+        shares = logits[ids].softmax(0)
+        found = sample["first_token"]
+        assert found["letter"] == "ABCD"[int(shares.argmax())]
+        assert abs(found["probability"] - float(shares.max())) < 1e-3
+        n_right += found["letter"] == sample["target"][0]
+    assert summary["first_token"]["n"] == N
+    assert abs(summary["first_token"]["percent"] - 100 * n_right / N) < 1e-9
 
 
 def test_sub_scores(tmp_path):

@@ -70,7 +70,7 @@ impl Models {
         let found = answer_all(&self.model, &self.processor, &items, &on_token)?;
         let one = |(i, (asked, found)): (usize, (&Asked, &Prediction))| {
             let (benchmark, protocol) = (source.benchmark, source.protocol);
-            AnsweredQuestion::new(asked, n_before + i, &found.text, benchmark, protocol)
+            AnsweredQuestion::new(asked, n_before + i, found, benchmark, protocol)
         };
         let mut answers: Vec<_> = asked.iter().zip(&found).enumerate().map(one).collect();
         if let Some(reference) = &self.reference {
@@ -125,6 +125,13 @@ pub fn predictions(answers: &[AnsweredQuestion]) -> Value {
         if a.benchmark.is_some() {
             row["score"] = a.score.into();
         }
+        if let Some(other) = &a.reference {
+            row["reference"] = json!({
+                "answer": other.answer,
+                "correct": is_right(other.score),
+                "score": other.score,
+            });
+        }
         row
     };
     answers.iter().map(row).collect()
@@ -151,6 +158,11 @@ pub fn summary(source: &QuestionSource, answers: &[AnsweredQuestion], seed: u64)
         row["by_category"] = json!(Accuracy::by_group(right));
     }
     row["score"] = score;
+    let first = answers.iter().filter_map(|a| a.is_first_token_right());
+    let first: Vec<f64> = first.map(|right| f64::from(u8::from(right))).collect();
+    if !first.is_empty() {
+        row["first_token"] = json!(Score::of(&first, seed));
+    }
     let others = answers
         .iter()
         .filter_map(|a| Some((a, a.reference.as_ref()?)));

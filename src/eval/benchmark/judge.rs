@@ -52,6 +52,17 @@ impl Benchmark {
         })
     }
 
+    /// The letters of a row's options; none where it is no multiple choice.
+    pub(super) fn letters(self, doc: Doc) -> Result<Vec<char>> {
+        Ok(match self {
+            Self::MmeRealWorld | Self::MmeRealWorldCn => ('A'..='E').collect(),
+            Self::ScienceQa | Self::SeedBench2Plus => {
+                doc.choices()?.iter().map(|(letter, _)| *letter).collect()
+            }
+            _ => Vec::new(),
+        })
+    }
+
     fn lmms_eval_groups(self, doc: Doc) -> Result<Vec<String>> {
         Ok(match self {
             Self::ChartQa => {

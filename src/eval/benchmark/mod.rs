@@ -70,6 +70,8 @@ pub struct Asked {
     pub doc: Map<String, Value>,
     /// Longest answer, in tokens.
     pub max_new_tokens: usize,
+    /// Of multiple choice, the letters of the options.
+    pub letters: Vec<char>,
     /// An answer ends where this begins.
     pub stop: Option<&'static str>,
 }
@@ -182,6 +184,7 @@ impl Benchmark {
             protocol,
         };
         let (prompt, judgement) = (self.prompt(doc)?, self.judgement(doc)?);
+        let letters = self.letters(doc)?;
         let category = judgement.groups.first().cloned();
         Ok(Some(Asked {
             question: Question {
@@ -194,6 +197,7 @@ impl Benchmark {
             },
             judge: judgement.judge,
             groups: judgement.groups,
+            letters,
             doc: values,
             max_new_tokens: self.max_new_tokens(protocol),
             stop: self.stop(protocol),
@@ -245,6 +249,7 @@ impl Asked {
             question,
             doc,
             max_new_tokens,
+            letters: Vec::new(),
             stop: None,
         })
     }

@@ -1,11 +1,11 @@
-//! What the models answered: accuracies with their intervals, and answers side by side.
+//! What the models answered: scores with their intervals, who answers better, and answers side by side.
 
-use crate::dataset::{Question, Rows, open_rows};
-use crate::eval::{Accuracy, task_files};
+use crate::dataset::read_rows;
+use crate::eval::{Accuracy, Pairs, Score, task_files};
 use crate::report::importance::{fit, png_base64};
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
 
 /// Name of the file in the folder that `vlmq eval --output` makes.
@@ -16,6 +16,9 @@ const N_SHOWN: usize = 12;
 
 /// Longest side of their pictures, in pixels.
 const MAX_SIDE: usize = 320;
+
+/// Seed of the resampling that intervals come from, as `vlmq eval` has it.
+const SEED: u64 = 0;
 
 /// Answers of one model, by task.
 #[derive(Clone, Debug, Default)]
@@ -35,7 +38,33 @@ struct AnswerRow {
     answer: String,
     #[serde(default)]
     expected: Vec<String>,
+    #[serde(flatten)]
+    worth: Worth,
+    /// What the model answered that this one was held against.
+    #[serde(default)]
+    reference: Option<ReferenceRow>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct ReferenceRow {
+    answer: String,
+    #[serde(flatten)]
+    worth: Worth,
+}
+
+/// What an answer counts.
+#[derive(Clone, Copy, Debug, Deserialize)]
+struct Worth {
     correct: bool,
+    /// By a benchmark's metric, from 0 to 1.
+    #[serde(default)]
+    score: Option<f64>,
+}
+
+impl Worth {
+    fn score(self) -> f64 {
+        self.score.unwrap_or(f64::from(u8::from(self.correct)))
+    }
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -49,8 +78,8 @@ struct TextRow {
 pub struct Answers {
     quantized: Predictions,
     original: Option<Predictions>,
-    questions: HashMap<(String, String), Question>,
     /// Of the questions that are shown, by task and id.
+    questions: HashMap<(String, String), String>,
     images: HashMap<(String, String), String>,
 }
 
@@ -79,9 +108,37 @@ impl Predictions {
         })
     }
 
-    fn accuracy(&self, task: &str) -> Option<Accuracy> {
-        let accuracy = Accuracy::of(self.answers(task).map(|row| row.correct));
-        (accuracy.n > 0).then_some(accuracy)
+    /// Answers that are right or wrong have Wilson's interval: where all are the same, resampling
+    /// shows none.
+    fn score(&self, task: &str) -> Option<Score> {
+        let scores: Vec<f64> = self.answers(task).map(|row| row.worth.score()).collect();
+        let mut score = (!scores.is_empty()).then(|| Score::of(&scores, SEED))?;
+        if scores.iter().all(|score| [0.0, 1.0].contains(score)) {
+            score.interval = Accuracy::of(scores.iter().map(|score| *score == 1.0)).interval;
+        }
+        Some(score)
+    }
+
+    /// The answers that these were held against, if they were.
+    fn references(&self) -> Option<Self> {
+        let mut tasks = BTreeMap::new();
+        for task in self.0.keys() {
+            let rows = self.answers(task).filter_map(|row| {
+                let other = row.reference.as_ref()?;
+                Some(Row::Answer(AnswerRow {
+                    id: row.id.clone(),
+                    answer: other.answer.clone(),
+                    expected: row.expected.clone(),
+                    worth: other.worth,
+                    reference: None,
+                }))
+            });
+            let rows: Vec<Row> = rows.collect();
+            if !rows.is_empty() {
+                tasks.insert(task.clone(), rows);
+            }
+        }
+        (!tasks.is_empty()).then_some(Self(tasks))
     }
 
     fn perplexity(&self, task: &str) -> Option<f64> {
@@ -95,41 +152,54 @@ impl Predictions {
 }
 
 impl Answers {
-    /// Those of the quantized model, and of the original on the same questions.
+    /// Those of the quantized model, and of the original on the same questions; without them those
+    /// that the quantized model's were held against with `--reference`.
     pub fn new(quantized: Predictions, original: Option<Predictions>) -> Self {
         Self {
+            original: original.or_else(|| quantized.references()),
             quantized,
-            original,
             ..Self::default()
         }
     }
 
-    /// The same with the questions of `task`, a file or a folder of files, and with the pictures of
-    /// those that will be shown.
+    /// The same with the questions that will be shown and their pictures, from a file or a folder of
+    /// files: each is the task that bears its name, or all are the one that `name` says.
     ///
     /// # Errors
     /// The readers'.
-    pub fn with_questions(mut self, task: &Path) -> Result<Self> {
-        for file in task_files(task)? {
-            let name = file.file_stem().unwrap_or_default().to_string_lossy();
-            if !self.quantized.0.contains_key(&*name) {
+    pub fn with_questions(mut self, name: Option<&str>, path: &Path) -> Result<Self> {
+        let files = match name {
+            Some(_) => vec![path.to_path_buf()],
+            None => task_files(path)?,
+        };
+        for file in files {
+            let stem = file.file_stem().unwrap_or_default().to_string_lossy();
+            let task = name.unwrap_or(&stem);
+            let mut wanted: HashSet<String> = self.shown_of(task).collect();
+            if wanted.is_empty() {
                 continue;
             }
-            if let Rows::Questions(questions) = open_rows(&file)? {
-                let keyed = questions.into_iter();
-                let keyed = keyed.map(|q| ((name.to_string(), q.id.clone()), q));
-                self.questions.extend(keyed);
-            }
-        }
-        for (task, row) in self.shown() {
-            let key = (task.to_owned(), row.id.clone());
-            let image = self.questions.get(&key).and_then(|q| q.images.first());
-            if let Some(image) = image {
-                let image = fit(&image.load()?, MAX_SIDE)?;
-                self.images.insert(key, png_base64(&image)?);
+            for row in read_rows(&file)? {
+                let row = row?;
+                if row.is_text() || !wanted.remove(&row.id()) {
+                    continue;
+                }
+                let key = (task.to_owned(), row.id());
+                let question = row.into_question()?;
+                if let Some(image) = question.images.first() {
+                    let image = fit(&image.load()?, MAX_SIDE)?;
+                    self.images.insert(key.clone(), png_base64(&image)?);
+                }
+                self.questions.insert(key, question.question);
             }
         }
         Ok(self)
+    }
+
+    /// Of a task's questions those that will be shown.
+    fn shown_of(&self, task: &str) -> impl Iterator<Item = String> {
+        let shown = self.shown().into_iter();
+        shown.filter_map(move |(of, row)| (of == task).then_some(row.id))
     }
 
     /// The questions to show: those whose answer turned wrong, those whose answer turned right, then
@@ -140,8 +210,9 @@ impl Answers {
             let original = self.original_by_id(task);
             let mut own: Vec<(usize, usize, &AnswerRow)> = Vec::new();
             for (i, row) in self.quantized.answers(task).enumerate() {
-                let before = original.get(row.id.as_str()).map(|row| row.correct);
-                own.push((rank(before, row.correct), i, row));
+                let before = original.get(row.id.as_str());
+                let before = before.map(|row| row.worth.correct);
+                own.push((rank(before, row.worth.correct), i, row));
             }
             own.sort_by_key(|(rank, i, _)| (*rank, *i));
             let ranked = own.into_iter().enumerate();
@@ -177,26 +248,20 @@ impl Answers {
     }
 
     fn task_row(&self, task: &str) -> Option<TaskRow> {
-        let quantized = self.quantized.accuracy(task)?;
+        let quantized = self.quantized.score(task)?;
         let original = self.original.as_ref();
         let before = self.original_by_id(task);
         let pairs = self.quantized.answers(task).filter_map(|row| {
             let original = before.get(row.id.as_str())?;
-            Some((original.correct, row.correct))
+            Some((row.worth.score(), original.worth.score()))
         });
-        let flips = pairs.fold([0, 0], |[lost, gained], (before, now)| {
-            [
-                lost + usize::from(before && !now),
-                gained + usize::from(!before && now),
-            ]
-        });
+        let pairs: Vec<(f64, f64)> = pairs.collect();
         Some(TaskRow {
             task: task.to_owned(),
             n: quantized.n,
             quantized: quantized.into(),
-            original: original.and_then(|o| o.accuracy(task)).map(Share::from),
-            lost: flips[0],
-            gained: flips[1],
+            original: original.and_then(|o| o.score(task)).map(Share::from),
+            pairs: (!pairs.is_empty()).then(|| Pairs::of(&pairs, SEED).into()),
         })
     }
 
@@ -219,13 +284,13 @@ impl Answers {
         AnswerCard {
             task: task.to_owned(),
             id: row.id.clone(),
-            question: self.questions.get(&key).map(|q| q.question.clone()),
+            question: self.questions.get(&key).cloned(),
             image: self.images.get(&key).cloned(),
             expected: row.expected.join(" / "),
             quantized: row.answer.clone(),
-            is_right: row.correct,
+            is_right: row.worth.correct,
             original: original.map(|o| o.answer.clone()),
-            was_right: original.map(|o| o.correct),
+            was_right: original.map(|o| o.worth.correct),
         }
     }
 }
@@ -256,12 +321,39 @@ struct TaskRow {
     n: usize,
     quantized: Share,
     original: Option<Share>,
+    /// Both models on the questions that both answered.
+    pairs: Option<PairsShown>,
+}
+
+#[derive(Serialize)]
+struct PairsShown {
     /// Right with the original alone, and with the quantized model alone.
     lost: usize,
     gained: usize,
+    /// Points that the quantized model has more, with their 95 % interval.
+    difference: String,
+    interval: String,
+    /// McNemar's.
+    p_value: String,
 }
 
-/// A share in percent with its 95 % interval.
+impl From<Pairs> for PairsShown {
+    fn from(pairs: Pairs) -> Self {
+        let [low, high] = pairs.difference_interval;
+        Self {
+            lost: pairs.n_only_second,
+            gained: pairs.n_only_first,
+            difference: format!("{:+.1}", pairs.difference),
+            interval: format!("{low:+.1} to {high:+.1}"),
+            p_value: match pairs.p_value {
+                p if p < 0.001 => "< 0.001".into(),
+                p => format!("{p:.3}"),
+            },
+        }
+    }
+}
+
+/// A mean score in percent with its 95 % interval.
 #[derive(Serialize)]
 struct Share {
     percent: String,
@@ -270,13 +362,13 @@ struct Share {
     at: [f64; 3],
 }
 
-impl From<Accuracy> for Share {
-    fn from(accuracy: Accuracy) -> Self {
-        let [low, high] = accuracy.interval;
+impl From<Score> for Share {
+    fn from(score: Score) -> Self {
+        let [low, high] = score.interval;
         Self {
-            percent: format!("{:.1}", accuracy.percent),
+            percent: format!("{:.1}", score.percent),
             interval: format!("{low:.1} to {high:.1}"),
-            at: [low, accuracy.percent, high],
+            at: [low, score.percent, high],
         }
     }
 }
@@ -329,8 +421,39 @@ mod tests {
         let order: Vec<&str> = section.shown.iter().map(|card| card.id.as_str()).collect();
         assert_eq!(order, ["4", "2", "3", "1"]);
         let task = &section.tasks[0];
-        assert_eq!((task.n, task.lost, task.gained), (4, 1, 1));
+        let pairs = task.pairs.as_ref().unwrap();
+        assert_eq!((task.n, pairs.lost, pairs.gained), (4, 1, 1));
+        assert_eq!(
+            (pairs.difference.as_str(), pairs.p_value.as_str()),
+            ("+0.0", "1.000")
+        );
         assert_eq!(task.quantized.percent, "50.0");
+    }
+
+    #[test]
+    fn answers_that_were_held_against_others_bring_those_along() {
+        let row = |id: usize, score: f64, other: f64| {
+            format!(
+                r#"{{"id":"{id}","category":null,"answer":"a","expected":["b"],"correct":{},"score":{score},
+                    "reference":{{"answer":"o","correct":{},"score":{other}}}}}"#,
+                score >= 0.5,
+                other >= 0.5
+            )
+        };
+        let rows: Vec<String> = (0..12).map(|i| row(i, 0.25, 0.75)).collect();
+        let now = predictions(&format!(r#"{{"t":[{}]}}"#, rows.join(",")));
+        let section = Answers::new(now, None).section();
+        assert!(section.has_original);
+        let task = &section.tasks[0];
+        assert_eq!(task.quantized.percent, "25.0");
+        assert_eq!(task.original.as_ref().unwrap().percent, "75.0");
+        let pairs = task.pairs.as_ref().unwrap();
+        assert_eq!((pairs.lost, pairs.gained), (12, 0));
+        assert_eq!(
+            (pairs.difference.as_str(), pairs.p_value.as_str()),
+            ("-50.0", "< 0.001")
+        );
+        assert_eq!(section.shown[0].original.as_deref(), Some("o"));
     }
 
     #[test]
