@@ -67,7 +67,7 @@ def task_files(tasks: Data | Sequence[str | os.PathLike[str]] | Mapping[str, Dat
             return
         rows = _rows(tasks)
         paths = [os.fspath(rows[i]) for i in range(len(rows)) if isinstance(rows[i], (str, os.PathLike))]
-        yield paths if paths and len(paths) == len(rows) else [_named(folder, "task", rows)]
+        yield paths if len(paths) == len(rows) else [_named(folder, "task", rows)]
 
 
 class _Rows(Protocol):

@@ -133,7 +133,7 @@ pub fn run_words(words: impl IntoIterator<Item = OsString>) -> u8 {
 pub fn call(words: Vec<OsString>, listener: Arc<dyn Listener>) -> Result<Done, Failure> {
     let all = [OsString::from("vlmq")].into_iter().chain(words.clone());
     let cli = Cli::try_parse_from(all).map_err(|wrong| Failure {
-        message: wrong.to_string().trim_end().to_owned(),
+        message: without_head(&wrong.to_string()).to_owned(),
         hint: "see `vlmq help` for the allowed values".into(),
         is_interrupted: false,
     })?;
@@ -142,6 +142,11 @@ pub fn call(words: Vec<OsString>, listener: Arc<dyn Listener>) -> Result<Done, F
         ear: Ear::Listener(listener),
     };
     execute(cli, &caller).map_err(|error| failure(&error))
+}
+
+/// What the parser of flags says, without the word that a terminal's line begins with.
+fn without_head(text: &str) -> &str {
+    text.strip_prefix("error: ").unwrap_or(text).trim_end()
 }
 
 fn print(done: Done, as_json: bool) -> anyhow::Result<u8> {

@@ -71,21 +71,21 @@ def test_vlm_eval_kit(benchmark, tmp_path):
     assert summary["score"]["protocol"] == "vlmevalkit"
 
 
-@pytest.mark.parametrize("protocol", ["lmms-eval", "vlmevalkit"])
-def test_chartqas_own_folder_is_its_table(protocol, tmp_path):
-    write_parquet(tmp_path / "data.parquet", "chartqa", N)
+@pytest.mark.parametrize("protocol, kind", [("lmms-eval", "parquet"), ("vlmevalkit", "tsv")])
+def test_chartqas_own_folder_is_its_table(protocol, kind, tmp_path):
+    {"parquet": write_parquet, "tsv": write_table}[kind](tmp_path / f"data.{kind}", "chartqa", N)
     write_chartqa(tmp_path / "test", N)
     more = ["--protocol", protocol, "--max-new-tokens", "8"]
-    expected, table = evaluate("chartqa", tmp_path / "data.parquet", tmp_path / "table", *more)
+    expected, table = evaluate("chartqa", tmp_path / f"data.{kind}", tmp_path / "table", *more)
     found, own = evaluate("chartqa", tmp_path / "test", tmp_path / "own", *more)
-    # The same questions in another order.
-    assert found["groups"].keys() == expected["groups"].keys()
-    for name, group in expected["groups"].items():
-        assert (group["n"], group["percent"]) == (found["groups"][name]["n"], found["groups"][name]["percent"])
-    assert abs(found["score"]["percent"] - expected["score"]["percent"]) < 1e-9
-    asked = [sorted((s["arguments"][0], s["target"], s["filtered_resps"][0]) for s in samples)
-             for samples in (table, own)]
+    # The same questions in another order; some images of the table are references to others.
+    sizes = [{name: group["n"] for name, group in summary["groups"].items()} for summary in (expected, found)]
+    assert sizes[0] == sizes[1]
+    keys = ["arguments", "target"] + ["filtered_resps"] * (kind == "parquet")
+    asked = [sorted([sample[key] for key in keys] for sample in samples) for samples in (table, own)]
     assert asked[0] == asked[1]
+    if kind == "parquet":
+        assert abs(found["score"]["percent"] - expected["score"]["percent"]) < 1e-9
 
 
 def test_first_tokens_are_those_that_transformers_finds(tmp_path):
