@@ -55,7 +55,10 @@ def transformers(n_prompts):
 
 def vlmq(n_prompts):
     command = [args.program, args.model, args.image, n_prompts, args.tokens, args.threads]
-    done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True, check=True)
+    # What the program sets for itself before it begins.
+    environment = os.environ | dict(CANDLE_NUM_THREADS="1", RAYON_NUM_THREADS=str(args.threads))
+    done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True, check=True,
+                          env=environment)
     told = json.loads(done.stdout)
     return told["tokens_per_second"], told["first_token_seconds"]
 

@@ -30,7 +30,7 @@ pub struct Request<'a> {
 
 /// How a prompt goes on.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Continuation {
+pub struct Generated {
     /// The answer's tokens.
     pub ids: Vec<u32>,
     /// Logits of the request's tokens at the answer's first place; none if no token was to be written.
@@ -75,14 +75,14 @@ impl LoadedModel {
         requests: &[Request],
         eos_ids: &[u32],
         on_token: &OnToken,
-    ) -> Result<Vec<Continuation>> {
+    ) -> Result<Vec<Generated>> {
         let mut batch = self.begin(requests)?;
-        let mut answers = vec![Continuation::default(); requests.len()];
+        let mut answers = vec![Generated::default(); requests.len()];
         loop {
             let done = batch.remove_done();
             on_token(done.len())?;
             for sequence in done {
-                answers[sequence.index] = Continuation {
+                answers[sequence.index] = Generated {
                     ids: sequence.answer,
                     first_logits: sequence.first_logits,
                 };
