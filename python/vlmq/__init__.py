@@ -27,8 +27,8 @@ _os.environ.setdefault("CANDLE_NUM_THREADS", "1")
 # It reads all of /proc/cpuinfo at each product unless this is set.
 _os.environ.setdefault("RAYON_NUM_THREADS", str(_n_cores()))
 
-from ._commands import (compare, evaluate, export, generate, inspect, plan, quantize, report, rotate, score,
-                        verify)
+from ._commands import (compare, evaluate, export, generate, inspect, pad, plan, quantize, report, rotate,
+                        score, verify)
 from ._error import Error
 from ._progress import Progress
 from ._statistics import Group, Sample, Statistics, statistics
@@ -36,5 +36,5 @@ from ._vlmq import __version__
 
 __all__ = [
     "Error", "Group", "Progress", "Sample", "Statistics", "__version__", "compare", "evaluate", "export",
-    "generate", "inspect", "plan", "quantize", "report", "rotate", "score", "statistics", "verify",
+    "generate", "inspect", "pad", "plan", "quantize", "report", "rotate", "score", "statistics", "verify",
 ]

@@ -199,6 +199,12 @@ def rotate(
     return _done(["rotate", _path(model), *_flags(output=output, kind=kind, seed=seed, float32=float32)])
 
 
+def pad(model: StrPath, output: StrPath, *, for_tp: int, group_size: int = 128) -> dict[str, Any]:
+    """Widens a model's MLPs by zeros, its function kept, so that `for_tp` devices can share it out in whole
+    groups."""
+    return _done(["pad", _path(model), *_flags(output=output, for_tp=for_tp, group_size=group_size)])
+
+
 def report(
     folder: StrPath,
     *,

@@ -11,6 +11,7 @@ mod export;
 mod generate;
 mod inspect;
 mod log;
+mod pad;
 mod pages;
 mod progress;
 mod prompt;
@@ -72,6 +73,8 @@ enum Command {
     Verify(verify::Args),
     /// Turn a model's residual stream by an orthogonal matrix, its function kept, into a new folder
     Rotate(rotate::Args),
+    /// Widen a model's MLPs by zeros, its function kept, so that engines can share it out
+    Pad(pad::Args),
     /// Answer the questions of a task and count right answers
     Eval(eval::Args),
     /// Score answers that were written down, or hold two models' answers against each other
@@ -203,6 +206,7 @@ fn dispatch(command: &Command, caller: &Caller) -> anyhow::Result<Done> {
         Command::Export(args) => export::run(args),
         Command::Verify(args) => verify::run(args),
         Command::Rotate(args) => rotate::run(args),
+        Command::Pad(args) => pad::run(args),
         Command::Eval(args) => eval::run(args, caller),
         Command::Score(args) => score::run(args),
         Command::Report(args) => report::run(args),

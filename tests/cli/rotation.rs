@@ -6,7 +6,7 @@ use safetensors::tensor::Dtype;
 use std::path::Path;
 
 /// Logits of one question about a picture.
-fn logits(home: &Home, model: &Path, name: &str) -> Vec<f32> {
+pub fn logits(home: &Home, model: &Path, name: &str) -> Vec<f32> {
     let output = home.path().join(name);
     let mut command = vlmq();
     command
@@ -24,7 +24,7 @@ fn logits(home: &Home, model: &Path, name: &str) -> Vec<f32> {
 }
 
 /// KL divergence of a model from the home's own, whose image features are others.
-fn divergence(home: &Home, model: &Path) -> f64 {
+pub fn divergence(home: &Home, model: &Path) -> f64 {
     let mut command = vlmq();
     command
         .arg("eval")
@@ -47,7 +47,7 @@ fn rotate(model: &Path, output: &Path, flags: &[&str]) -> serde_json::Value {
 }
 
 /// Largest difference over largest value.
-fn relative(found: &[f32], expected: &[f32]) -> f32 {
+pub fn relative(found: &[f32], expected: &[f32]) -> f32 {
     assert_eq!(found.len(), expected.len());
     let pairs = found.iter().zip(expected);
     let difference = pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
