@@ -182,20 +182,6 @@ pub(super) fn tensor_parallel(
 
 /// Attention is shared by heads, the MLP by its inner width; groups and words must not be cut.
 fn problems(decoder: &DecoderConfig, plan: &[ModulePlan], format: Format, n: usize) -> Vec<String> {
-    let mut problems = Vec::new();
-    let mut check = |what: &str, size: usize, unit: usize| {
-        if !size.is_multiple_of(n * unit) {
-            let parts = match unit {
-                1 => format!("{n}"),
-                _ => format!("{n} parts of whole {unit}s"),
-            };
-            problems.push(format!("{what} {size} does not divide into {parts}"));
-        }
-    };
-    check("heads", decoder.n_heads, 1);
-    if !n.is_multiple_of(decoder.n_kv_heads) {
-        check("key-value heads", decoder.n_kv_heads, 1);
-    }
     let groups = plan.iter().filter_map(|module| module.scheme.group_size());
     let group = groups.max().unwrap_or(1);
     let unit = match format {
@@ -203,19 +189,48 @@ fn problems(decoder: &DecoderConfig, plan: &[ModulePlan], format: Format, n: usi
         Format::Dense(_) => 1,
         _ => group,
     };
-    check("the MLP's width", decoder.intermediate_size, unit);
-    check(
-        "attention's width",
-        decoder.n_heads * decoder.head_dim,
-        unit,
-    );
+    let kv_heads = match n.is_multiple_of(decoder.n_kv_heads) {
+        true => None,
+        false => indivisible("key-value heads", decoder.n_kv_heads, n, 1),
+    };
+    let width = decoder.n_heads * decoder.head_dim;
+    let of_attention = [
+        indivisible("heads", decoder.n_heads, n, 1),
+        kv_heads,
+        indivisible("attention's width", width, n, unit),
+    ];
+    let mut problems: Vec<String> = of_attention.into_iter().flatten().collect();
+    let width = decoder.intermediate_size;
+    if let Some(mut problem) = indivisible("the MLP's width", width, n, unit) {
+        if problems.is_empty() && decoder.experts.is_none() {
+            let to = width.next_multiple_of(n * unit);
+            problem += &format!(
+                "; `vlmq pad` with `--for-tp {n} --group-size {unit}` makes it {to}, before quantizing"
+            );
+        }
+        problems.push(problem);
+    }
     problems
+}
+
+/// That `n` devices cannot have equal parts of `size`, in whole `unit`s.
+fn indivisible(what: &str, size: usize, n: usize, unit: usize) -> Option<String> {
+    let parts = match unit {
+        1 => format!("{n}"),
+        _ => format!("{n} parts of whole {unit}s"),
+    };
+    let divides = size.is_multiple_of(n * unit);
+    (!divides).then(|| format!("{what} {size} does not divide into {parts}"))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::checkpoint::Checkpoint;
+    use crate::families::open_model;
     use crate::plan::ScaleDtype;
+    use candle_core::Device;
+    use std::path::Path;
 
     fn plan(bits: u8, symmetric: bool) -> Vec<ModulePlan> {
         let scheme = Scheme::new(bits, Some(128), symmetric, ScaleDtype::Bf16).unwrap();
@@ -237,5 +252,38 @@ mod tests {
         assert!(text(Format::Mlx, 4, true).contains("vLLM: no"));
         assert!(text(Format::CompressedTensors, 4, false).contains("transformers: no"));
         assert!(!text(Format::CompressedTensors, 4, true).contains("transformers: no"));
+    }
+
+    /// The shapes of Qwen2.5-VL-72B, whose MLPs no power of two shares out in groups of 128.
+    #[test]
+    fn a_width_that_does_not_divide_can_be_padded() {
+        let testbed = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/testbed/model"));
+        let model = open_model(Checkpoint::open(testbed).unwrap(), Device::Cpu).unwrap();
+        let mut decoder = model.decoder().clone();
+        (decoder.n_heads, decoder.n_kv_heads, decoder.head_dim) = (64, 8, 128);
+        decoder.intermediate_size = 29_568;
+        let scheme = Scheme::new(4, Some(128), true, ScaleDtype::Bf16).unwrap();
+        let name = "m".to_owned();
+        let plan = [ModulePlan { name, scheme }];
+        let told = tensor_parallel(&decoder, &plan, Format::CompressedTensors);
+        assert!(
+            told.contains("--for-tp 8 --group-size 128` makes it 29696"),
+            "{told}"
+        );
+        assert!(
+            told.contains("--for-tp 2 --group-size 128` makes it 29696"),
+            "{told}"
+        );
+        decoder.intermediate_size = 29_696;
+        let told = tensor_parallel(&decoder, &plan, Format::CompressedTensors);
+        assert_eq!(told.matches("everything divides").count(), 3, "{told}");
+        // Heads cannot be added.
+        (decoder.n_heads, decoder.intermediate_size) = (28, 18_944);
+        let told = tensor_parallel(&decoder, &plan, Format::CompressedTensors);
+        let eight = told.lines().find(|line| line.starts_with("- 8")).unwrap();
+        assert!(
+            eight.contains("heads 28") && !eight.contains("vlmq pad"),
+            "{told}"
+        );
     }
 }
