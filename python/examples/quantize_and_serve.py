@@ -2,8 +2,8 @@
 
 Usage: python quantize_and_serve.py [MODEL] [FOLDER] [ROWS.parquet]
 
-MODEL is a name on the hub or a folder; FOLDER is where everything goes. The rows have an image, a question and
-its answer each; without them ChartQA's training rows are taken from the hub.
+MODEL is a name on the hub or a folder; FOLDER is where everything goes. The rows have an image, a question
+and its answer each; without them ChartQA's training rows are taken from the hub.
 """
 
 import sys

@@ -1,5 +1,5 @@
-//! Arrays of numpy. They are made by numpy itself and filled through the buffer protocol, so that no
-//! version of its C interface is bound to.
+//! Arrays of numpy. They are made by numpy itself and filled through the buffer protocol, so that
+//! no version of its C interface is bound to.
 
 use pyo3::buffer::{Element, PyBuffer};
 use pyo3::prelude::*;

@@ -61,8 +61,8 @@ struct Group {
 
 /// Begins a calibration pass, whose groups of linears the result gives one by one.
 #[pyfunction]
-#[pyo3(signature = (*, model, calibration, method, bits, group_size, symmetric, settings, samples, seed,
-    max_tokens, layers))]
+#[pyo3(signature = (*, model, calibration, method, bits, group_size, symmetric, settings, samples,
+    seed, max_tokens, layers))]
 #[expect(
     clippy::too_many_arguments,
     reason = "each has its name on Python's side"

@@ -304,7 +304,8 @@ def test_every_public_function_says_what_it_does():
 
 def test_nothing_is_printed(tmp_path, capfd):
     with pytest.raises(LookupError):
-        vlmq.quantize(MODEL, tmp_path / "model", calibration=CALIBRATION, progress=lambda step: {}[step], **SMALL)
+        vlmq.quantize(MODEL, tmp_path / "model", calibration=CALIBRATION,
+                      progress=lambda step: {}[step], **SMALL)
     vlmq.quantize(MODEL, tmp_path / "model", calibration=CALIBRATION, **SMALL)
     vlmq.evaluate(tmp_path / "model", EVAL, limit=2)
     printed = capfd.readouterr()

@@ -13,7 +13,8 @@ EXAMPLE = ROOT / "python/examples/quantize_and_serve.py"
 
 
 def test_the_whole_way(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [str(EXAMPLE), str(MODEL), str(tmp_path), str(EVAL / "counting.parquet")])
+    arguments = [EXAMPLE, MODEL, tmp_path, EVAL / "counting.parquet"]
+    monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
     runpy.run_path(str(EXAMPLE), run_name="__main__")
     said = capsys.readouterr().out
     assert "% right" in said and "vision tokens hold" in said
@@ -24,7 +25,8 @@ def test_the_whole_way(tmp_path, monkeypatch, capsys):
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():
         own = model(input_ids=ids).logits
-        original = AutoModelForImageTextToText.from_pretrained(MODEL, dtype=torch.float32)(input_ids=ids).logits
+        original = AutoModelForImageTextToText.from_pretrained(MODEL, dtype=torch.float32)
+        original = original(input_ids=ids).logits
     difference = (own - original).abs().max() / original.abs().max()
     assert 0 < difference < 0.5
     assert vlmq.inspect(tmp_path / "3bit")["n_quantized_modules"] == 28

@@ -7,8 +7,9 @@ import vlmq
 from conftest import CALIBRATION, MODEL
 from transformers import AutoModelForImageTextToText
 
-TEXTS = [{"text": "how many red shapes are there in the image?"}, {"text": "what is the color of the circle?"},
-         {"text": "two plus three is five, and one is left."}]
+TEXTS = [{"text": text} for text in ["how many red shapes are there in the image?",
+                                     "what is the color of the circle?",
+                                     "two plus three is five, and one is left."]]
 
 
 def test_hessians_are_those_of_the_inputs_that_transformers_sees():

@@ -1,8 +1,8 @@
 //! The `vlmq` command: flags to plans, results to text.
 //!
-//! At a terminal ([`run`]) data goes to stdout, everything else to stderr; the exit code is 0 for done,
-//! 1 for a quality gate missed, 2 for an error. A program can give the same commands ([`call`]) and has
-//! the object of `--json`.
+//! At a terminal ([`run`]) data goes to stdout, everything else to stderr; the exit code is 0 for
+//! done, 1 for a quality gate missed, 2 for an error. A program can give the same commands
+//! ([`call`]) and has the object of `--json`.
 
 mod caller;
 mod compare;
@@ -128,8 +128,8 @@ pub fn run_words(words: impl IntoIterator<Item = OsString>) -> u8 {
     }
 }
 
-/// Does one command for a program; `words` are those after the program's name. Nothing is printed and
-/// no signal is listened for; flags of the log and of printing have no effect.
+/// Does one command for a program; `words` are those after the program's name. Nothing is printed
+/// and no signal is listened for; flags of the log and of printing have no effect.
 ///
 /// # Errors
 /// [`Failure`], with the same text that a terminal would show.
