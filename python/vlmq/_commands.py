@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -60,9 +60,11 @@ def quantize(
 
     Returns the report of the run under "report", "output" and "tensor_bytes".
     """
-    tail = _flags(output=output, format=format, resume=resume, memory=memory, imatrix=imatrix, report=report)
-    given = locals()
-    return _quantize(tail, given)
+    words = _recipe_flags(method, bits, group_size, symmetric, recipe, settings)
+    words += _flags(seed=seed, max_tokens=max_tokens, format=format, memory=memory)
+    words += _flags(output=output, resume=resume, imatrix=imatrix, report=report)
+    with _calibration_flags(calibration, samples, seed, settings) as data:
+        return _done(["quantize", _path(model), *words, *data], threads, progress)
 
 
 def plan(
@@ -85,26 +87,40 @@ def plan(
 ) -> dict[str, Any]:
     """Says what `quantize` with the same arguments would do and what it would cost, in memory and on
     disk, and does nothing."""
-    tail = [*_flags(format=format, memory=memory), "--dry-run"]
-    given = locals()
-    return _quantize(tail, given)
+    words = _recipe_flags(method, bits, group_size, symmetric, recipe, settings)
+    words += _flags(seed=seed, max_tokens=max_tokens, format=format, memory=memory, dry_run=True)
+    with _calibration_flags(calibration, samples, seed, settings) as data:
+        return _done(["quantize", _path(model), *words, *data], threads, progress)
 
 
-def _quantize(tail: list[str], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The command with the arguments of one of the two functions above."""
-    settings = assignments(given["settings"])
-    words = ["quantize", _path(given["model"])]
-    words += _flags(**{name: given[name] for name in ("method", "recipe", "seed", "max_tokens")})
-    words += _flags(bits=f"{given['bits']:g}",
-                    group_size=-1 if given["group_size"] is None else given["group_size"])
-    words += _flags(symmetric=given["symmetric"], set=settings) + tail
-    with ExitStack() as files:
-        data = given["calibration"]
-        if data is not None:
-            takes_more = any(setting.startswith("tune_") for setting in settings)
-            path, n = files.enter_context(samples_file(data, given["samples"], given["seed"], takes_more))
-            words += _flags(calibration=path, samples=n)
-        return _done(words, given["threads"], given["progress"])
+def _recipe_flags(
+    method: str,
+    bits: float,
+    group_size: int | None,
+    symmetric: bool,
+    recipe: StrPath | None,
+    settings: Mapping[str, Any] | None,
+) -> list[str]:
+    columns = -1 if group_size is None else group_size
+    return _flags(method=method, bits=f"{bits:g}", group_size=columns, symmetric=symmetric, recipe=recipe,
+                  set=assignments(settings))
+
+
+@contextmanager
+def _calibration_flags(
+    data: Data | None,
+    samples: int | None,
+    seed: int,
+    settings: Mapping[str, Any] | None,
+) -> Iterator[list[str]]:
+    """Rows in memory lie in files meanwhile."""
+    if data is None:
+        yield []
+        return
+    # Scales are tuned on other rows as well.
+    takes_more = any(key.startswith("tune_") for key in settings or {})
+    with samples_file(data, samples, seed, takes_more) as (path, n):
+        yield _flags(calibration=path, samples=n)
 
 
 def inspect(model: StrPath) -> dict[str, Any]:
