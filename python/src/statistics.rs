@@ -55,6 +55,7 @@ struct Group {
     effective_sample_size: f64,
     hessian: Matrix,
     cross: Option<Matrix>,
+    output_cross: Option<Matrix>,
     weights: Option<Vec<Vec<f32>>>,
     factors: Option<Vec<Vec<f32>>>,
 }
@@ -196,6 +197,7 @@ impl Observer for Ear {
             effective_sample_size: found.statistics.effective_sample_size(),
             hessian: found.statistics.hessian(),
             cross: found.statistics.cross().cloned(),
+            output_cross: found.statistics.output_cross().cloned(),
             weights: found.weights.map(<[_]>::to_vec),
             factors: found.factors.map(<[_]>::to_vec),
         })));
@@ -313,6 +315,11 @@ impl Group {
         dict.set_item("hessian", matrix(py, self.hessian)?)?;
         let cross = self.cross.map(|cross| matrix(py, cross)).transpose()?;
         dict.set_item("cross", cross)?;
+        let output_cross = self
+            .output_cross
+            .map(|cross| matrix(py, cross))
+            .transpose()?;
+        dict.set_item("output_cross", output_cross)?;
         let weights = self.weights.map(|rows| rows_of(py, rows)).transpose()?;
         dict.set_item("weights", weights)?;
         let factors = self.factors.map(|rows| rows_of(py, rows)).transpose()?;

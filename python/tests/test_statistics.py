@@ -61,6 +61,17 @@ def test_weights_and_factors_keep_the_laws(rows):
         assert np.isclose(ess, group.effective_sample_size, rtol=1e-4)
 
 
+def test_drift_is_summed_up_at_the_input_or_the_output(rows):
+    with vlmq.statistics(MODEL, rows[:2], layers=[1], method="gptaq", bits=3) as groups:
+        for group in groups:
+            assert group.cross.shape == group.hessian.shape and group.output_cross is None
+    with vlmq.statistics(MODEL, rows[:2], layers=[1], bits=3) as groups:
+        found = {group.modules[0].rsplit(".", 1)[-1]: group for group in groups}
+    down = found["down_proj"]
+    assert down.cross is None and down.output_cross.shape == (256, 768)
+    assert np.isfinite(down.output_cross).all() and np.abs(down.output_cross).max() > 0
+
+
 def test_a_pass_ends_after_the_last_layer_that_is_asked_for(rows):
     groups = vlmq.statistics(MODEL, rows[:2], layers=[1], bits=3)
     assert {group.layer for group in groups} == {1}

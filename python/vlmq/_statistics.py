@@ -43,6 +43,9 @@ class Group:
     """H = Σ ω u uᵀ, [in, in], in the stream of what is quantized so far; neither halved nor averaged."""
     cross: NDArray[np.float32] | None
     """C = Σ ω (f − u) uᵀ, [in, in], where the method corrects for drift and sums it up at the input."""
+    output_cross: NDArray[np.float32] | None
+    """S = Σ ω (W (f − u) + d) uᵀ, [out, in], in place of C where the method sums it up at the output; d is what
+    the residual stream lacks, where the method gives that back too."""
     weights: list[NDArray[np.float32]] | None
     """ω for each token of each sample; None where all tokens weigh alike."""
     factors: list[NDArray[np.float32]] | None
