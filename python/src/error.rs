@@ -15,7 +15,6 @@ pub fn of_library(py: Python<'_>, error: &vlmq::Error) -> PyErr {
     let failure = Failure {
         message: error.to_string(),
         hint: error.hint().to_owned(),
-        is_interrupted: matches!(error, vlmq::Error::Interrupted),
     };
     raised(py, &failure)
 }

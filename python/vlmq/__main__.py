@@ -3,13 +3,11 @@
 import signal
 import sys
 
-import vlmq
 from vlmq import _vlmq
 
 
 def main() -> None:
     """Runs the command line of this process and ends it."""
-    assert vlmq.__version__
     # Python would only note Ctrl-C and act on it after the command.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.exit(_vlmq.main(sys.argv[1:]))

@@ -28,7 +28,7 @@ pub(super) enum Ear {
 }
 
 /// How far a command has come.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Step {
     /// What is counted: layers, runs, or questions under the name of their task.
     pub what: String,
@@ -83,6 +83,4 @@ pub struct Failure {
     pub message: String,
     /// What can be done about it.
     pub hint: String,
-    /// Whether it was ended by whoever gave it.
-    pub is_interrupted: bool,
 }

@@ -138,7 +138,6 @@ pub fn call(words: Vec<OsString>, listener: Arc<dyn Listener>) -> Result<Done, F
     let cli = Cli::try_parse_from(all).map_err(|wrong| Failure {
         message: without_head(&wrong.to_string()).to_owned(),
         hint: "see `vlmq help` for the allowed values".into(),
-        is_interrupted: false,
     })?;
     let caller = Caller {
         words,
@@ -165,7 +164,6 @@ fn failure(error: &anyhow::Error) -> Failure {
     Failure {
         message: message(error),
         hint: known.map_or("see `vlmq help`", |e| e.hint()).to_owned(),
-        is_interrupted: matches!(known, Some(Error::Interrupted)),
     }
 }
 

@@ -67,7 +67,7 @@ impl Progress {
     /// As [`Progress::start`] without listening.
     pub fn silent_about_signals(caller: &Caller) -> Self {
         let shown = match &caller.ear {
-            Ear::Listener(listener) => Shown::Told(listener.clone(), Mutex::new(Step::begin())),
+            Ear::Listener(listener) => Shown::Told(listener.clone(), Mutex::default()),
             Ear::Terminal { is_quiet: true } => Shown::Nothing,
             Ear::Terminal { .. } if std::io::stderr().is_terminal() => Shown::Bars,
             Ear::Terminal { .. } => Shown::Lines,
@@ -164,17 +164,6 @@ fn styled(bar: ProgressBar, template: &str) -> ProgressBar {
     match ProgressStyle::with_template(template) {
         Ok(style) => bar.with_style(style),
         Err(_) => bar,
-    }
-}
-
-impl Step {
-    fn begin() -> Self {
-        Self {
-            what: String::new(),
-            n_done: 0,
-            n: 0,
-            stage: None,
-        }
     }
 }
 

@@ -24,6 +24,7 @@ mod record;
 mod tsv;
 
 pub use self::image_source::ImageSource;
+pub(crate) use self::record::text_of;
 
 use self::image_source::ImageFolder;
 use self::record::{Record, Records};

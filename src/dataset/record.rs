@@ -368,7 +368,8 @@ fn list_of<'a>(values: &'a Map<String, Value>, key: &str) -> Option<&'a [Value]>
     values.get(key).and_then(Value::as_array).map(Vec::as_slice)
 }
 
-fn text_of(value: &Value) -> Option<String> {
+/// A text, number or flag as text.
+pub(crate) fn text_of(value: &Value) -> Option<String> {
     match value {
         Value::String(text) => Some(text.clone()),
         Value::Number(number) => Some(number.to_string()),

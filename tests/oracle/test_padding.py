@@ -9,10 +9,8 @@ import subprocess
 
 import pytest
 from families import FAMILIES, make
-from safetensors.torch import load_file
-from test_families import PROGRAM, PROMPT, saved_pictures, vlmq
-from test_parity import relative
-from test_rotation import logits_of
+from test_families import PROGRAM, vlmq
+from test_rotation import assert_same_logits
 
 # Sums with zeros in them, which may be cut otherwise.
 TOLERANCE = 1e-5
@@ -32,16 +30,4 @@ def test_logits_stay_what_they_were(tmp_path, family):
         return
     report = json.loads(vlmq(*arguments))["padded"]
     assert report["to"] % (2 * GROUP) == 0 and 0 < report["to"] - report["from"] < 2 * GROUP
-    paths = saved_pictures(tmp_path, [(168, 97)])
-    traces = []
-    for name, at in (("source", folder), ("padded", padded)):
-        output = tmp_path / f"{name}.safetensors"
-        vlmq("trace", at, "--image", paths[0], "--prompt", PROMPT, "--output", output)
-        traces.append(load_file(output)["logits"])
-    assert relative(traces[1], traces[0]) < TOLERANCE
-    # Files of other names than transformers' own are held against our own forward alone.
-    try:
-        expected = logits_of(folder, processor, paths)
-    except (ValueError, OSError, KeyError):
-        return
-    assert relative(logits_of(padded, processor, paths), expected) < TOLERANCE
+    assert_same_logits(tmp_path, processor, folder, padded, TOLERANCE)

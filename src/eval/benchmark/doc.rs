@@ -1,6 +1,7 @@
 //! Columns of a row, by the names that the sets' publishers gave them.
 
 use super::literal::{list, pandas_reads_nothing};
+use crate::dataset::text_of;
 use crate::eval::metric::{Choice, Protocol};
 use crate::{Error, Result};
 use serde_json::{Map, Value};
@@ -59,14 +60,14 @@ impl Doc<'_> {
 
     /// A text, or a number as one, if it is there.
     pub fn optional(&self, key: &str) -> Option<String> {
-        self.first(&[key]).and_then(scalar)
+        self.first(&[key]).and_then(text_of)
     }
 
     /// The first of these columns, as a text.
     pub fn text(&self, keys: &[&str]) -> Result<String> {
         let value = self.first(keys);
         let value = value.ok_or_else(|| self.missing(&keys.join(" or ")))?;
-        scalar(value).ok_or_else(|| self.bad(&keys.join(" or "), "a text expected, a list found"))
+        text_of(value).ok_or_else(|| self.bad(&keys.join(" or "), "a text expected, a list found"))
     }
 
     /// The first of these columns, as texts; a text alone is one.
@@ -74,11 +75,11 @@ impl Doc<'_> {
         let value = self.first(keys);
         let value = value.ok_or_else(|| self.missing(&keys.join(" or ")))?;
         let texts = match value {
-            Value::Array(items) => items.iter().map(scalar).collect(),
+            Value::Array(items) => items.iter().map(text_of).collect(),
             Value::String(text) if self.protocol == Protocol::VlmEvalKit => {
                 Some(list(text).unwrap_or_else(|| vec![text.clone()]))
             }
-            _ => scalar(value).map(|text| vec![text]),
+            _ => text_of(value).map(|text| vec![text]),
         };
         let texts: Option<Vec<String>> = texts;
         let why = "a list of at least one text expected";
@@ -116,14 +117,5 @@ impl Doc<'_> {
         let letter = ('A'..='Z').take(n_choices).nth(place.min(26) as usize);
         let letter = letter.map(String::from);
         letter.ok_or_else(|| self.bad("answer", "the number of one of the choices expected"))
-    }
-}
-
-fn scalar(value: &Value) -> Option<String> {
-    match value {
-        Value::String(text) => Some(text.clone()),
-        Value::Number(number) => Some(number.to_string()),
-        Value::Bool(flag) => Some(flag.to_string()),
-        _ => None,
     }
 }
