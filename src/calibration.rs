@@ -5,12 +5,14 @@
 //! own; conversations are never cut.
 
 use crate::dataset::{Content, ImageSource, Sample};
+use crate::distributed::Communicator;
 use crate::hidden_states::{HiddenState, Store};
 use crate::model::ModelSource;
 use crate::model::context::TokenContext;
 use crate::model::vision::VisionTower;
 use crate::pipeline::Observer;
 use crate::processor::{Message, ModelInput, Processor, TokenClass};
+use crate::shards::Shards;
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
 use rayon::prelude::*;
@@ -20,8 +22,11 @@ use std::time::Instant;
 /// All samples of a run, and where their hidden states are kept.
 #[derive(Debug)]
 pub struct CalibrationSet {
-    /// In the order in which they were chosen; a long text is several.
+    /// In the order in which they were chosen; a long text is several. Those of this rank, where there
+    /// are several.
     pub samples: Vec<CalibrationSample>,
+    /// All samples of the run, and which of them are summed up together.
+    pub shards: Shards,
     /// Holds their embeddings, and what becomes of them.
     pub store: Store,
     /// Seconds that images and text took, and that the vision tower took; of all threads together.
@@ -33,6 +38,7 @@ impl CalibrationSet {
     pub fn none() -> Self {
         Self {
             samples: Vec::new(),
+            shards: Shards::default(),
             store: Store::in_memory(&Device::Cpu),
             seconds: [0.0; 2],
         }
@@ -52,6 +58,8 @@ impl CalibrationSet {
         let samples = self.samples.iter().map(|sample| {
             let deepstack = sample.deepstack.iter().map(&copied);
             Ok(CalibrationSample {
+                index: sample.index,
+                piece: sample.piece,
                 origin: sample.origin.clone(),
                 input_ids: sample.input_ids.clone(),
                 classes: sample.classes.clone(),
@@ -62,27 +70,45 @@ impl CalibrationSet {
         });
         Ok(Self {
             samples: samples.collect::<Result<_>>()?,
+            shards: self.shards.clone(),
             store,
             seconds: self.seconds,
         })
     }
 
-    /// A digest of everything that a layer will see of the samples.
+    /// A digest of everything that a layer will see of the samples, those of other ranks included.
     ///
     /// # Errors
-    /// [`Error::Io`]; a tensor error.
-    pub fn digest(&self) -> Result<String> {
-        let mut digest = blake3::Hasher::new();
-        for sample in &self.samples {
+    /// [`Error::Io`]; a tensor error; [`Error::Rank`].
+    pub fn digest(&self, communicator: &dyn Communicator) -> Result<String> {
+        let own = self.samples.iter().map(|sample| {
+            let mut digest = blake3::Hasher::new();
             sample.add_to(&mut digest, &self.store)?;
+            Ok((sample.index, digest.finalize().to_string()))
+        });
+        let own = own.collect::<Result<Vec<_>>>()?;
+        let mut all = communicator.all_gather_value(&own)?.concat();
+        all.sort();
+        let mut digest = blake3::Hasher::new();
+        for (_, sample) in all {
+            digest.update(sample.as_bytes());
         }
         Ok(digest.finalize().to_string())
+    }
+
+    /// How many sequences all ranks have together.
+    pub fn n_sequences(&self) -> usize {
+        self.shards.n_tokens().len()
     }
 }
 
 /// One sample, or a piece of one, ready for the first layer.
 #[derive(Debug)]
 pub struct CalibrationSample {
+    /// Its place among all of the run.
+    pub index: usize,
+    /// Its place among the pieces of a longer text.
+    pub piece: usize,
     /// File and line or row, for messages.
     pub origin: String,
     /// Token ids, those of images included.
@@ -145,9 +171,10 @@ pub fn prepare(
         let began = Instant::now();
         let inputs = encode(processor, sample, max_tokens)?;
         let encoded = began.elapsed().as_secs_f64();
-        let placed = inputs
-            .into_iter()
-            .map(|input| place(model, tower, &sample.origin, input, &store));
+        let placed = inputs.into_iter().enumerate().map(|(piece, input)| {
+            let placed = place(model, tower, &sample.origin, input, &store)?;
+            Ok(CalibrationSample { piece, ..placed })
+        });
         let placed = placed.collect::<Result<Vec<_>>>()?;
         Ok((placed, [encoded, began.elapsed().as_secs_f64() - encoded]))
     };
@@ -156,8 +183,14 @@ pub fn prepare(
     let seconds = seconds
         .iter()
         .fold([0.0; 2], |a, b| [a[0] + b[0], a[1] + b[1]]);
+    let mut samples: Vec<CalibrationSample> = samples.into_iter().flatten().collect();
+    (0..)
+        .zip(&mut samples)
+        .for_each(|(i, sample)| sample.index = i);
+    let n_tokens = samples.iter().map(|sample| sample.classes.len());
     Ok(CalibrationSet {
-        samples: samples.into_iter().flatten().collect(),
+        shards: Shards::cut(n_tokens.collect(), 1),
+        samples,
         store,
         seconds,
     })
@@ -182,6 +215,8 @@ fn place(
     };
     let deepstack = embedded.deepstack.iter().map(place);
     Ok(CalibrationSample {
+        index: 0,
+        piece: 0,
         origin: origin.to_owned(),
         context: model.context(&input, &model.positions(&input)?)?,
         embeddings: place(&embedded.rows)?,
@@ -191,7 +226,7 @@ fn place(
     })
 }
 
-/// Tokens of each sequence, as [`prepare`] will have them.
+/// Tokens of each sequence of each sample, as [`prepare`] will have them.
 ///
 /// # Errors
 /// As [`prepare`], the model's aside.
@@ -199,16 +234,12 @@ pub fn count_tokens(
     processor: &Processor,
     samples: &[&Sample],
     max_tokens: usize,
-) -> Result<Vec<usize>> {
+) -> Result<Vec<Vec<usize>>> {
     let one = |sample: &&Sample| {
         let inputs = encode(processor, sample, max_tokens)?.into_iter();
         Ok(inputs.map(|input| input.input_ids.len()).collect())
     };
-    let counts = samples
-        .par_iter()
-        .map(one)
-        .collect::<Result<Vec<Vec<_>>>>()?;
-    Ok(counts.concat())
+    samples.par_iter().map(one).collect()
 }
 
 /// The sequences of a sample.

@@ -114,6 +114,32 @@ pub enum Error {
         /// What was otherwise.
         what: String,
     },
+    /// Another rank ended the run, or is not of this run.
+    #[error("rank {rank}: {why}")]
+    Rank {
+        /// Which one.
+        rank: usize,
+        /// What is known of it, or what it said.
+        why: String,
+    },
+    /// Another rank is gone without a word.
+    #[error("rank {rank} is lost: {why}")]
+    RankLost {
+        /// Which one.
+        rank: usize,
+        /// How that was noticed.
+        why: String,
+    },
+    /// The network refused a connection.
+    #[error("cannot {action} {place}: {source}")]
+    Network {
+        /// Which rank or address.
+        place: String,
+        /// What was being done, as a verb phrase: "reach".
+        action: &'static str,
+        /// The operating system's own error.
+        source: std::io::Error,
+    },
     /// The user asked the run to stop.
     #[error("interrupted; nothing unfinished was kept")]
     Interrupted,
@@ -176,6 +202,12 @@ impl Error {
             }
             Self::OtherAnswers { .. } => {
                 "start it as it was started then, choose another --output, or remove that folder yourself"
+            }
+            Self::Rank { .. } | Self::RankLost { .. } => {
+                "start all ranks again, as many as you like: layers that are finished are gone on with"
+            }
+            Self::Network { .. } => {
+                "all ranks need the same MASTER_ADDR and MASTER_PORT, of a machine that they can reach"
             }
             Self::Interrupted => "start the command again to have the rest",
             Self::Tensor { .. } => {

@@ -48,6 +48,8 @@ pub struct Fingerprint {
     pub settings: String,
     /// Digest of the samples as the first layer sees them.
     pub samples: String,
+    /// Shards that they are summed up in.
+    pub n_shards: usize,
 }
 
 impl Fingerprint {
@@ -57,6 +59,7 @@ impl Fingerprint {
             (self.vlmq == earlier.vlmq, "version of vlmq"),
             (self.settings == earlier.settings, "settings"),
             (self.samples == earlier.samples, "samples"),
+            (self.n_shards == earlier.n_shards, "number of shards"),
         ];
         parts
             .into_iter()
@@ -143,10 +146,7 @@ impl Journal {
     /// [`Error::OtherRun`] if it was not, [`Error::Io`].
     pub fn bind(&self, fingerprint: &Fingerprint) -> Result<()> {
         let path = self.dir.join(RUN_FILE);
-        if self.n_finished()? > 0 {
-            let bytes = fs::read(&path).map_err(|e| Error::io(&path, "read", e))?;
-            let earlier: Fingerprint = serde_json::from_slice(&bytes)
-                .map_err(|e| Error::format(&path, "run", e.to_string()))?;
+        if let Some(earlier) = self.earlier()? {
             return match fingerprint.difference(&earlier) {
                 None => Ok(()),
                 Some(what) => Err(Error::OtherRun {
@@ -159,6 +159,29 @@ impl Journal {
         let unfinished = path.with_extension("unfinished");
         fs::write(&unfinished, bytes).map_err(|e| Error::io(&unfinished, "write", e))?;
         layer_file::put_in_place(&unfinished, &path)
+    }
+
+    /// How many shards a run is to have: as many as the earlier one had, unless it is told
+    /// otherwise, which [`Journal::bind`] will refuse then.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::Format`] if the note of the earlier run is damaged.
+    pub fn n_shards(&self, told: Option<usize>, otherwise: usize) -> Result<usize> {
+        let earlier = self.earlier()?.map(|run| run.n_shards);
+        Ok(told.or(earlier).unwrap_or(otherwise))
+    }
+
+    /// What the run was made of that finished layers.
+    fn earlier(&self) -> Result<Option<Fingerprint>> {
+        if self.n_finished()? == 0 {
+            return Ok(None);
+        }
+        let path = self.dir.join(RUN_FILE);
+        let bytes = fs::read(&path).map_err(|e| Error::io(&path, "read", e))?;
+        let earlier = serde_json::from_slice(&bytes);
+        earlier
+            .map(Some)
+            .map_err(|e| Error::format(&path, "run", e.to_string()))
     }
 
     /// How many layers are finished.

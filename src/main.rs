@@ -17,7 +17,7 @@ fn keep_candle_to_its_thread() {
 /// for it: a sixth of a run with a small model. It reads this variable instead where it is set. What
 /// rayon makes of it is what it would have done by itself.
 fn tell_candle_of_threads() {
-    if let Ok(n) = std::thread::available_parallelism() {
+    if let Some(n) = vlmq::cli::default_threads() {
         set_unless_set("RAYON_NUM_THREADS", &n.to_string());
     }
 }

@@ -3,9 +3,10 @@
 use crate::model::attention::block_len;
 use crate::model::vision::VisionSize;
 use crate::model::{DecoderConfig, ModelSource, Projection, Slot};
-use crate::pipeline::{BATCH_TOKENS, GROUPS_AT_ONCE};
+use crate::pipeline::GROUPS_AT_ONCE;
 use crate::recipe::Recipe;
 use crate::report::peak_memory_bytes;
+use crate::shards::BATCH_TOKENS;
 use crate::solver::Target;
 use crate::statistics::is_output_cheaper;
 use serde::Serialize;

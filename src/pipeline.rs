@@ -12,14 +12,19 @@
 //! stage's weights and its statistics, never a whole layer.
 //! Source: arXiv:2508.03351 §3; the order of stages is GPTQ's true-sequential one.
 
+mod following;
 mod group;
 mod inputs;
 mod outputs;
+mod reduction;
 mod scaled;
+mod share;
 mod stage;
 mod streams;
+mod teams;
 
 use crate::calibration::CalibrationSet;
+use crate::distributed::{Alone, Communicator};
 use crate::importance::{ImportanceSettings, LayerImportance, end_loss};
 use crate::model::changed::ChangedTensor;
 use crate::model::decoder::DecoderLayer;
@@ -34,6 +39,7 @@ use crate::report::{ChangeReport, Deviation, ModuleReport, ScaleReport, log};
 use crate::solver::{Target, rtn};
 use crate::statistics::{InputSquares, Statistics, is_output_cheaper};
 use crate::{Error, QuantizedWeight, Result};
+use following::{Following, Leading};
 use inputs::{Shared, Summing};
 pub use scaled::ScaleSearch;
 use serde::{Deserialize, Serialize};
@@ -41,7 +47,6 @@ use stage::Stage;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Instant;
-pub use streams::BATCH_TOKENS;
 use streams::{Streams, Weighing};
 
 /// What happens around a run.
@@ -101,6 +106,9 @@ pub struct LayerOutcome {
     /// Token weights of a few samples, where the sink wants them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub kept_weights: Vec<KeptWeights>,
+    /// What ranks sent each other for it, all together.
+    #[serde(default)]
+    pub bytes_exchanged: u64,
     /// Wall time per stage in seconds.
     pub seconds: BTreeMap<String, f64>,
 }
@@ -165,8 +173,43 @@ pub fn quantize(
     observer: &dyn Observer,
     sink: &mut dyn LayerSink,
 ) -> Result<Vec<LayerOutcome>> {
-    let search = ScaleSearch::of(recipe, model, &calibration, observer)?;
-    quantize_with(model, calibration, recipe, search.as_ref(), observer, sink)
+    quantize_among(&Alone, model, calibration, recipe, observer, Some(sink))
+}
+
+/// As [`quantize`], by several ranks: each gives its share of the samples, all give the same model and
+/// recipe, and rank 0 alone gives a sink. What comes out depends on the number of shards
+/// ([`crate::shards`]), not on that of ranks.
+///
+/// # Errors
+/// As [`quantize`]; [`Error::Rank`] if another rank is lost or ends the run.
+pub fn quantize_among(
+    communicator: &dyn Communicator,
+    model: &ModelSource,
+    calibration: CalibrationSet,
+    recipe: &Recipe,
+    observer: &dyn Observer,
+    sink: Option<&mut dyn LayerSink>,
+) -> Result<Vec<LayerOutcome>> {
+    let search = ScaleSearch::of(recipe, model, &calibration, communicator, observer)?;
+    let kept = sink.as_ref().and_then(|sink| sink.kept_samples());
+    let kept_samples = communicator.broadcast_value(|| Ok(kept))?;
+    let mut leading;
+    let mut following;
+    let sink: &mut dyn LayerSink = match sink {
+        Some(sink) => {
+            leading = Leading { sink, communicator };
+            &mut leading
+        }
+        None => {
+            following = Following {
+                kept_samples,
+                communicator,
+            };
+            &mut following
+        }
+    };
+    let among = (communicator, observer);
+    layers(model, calibration, recipe, search.as_ref(), among, sink)
 }
 
 /// As [`quantize`], with scales of input channels searched for as `search` says, and linears
@@ -182,10 +225,21 @@ pub fn quantize_with(
     observer: &dyn Observer,
     sink: &mut dyn LayerSink,
 ) -> Result<Vec<LayerOutcome>> {
+    layers(model, calibration, recipe, search, (&Alone, observer), sink)
+}
+
+fn layers(
+    model: &ModelSource,
+    calibration: CalibrationSet,
+    recipe: &Recipe,
+    search: Option<&ScaleSearch>,
+    (communicator, observer): (&dyn Communicator, &dyn Observer),
+    sink: &mut dyn LayerSink,
+) -> Result<Vec<LayerOutcome>> {
     recipe.check()?;
     recipe.check_shared(&model.modules())?;
     search.map_or(Ok(()), |_| ScaleSearch::check(model))?;
-    if recipe.needs_calibration() && calibration.samples.is_empty() {
+    if recipe.needs_calibration() && calibration.n_sequences() == 0 {
         return Err(Error::Invalid {
             what: "calibration".into(),
             why: format!("{} needs samples, none given", recipe.method.name()),
@@ -195,9 +249,10 @@ pub fn quantize_with(
     let schemes = modules.filter_map(|m| recipe.scheme_of(&m.name));
     let with_full = recipe.needs_full_stream(&schemes.collect::<Vec<Scheme>>());
     let end_loss = recipe.importance.filter(ImportanceSettings::is_end_loss);
-    let of_end = |settings| end_loss::importance(model, &calibration, settings, observer);
+    let of_end =
+        |settings| end_loss::importance(model, &calibration, settings, communicator, observer);
     let end_loss = end_loss.map(of_end).transpose()?;
-    let mut streams = Streams::new(calibration, model.decoder(), with_full)?;
+    let mut streams = Streams::new(calibration, model.decoder(), with_full, communicator)?;
     let n_layers = model.decoder().n_layers;
     let mut outcomes = Vec::new();
     for layer_idx in 0..n_layers {
@@ -205,12 +260,14 @@ pub fn quantize_with(
         let mut run = Run {
             model,
             recipe,
+            communicator,
             observer,
             layer_idx,
             modules: model.layer_modules(layer_idx),
             source: model.layer_source(layer_idx),
             end_loss: end_loss.as_ref().and_then(|layers| layers.get(layer_idx)),
             kept_samples: sink.kept_samples(),
+            bytes_before: communicator.bytes_sent(),
             outcome: LayerOutcome::default(),
         };
         let finished = sink.finished(layer_idx)?;
@@ -230,6 +287,7 @@ pub fn quantize_with(
             }
             (None, None) => run.nearest_layer(sink)?,
         }
+        run.count_bytes(was_finished)?;
         log::layer(layer_idx, &run.outcome, was_finished);
         outcomes.push(run.outcome);
     }
@@ -240,6 +298,7 @@ pub fn quantize_with(
 struct Run<'a> {
     model: &'a ModelSource,
     recipe: &'a Recipe,
+    communicator: &'a dyn Communicator,
     observer: &'a dyn Observer,
     layer_idx: usize,
     modules: Vec<Module>,
@@ -248,6 +307,8 @@ struct Run<'a> {
     end_loss: Option<&'a LayerImportance>,
     /// As [`LayerSink::kept_samples`].
     kept_samples: Option<Vec<usize>>,
+    /// What this rank had sent when the layer began.
+    bytes_before: u64,
     outcome: LayerOutcome,
 }
 
@@ -265,7 +326,7 @@ pub(crate) const GROUPS_AT_ONCE: usize = 16;
 impl Run<'_> {
     /// Takes both streams through a layer that is solved already: the same products of the same
     /// numbers as when it was solved, so that the next layer sees the same bits.
-    fn finished_layer(&mut self, finished: FinishedLayer, streams: &mut Streams) -> Result<()> {
+    fn finished_layer(&mut self, finished: FinishedLayer, streams: &mut Streams<'_>) -> Result<()> {
         let (mut pair, _) = self.begin(streams, None)?;
         let solved = finished.weights.iter();
         let solved = solved.map(|(name, weight)| (name.as_str(), weight));
@@ -285,7 +346,11 @@ impl Run<'_> {
         Ok(())
     }
 
-    fn calibrated_layer(&mut self, streams: &mut Streams, sink: &mut dyn LayerSink) -> Result<()> {
+    fn calibrated_layer(
+        &mut self,
+        streams: &mut Streams<'_>,
+        sink: &mut dyn LayerSink,
+    ) -> Result<()> {
         let local = self.recipe.importance.filter(|_| self.end_loss.is_none());
         let (mut pair, importance) = self.begin(streams, local)?;
         let importance = importance.as_ref().or(self.end_loss);
@@ -298,18 +363,30 @@ impl Run<'_> {
             };
             for some in shared.chunks_mut(GROUPS_AT_ONCE) {
                 self.timed("load", |run| run.load_outputs(some))?;
+                let teams = self.teams(some);
                 let sums = self.timed("statistics", |_| {
-                    streams.accumulate(stage, &pair.full, some, summing)
+                    streams.accumulate(stage, &pair.full, (some, &teams), summing)
                 })?;
                 some.iter_mut().for_each(|group| group.at_output = None);
-                for (group, summed) in some.iter().zip(sums) {
+                let of_group = some.iter().zip(&sums);
+                for (group, summed) in of_group.filter_map(|(g, s)| Some((g, s.as_ref()?))) {
                     self.show(group, &summed.statistics, importance);
-                    self.solve_group(&group.modules, summed, &mut pair.quantized, sink)?;
                 }
+                self.solve_groups(some, &teams, sums, &mut pair.quantized, sink)?;
             }
         }
         self.end(pair, streams)?;
         self.timed("write", |run| sink.layer(run.layer_idx, &run.outcome))
+    }
+
+    /// What all ranks sent each other for a layer.
+    fn count_bytes(&mut self, was_finished: bool) -> Result<()> {
+        if !self.communicator.is_alone() && !was_finished {
+            let own = self.communicator.bytes_sent() - self.bytes_before;
+            let all = self.communicator.all_gather_value(&own)?;
+            self.outcome.bytes_exchanged = all.iter().sum();
+        }
+        Ok(())
     }
 
     fn show(&self, group: &Shared, statistics: &Statistics, importance: Option<&LayerImportance>) {
@@ -327,7 +404,7 @@ impl Run<'_> {
     /// Takes F through attention, and gives the importance of tokens.
     fn begin(
         &mut self,
-        streams: &mut Streams,
+        streams: &mut Streams<'_>,
         importance: Option<ImportanceSettings>,
     ) -> Result<(Pair, Option<LayerImportance>)> {
         let needed = match importance {
@@ -381,7 +458,7 @@ impl Run<'_> {
     }
 
     /// Walks both streams to a stage. What was not quantized goes as it was.
-    fn enter(&mut self, stage: Stage, pair: &mut Pair, streams: &mut Streams) -> Result<()> {
+    fn enter(&mut self, stage: Stage, pair: &mut Pair, streams: &mut Streams<'_>) -> Result<()> {
         self.check_cancelled()?;
         let crossed = stage.crossed(&self.modules);
         self.timed("load", |run| {
@@ -399,7 +476,7 @@ impl Run<'_> {
         Ok(())
     }
 
-    fn end(&mut self, mut pair: Pair, streams: &mut Streams) -> Result<()> {
+    fn end(&mut self, mut pair: Pair, streams: &mut Streams<'_>) -> Result<()> {
         let down: Vec<Slot> = Stage::Down.modules(&self.modules).map(|m| m.slot).collect();
         let layer_idx = self.layer_idx;
         self.timed("load", |run| {

@@ -3,49 +3,32 @@
 //! Everything that can be wrong is looked at before any work: names, group sizes, samples, the
 //! place of the output.
 
+mod journaled;
+mod ranks;
+mod samples;
+
+pub use samples::{Division, SampleChoice, load_samples, load_share};
+
 use crate::allocation::allocate;
-use crate::calibration::{self, CalibrationSample, CalibrationSet};
-use crate::checkpoint::Checkpoint;
-use crate::checkpoint::write::MAX_SHARD_BYTES;
-use crate::conversion::{base_card, export_gguf, folder_name};
-use crate::dataset::{Sample, SampleSet};
-use crate::export::gguf::imatrix_file;
-use crate::export::{Exported, Exporter, Format, ModulePlan};
-use crate::families::{open_model, open_processor};
-use crate::gguf::IMATRIX_FILE;
-use crate::hidden_states::Store;
-use crate::journal::{Fingerprint, Journal, LayerWriter, Resume};
-use crate::memory::plan_memory;
-use crate::model::{ChangedTensor, ModelSource, Module};
-use crate::pipeline::{self, FinishedLayer, LayerOutcome, LayerSink, Observer, ScaleSearch};
+use crate::calibration::{CalibrationSample, CalibrationSet};
+use crate::conversion::folder_name;
+use crate::distributed::{Alone, Communicator};
+use crate::export::{Exported, Format, ModulePlan};
+use crate::families::open_processor;
+use crate::journal::{Fingerprint, Journal, Resume};
+use crate::model::ModelSource;
+use crate::pipeline::{self, LayerSink, Observer, ScaleSearch};
 use crate::recipe::Recipe;
-use crate::report::card::{CARD_FILE, Card};
-use crate::report::importance::{
-    self, ImportanceFile, KeptWeights, ShownSample, kept_samples, shown_samples,
-};
-use crate::report::page::{PAGE_FILE, Page};
+use crate::report::importance::{kept_samples, shown_samples};
 use crate::report::{
-    CalibrationReport, Deviation, OutputReport, RunReport, SCHEMA, SourceReport, peak_memory_bytes,
+    CalibrationReport, Deviation, RunReport, SCHEMA, SourceReport, peak_memory_bytes,
 };
-use crate::tuning::{self, TuningReport};
-use crate::{Error, QuantizedWeight, Result};
-use candle_core::Device;
+use crate::{Error, Result};
+use journaled::{Journaled, Pictures, open_exporter};
+use ranks::agree;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::time::Instant;
-
-/// Which samples to calibrate on.
-#[derive(Clone, Debug)]
-pub struct SampleChoice {
-    /// All there are.
-    pub set: SampleSet,
-    /// How many of them.
-    pub n_samples: usize,
-    /// Seed of the choice.
-    pub seed: u64,
-    /// Raw texts are read in pieces of at most so many tokens.
-    pub max_tokens: usize,
-}
 
 /// What a run does otherwise than another of the same result.
 #[derive(Clone, Debug)]
@@ -54,6 +37,9 @@ pub struct RunOptions {
     pub format: Format,
     /// What to do about the layers of an earlier run.
     pub resume: Resume,
+    /// In how many shards samples are summed up ([`crate::shards`]). As many as an earlier run has
+    /// finished layers with, else as there are ranks, if absent.
+    pub n_shards: Option<usize>,
     /// Bytes of memory to stay below, as far as it can be: hidden states that do not fit go to disk.
     pub memory_bytes: u64,
     /// Whether to leave the importance matrix for llama.cpp beside the model.
@@ -123,17 +109,73 @@ pub fn quantize_folder(
     options: RunOptions,
     observer: &dyn Observer,
 ) -> Result<(RunReport, Exported)> {
+    lead(&Alone, model, recipe, choice, output, options, observer)
+}
+
+/// As [`quantize_folder`], by several ranks, of which the first alone writes, and alone has something
+/// to tell. All must be given the same.
+///
+/// # Errors
+/// As there; [`Error::Rank`] if another rank is lost, ends the run or was started otherwise;
+/// [`Error::Unsupported`] for a recipe that tunes scales.
+pub fn quantize_folder_among(
+    communicator: &dyn Communicator,
+    model: &ModelSource,
+    recipe: &Recipe,
+    choice: Option<&SampleChoice>,
+    output: &Path,
+    options: RunOptions,
+    observer: &dyn Observer,
+) -> Result<Option<(RunReport, Exported)>> {
+    if recipe.tuning().is_some() && !communicator.is_alone() {
+        let what = "tuning of scales by several ranks; start one, or leave the tuning out";
+        return Err(Error::Unsupported { what: what.into() });
+    }
+    match communicator.rank() {
+        0 => lead(
+            communicator,
+            model,
+            recipe,
+            choice,
+            output,
+            options,
+            observer,
+        )
+        .map(Some),
+        _ => {
+            let memory_bytes = options.memory_bytes;
+            follow(communicator, model, recipe, choice, memory_bytes, observer).map(|()| None)
+        }
+    }
+}
+
+/// Rank 0's way.
+fn lead(
+    communicator: &dyn Communicator,
+    model: &ModelSource,
+    recipe: &Recipe,
+    choice: Option<&SampleChoice>,
+    output: &Path,
+    options: RunOptions,
+    observer: &dyn Observer,
+) -> Result<(RunReport, Exported)> {
     let began = Instant::now();
     let mut plan = module_plan(model, recipe)?;
     check_imatrix(recipe, &options)?;
     let journal = Journal::open(output, options.resume)?;
     let mut exporter = open_exporter(model, &plan, &journal, options.format)?;
     check_copied(model, &plan)?;
+    agree(communicator, model, recipe, &plan, choice)?;
+    let n_shards = || journal.n_shards(options.n_shards, communicator.n_ranks());
+    let division = Division {
+        n_shards: communicator.broadcast_value(n_shards)?,
+        communicator,
+    };
     let checked = began.elapsed().as_secs_f64();
-    let memory_bytes = options.memory_bytes;
-    let set = load_samples(model, recipe, choice, memory_bytes, journal.dir(), observer)?;
+    let room = (options.memory_bytes, journal.dir());
+    let set = load_share(model, recipe, choice, division, room, observer)?;
     let prepared = began.elapsed().as_secs_f64();
-    let allocated = allocate(model, recipe, &set, observer)?;
+    let allocated = allocate(model, recipe, &set, (communicator, observer))?;
     let recipe = allocated.recipe.as_ref();
     if allocated.report.is_some() {
         // Those before were of the formats that were to be expected.
@@ -141,11 +183,14 @@ pub fn quantize_folder(
         drop(exporter);
         exporter = open_exporter(model, &plan, &journal, options.format)?;
     }
-    journal.bind(&fingerprint(recipe, &plan, &set)?)?;
-    let mut report = begun_report(model, recipe, choice, &set, &options);
+    journal.bind(&fingerprint(recipe, &plan, &set, communicator)?)?;
+    let mut report = begun_report(model, recipe, &options);
+    let all = communicator.all_gather_value(&token_counts(&set.samples))?;
+    report.calibration = calibration_report(recipe, choice, &set, all);
     report.n_resumed_layers = journal.n_finished()?;
     report.allocation = allocated.report;
     report.seconds = preparation_seconds(checked, prepared, set.seconds);
+    report.ranks = division.report();
     let mut sink = Journaled {
         model,
         exporter,
@@ -154,7 +199,8 @@ pub fn quantize_folder(
         kept: recipe.tuning().map(|_| Vec::new()),
         pictures: pictures(model, recipe, choice, &set, &options)?,
     };
-    let layers = pipeline::quantize(model, set, recipe, observer, &mut sink)?;
+    let some = Some(&mut sink as &mut dyn LayerSink);
+    let layers = pipeline::quantize_among(communicator, model, set, recipe, observer, some)?;
     if options.imatrix {
         sink.write_imatrix(&layers, &report)?;
     }
@@ -165,7 +211,7 @@ pub fn quantize_folder(
         }
         report.add_layer(layer);
     }
-    report.add_tuning(sink.tune(recipe, choice, memory_bytes, observer)?);
+    report.add_tuning(sink.tune(recipe, choice, options.memory_bytes, observer)?);
     let total = began.elapsed().as_secs_f64();
     report.seconds.insert("total".into(), total);
     report.peak_memory_bytes = peak_memory_bytes();
@@ -173,15 +219,41 @@ pub fn quantize_folder(
     Ok((report, exported))
 }
 
-/// What is known of a run before its first layer.
-fn begun_report(
+/// The way of every other rank: the same steps, of which nothing is kept. Hidden states that do not
+/// fit into memory go to a file among the system's temporary ones.
+fn follow(
+    communicator: &dyn Communicator,
     model: &ModelSource,
     recipe: &Recipe,
     choice: Option<&SampleChoice>,
-    set: &CalibrationSet,
-    options: &RunOptions,
-) -> RunReport {
-    let calibration = choice.filter(|_| recipe.needs_calibration());
+    memory_bytes: u64,
+    observer: &dyn Observer,
+) -> Result<()> {
+    let plan = module_plan(model, recipe)?;
+    agree(communicator, model, recipe, &plan, choice)?;
+    let division = Division {
+        n_shards: communicator.broadcast_value(|| Ok(1))?,
+        communicator,
+    };
+    let dir = std::env::temp_dir();
+    let set = load_share(
+        model,
+        recipe,
+        choice,
+        division,
+        (memory_bytes, &dir),
+        observer,
+    )?;
+    let allocated = allocate(model, recipe, &set, (communicator, observer))?;
+    let recipe = allocated.recipe.as_ref();
+    let plan = module_plan(model, recipe)?;
+    fingerprint(recipe, &plan, &set, communicator)?;
+    communicator.all_gather_value(&token_counts(&set.samples))?;
+    pipeline::quantize_among(communicator, model, set, recipe, observer, None).map(drop)
+}
+
+/// What is known of a run before its first layer.
+fn begun_report(model: &ModelSource, recipe: &Recipe, options: &RunOptions) -> RunReport {
     RunReport {
         schema: SCHEMA,
         vlmq: env!("CARGO_PKG_VERSION").into(),
@@ -189,7 +261,6 @@ fn begun_report(
         command: options.command.clone(),
         source: Some(source_report(model)),
         settings: settings(recipe),
-        calibration: calibration.map(|c| calibration_report(c, &set.samples)),
         deviations: idle_rules(model, recipe),
         ..RunReport::default()
     }
@@ -215,7 +286,7 @@ fn pictures(
         let kept = kept_samples(&set.samples);
         pictures.samples =
             shown_samples(&processor, &chosen, &set.samples, &kept, choice.max_tokens)?;
-        pictures.kept = kept;
+        pictures.kept = kept.iter().map(|i| set.samples[*i].index).collect();
     }
     Ok(Some(pictures))
 }
@@ -249,228 +320,6 @@ fn check_imatrix(recipe: &Recipe, options: &RunOptions) -> Result<()> {
     })
 }
 
-/// Turns the finished folder of codes in the journal into the output; returns the bytes of tensors.
-fn write_gguf(journal: &Journal, output: &Path) -> Result<u64> {
-    let codes = Checkpoint::open(&journal.codes())?;
-    let model = open_model(codes, Device::Cpu)?;
-    let written = export_gguf(&model, output, None)?;
-    let files = [Some(written.model), written.mmproj];
-    Ok(files.iter().flatten().map(|file| file.tensor_bytes).sum())
-}
-
-/// The card of the output, beside that of the model it is made of.
-fn write_card(
-    exporter: &Exporter,
-    model: &ModelSource,
-    plan: &[ModulePlan],
-    format: Format,
-    report: &RunReport,
-    output: &Path,
-) -> Result<()> {
-    let card = Card {
-        name: &folder_name(output),
-        source: model.checkpoint(),
-        decoder: model.decoder(),
-        plan,
-        format,
-        report: Some(report),
-        evaluation: None,
-    };
-    exporter.write_file(CARD_FILE, card.text().as_bytes())?;
-    match base_card(model.checkpoint(), false)? {
-        Some((name, bytes)) => exporter.write_file(&name, &bytes),
-        None => Ok(()),
-    }
-}
-
-/// The output folder in the making, in the journal's hands.
-fn open_exporter<'a>(
-    model: &'a ModelSource,
-    plan: &[ModulePlan],
-    journal: &Journal,
-    format: Format,
-) -> Result<Exporter<'a>> {
-    let pending = match format == format.folder() {
-        true => journal.pending()?,
-        false => journal.pending_codes()?,
-    };
-    let format = format.folder();
-    Exporter::create(model.checkpoint(), format, plan, pending, MAX_SHARD_BYTES)
-}
-
-/// Modules go to the output folder and to the journal at once.
-struct Journaled<'a> {
-    model: &'a ModelSource,
-    exporter: Exporter<'a>,
-    journal: Journal,
-    /// The layer at work.
-    layer: Option<LayerWriter>,
-    /// All modules, where their scales are going to be tuned before they go to the folder.
-    kept: Option<Vec<(Module, QuantizedWeight)>>,
-    /// Where the report is to be a page too.
-    pictures: Option<Pictures>,
-}
-
-/// What the pictures of the report are made of.
-#[derive(Default)]
-struct Pictures {
-    /// Places of the samples among all.
-    kept: Vec<usize>,
-    samples: Vec<ShownSample>,
-    layers: Vec<Vec<KeptWeights>>,
-}
-
-impl Pictures {
-    fn into_file(self) -> Option<ImportanceFile> {
-        (!self.samples.is_empty()).then_some(ImportanceFile {
-            schema: importance::SCHEMA,
-            samples: self.samples,
-            layers: self.layers,
-        })
-    }
-}
-
-impl Journaled<'_> {
-    fn export(&mut self, module: &Module, weight: &QuantizedWeight) -> Result<()> {
-        match &mut self.kept {
-            Some(kept) => {
-                kept.push((module.clone(), weight.clone()));
-                Ok(())
-            }
-            None => self.exporter.write_module(&module.name, weight),
-        }
-    }
-
-    /// Tunes the scales of all modules, where the recipe says so, and writes them. The samples,
-    /// which the layers used up, are made again; the journal keeps the untuned layers, so a run that
-    /// is ended here comes back to here.
-    fn tune(
-        &mut self,
-        recipe: &Recipe,
-        choice: Option<&SampleChoice>,
-        memory_bytes: u64,
-        observer: &dyn Observer,
-    ) -> Result<Option<TuningReport>> {
-        let (Some(settings), Some(weights)) = (recipe.tuning(), self.kept.take()) else {
-            return Ok(None);
-        };
-        let dir = self.journal.dir();
-        let choice = choice.map(|choice| settings.choice(choice));
-        let choice = choice.as_ref();
-        let set = load_samples(self.model, recipe, choice, memory_bytes, dir, observer)?;
-        let tuned = tuning::tune(self.model, &set, weights, settings, observer)?;
-        for (module, weight) in &tuned.weights {
-            self.exporter.write_module(&module.name, weight)?;
-        }
-        Ok(Some(tuned.report))
-    }
-}
-
-impl Journaled<'_> {
-    /// Leaves the importance of input columns beside the model.
-    fn write_imatrix(&self, layers: &[LayerOutcome], report: &RunReport) -> Result<()> {
-        let squares = layers.iter().flat_map(|layer| &layer.input_squares);
-        let n_sequences = report.calibration.as_ref().map_or(0, |c| c.n_sequences);
-        let prefix = self.model.decoder_prefix();
-        let bytes = imatrix_file(prefix, squares, "calibration", n_sequences)?;
-        self.exporter.write_file(IMATRIX_FILE, &bytes)
-    }
-
-    /// Adds report and card, and gives the output its name.
-    fn finish(
-        mut self,
-        plan: &[ModulePlan],
-        format: Format,
-        report: &mut RunReport,
-        output: &Path,
-    ) -> Result<Exported> {
-        let folder = folder_name(output);
-        report.output = Some(OutputReport {
-            format: format.name().into(),
-            tensor_bytes: self.exporter.tensor_bytes(),
-        });
-        let (name, bytes) = report.to_file();
-        self.exporter.write_file(&name, &bytes)?;
-        if let Some(pictures) = self.pictures.take() {
-            let importance = pictures.into_file();
-            let page = Page::new(&folder, report, importance.as_ref());
-            self.exporter
-                .write_file(PAGE_FILE, page.html().as_bytes())?;
-            if let Some((name, bytes)) = importance.map(|file| file.to_file()) {
-                self.exporter.write_file(&name, &bytes)?;
-            }
-        }
-        write_card(&self.exporter, self.model, plan, format, report, output)?;
-        let mut exported = self.exporter.finish()?;
-        if format == Format::Gguf {
-            exported.tensor_bytes = write_gguf(&self.journal, output)?;
-            let written = report.output.as_mut();
-            written
-                .into_iter()
-                .for_each(|w| w.tensor_bytes = exported.tensor_bytes);
-        }
-        self.journal.discard()?;
-        Ok(exported)
-    }
-
-    /// The file of the layer at work.
-    fn layer_writer(&mut self, layer_idx: usize) -> Result<&mut LayerWriter> {
-        match &mut self.layer {
-            Some(layer) => Ok(layer),
-            none => {
-                let path = self.journal.layer_path(layer_idx);
-                Ok(none.insert(LayerWriter::create(path)?))
-            }
-        }
-    }
-}
-
-impl LayerSink for Journaled<'_> {
-    fn finished(&mut self, layer_idx: usize) -> Result<Option<FinishedLayer>> {
-        let digest = || self.model.layer_digest(layer_idx);
-        let Some(layer) = self.journal.finished(layer_idx, digest)? else {
-            return Ok(None);
-        };
-        let modules = self.model.layer_modules(layer_idx);
-        for (name, weight) in &layer.weights {
-            let module = modules.iter().find(|module| module.name == *name);
-            let module = module.ok_or_else(|| Error::Missing {
-                what: name.clone(),
-                place: format!("layer {layer_idx} of the model"),
-            })?;
-            self.export(module, weight)?;
-        }
-        for (name, values) in &layer.tensors {
-            self.exporter.write_tensor(name, values)?;
-        }
-        Ok(Some(layer))
-    }
-
-    fn kept_samples(&self) -> Option<Vec<usize>> {
-        let pictures = self.pictures.as_ref()?;
-        Some(pictures.kept.clone())
-    }
-
-    fn module(&mut self, module: &Module, weight: &QuantizedWeight) -> Result<()> {
-        let layer = self.layer_writer(module.layer_idx)?;
-        layer.module(&module.name, weight)?;
-        self.export(module, weight)
-    }
-
-    fn tensor(&mut self, tensor: &ChangedTensor) -> Result<()> {
-        let layer = self.layer_writer(tensor.layer_idx)?;
-        layer.tensor(&tensor.name, &tensor.values);
-        self.exporter.write_tensor(&tensor.name, &tensor.values)
-    }
-
-    fn layer(&mut self, layer_idx: usize, outcome: &LayerOutcome) -> Result<()> {
-        let path = self.journal.layer_path(layer_idx);
-        let layer = self.layer.take();
-        let layer = layer.map_or_else(|| LayerWriter::create(path), Ok)?;
-        layer.finish(layer_idx, &self.model.layer_digest(layer_idx)?, outcome)
-    }
-}
-
 /// Wall time before the first layer: until all was `checked`, and then by what the threads did.
 fn preparation_seconds(checked: f64, prepared: f64, threads: [f64; 2]) -> BTreeMap<String, f64> {
     let samples = prepared - checked;
@@ -482,12 +331,18 @@ fn preparation_seconds(checked: f64, prepared: f64, threads: [f64; 2]) -> BTreeM
     ])
 }
 
-fn fingerprint(recipe: &Recipe, plan: &[ModulePlan], set: &CalibrationSet) -> Result<Fingerprint> {
+fn fingerprint(
+    recipe: &Recipe,
+    plan: &[ModulePlan],
+    set: &CalibrationSet,
+    communicator: &dyn Communicator,
+) -> Result<Fingerprint> {
     let settings = blake3::hash(format!("{recipe:?} {plan:?}").as_bytes());
     Ok(Fingerprint {
         vlmq: env!("CARGO_PKG_VERSION").into(),
         settings: settings.to_string(),
-        samples: set.digest()?,
+        samples: set.digest(communicator)?,
+        n_shards: set.shards.ranges().len().max(1),
     })
 }
 
@@ -512,57 +367,33 @@ fn check_copied(model: &ModelSource, plan: &[ModulePlan]) -> Result<()> {
         .try_for_each(|name| checkpoint.check_finite(name))
 }
 
-/// The samples of a run, ready for the first layer; none for a method without calibration. Of their
-/// hidden states, those that do not fit into `memory_bytes` with the rest of the work go to a file
-/// in `dir`.
-///
-/// # Errors
-/// [`Error::Missing`] if the method needs samples and no choice is given; else as
-/// [`calibration::prepare`].
-pub fn load_samples(
-    model: &ModelSource,
-    recipe: &Recipe,
-    choice: Option<&SampleChoice>,
-    memory_bytes: u64,
-    dir: &Path,
-    observer: &dyn Observer,
-) -> Result<CalibrationSet> {
-    if !recipe.needs_calibration() {
-        return Ok(CalibrationSet::none());
-    }
-    let choice = choice.ok_or_else(|| Error::Missing {
-        what: "--calibration DATA".into(),
-        place: format!("the arguments; {} needs samples", recipe.method.name()),
-    })?;
-    let processor = open_processor(model.checkpoint().dir())?;
-    let chosen: Vec<&Sample> = choice.set.choose(choice.n_samples, choice.seed)?;
-    if let Some(tuning) = recipe.tuning() {
-        // All that scales will be tuned on must be there before the first layer.
-        let all = tuning.choice(choice);
-        all.set.choose(all.n_samples, all.seed)?;
-    }
-    let max_tokens = choice.max_tokens;
-    let n_tokens = calibration::count_tokens(&processor, &chosen, max_tokens)?;
-    let plan = plan_memory(model, recipe, &n_tokens);
-    let store = Store::new(plan.room(memory_bytes), dir, &Device::Cpu);
-    let tower = model.load_tower()?;
-    let tower = tower.as_ref();
-    calibration::prepare(
-        model, tower, &processor, &chosen, max_tokens, store, observer,
-    )
-}
-
-fn calibration_report(choice: &SampleChoice, samples: &[CalibrationSample]) -> CalibrationReport {
+/// Tokens by class.
+fn token_counts(samples: &[CalibrationSample]) -> BTreeMap<String, u64> {
     let mut n_tokens = BTreeMap::new();
     for class in samples.iter().flat_map(|s| &s.classes) {
         *n_tokens.entry(class.name().to_owned()).or_insert(0) += 1;
     }
-    CalibrationReport {
+    n_tokens
+}
+
+/// Of what all ranks have counted.
+fn calibration_report(
+    recipe: &Recipe,
+    choice: Option<&SampleChoice>,
+    set: &CalibrationSet,
+    counts: Vec<BTreeMap<String, u64>>,
+) -> Option<CalibrationReport> {
+    let choice = choice.filter(|_| recipe.needs_calibration())?;
+    let mut n_tokens = BTreeMap::new();
+    for (class, n) in counts.into_iter().flatten() {
+        *n_tokens.entry(class).or_insert(0) += n;
+    }
+    Some(CalibrationReport {
         n_samples: choice.n_samples,
-        n_sequences: samples.len(),
+        n_sequences: set.n_sequences(),
         seed: choice.seed,
         n_tokens,
-    }
+    })
 }
 
 /// Every setting. The solver's are all of them, as they are told by it.

@@ -18,6 +18,7 @@
 //!
 //! Source: arXiv:2508.03351 (token weights), arXiv:2504.02692 (C, there "dXXT"). S is ours.
 
+pub(crate) mod bands;
 mod bf16;
 mod single;
 

@@ -8,6 +8,7 @@ pub mod paired;
 
 use crate::allocation::{AllocationReport, allocate};
 use crate::calibration::CalibrationSet;
+use crate::distributed::Alone;
 use crate::eval::{
     AnswerScore, Divergence, EvalItem, Reference, Task, TaskItems, TextReference, TextScore,
     perplexity, score_answers, score_texts,
@@ -500,7 +501,7 @@ pub fn quantize_in_memory(
     samples: RunSamples,
     observer: &dyn Observer,
 ) -> Result<QuantizedLayers> {
-    let allocated = allocate(model, recipe, &samples.layers, observer)?;
+    let allocated = allocate(model, recipe, &samples.layers, (&Alone, observer))?;
     let recipe = allocated.recipe.as_ref();
     let n_layers = model.decoder().n_layers;
     let layers = (0..n_layers)

@@ -19,6 +19,7 @@ mod knapsack;
 mod sensitivity;
 
 use crate::calibration::CalibrationSet;
+use crate::distributed::Communicator;
 use crate::model::{ModelSource, Module, Projection, Slot};
 use crate::pipeline::Observer;
 use crate::plan::{Bits, Scheme};
@@ -138,7 +139,7 @@ pub fn allocate<'a>(
     model: &ModelSource,
     recipe: &'a Recipe,
     set: &CalibrationSet,
-    observer: &dyn Observer,
+    among: (&dyn Communicator, &dyn Observer),
 ) -> Result<Allocated<'a>> {
     let Bits::Mean(mean) = recipe.bits() else {
         return Ok(Allocated {
@@ -149,7 +150,7 @@ pub fn allocate<'a>(
     let began = Instant::now();
     let groups = groups(model, recipe);
     let budget = budget(model, recipe, mean)?;
-    let losses = sensitivity::losses(model, recipe, set, &groups, observer)?;
+    let losses = sensitivity::losses(model, recipe, set, &groups, among)?;
     let items = groups.iter().zip(&losses);
     let items = items.map(|(group, losses)| Item {
         n_weights: group.n_weights(),

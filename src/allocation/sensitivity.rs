@@ -2,6 +2,7 @@
 
 use super::{AllocationBy, Group, schemes};
 use crate::calibration::{CalibrationSample, CalibrationSet};
+use crate::distributed::Communicator;
 use crate::importance::backward::{AttentionPass, LayerGradients};
 use crate::importance::end_loss::{carried_back, sum};
 use crate::importance::sides::Sides;
@@ -18,6 +19,7 @@ use crate::{Error, Result};
 use candle_core::Tensor;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
 
 const N_WIDTHS: usize = Bits::SHARED.len();
 
@@ -37,7 +39,7 @@ pub(super) fn losses(
     recipe: &Recipe,
     set: &CalibrationSet,
     groups: &[Group],
-    observer: &dyn Observer,
+    among: (&dyn Communicator, &dyn Observer),
 ) -> Result<Vec<[f64; N_WIDTHS]>> {
     let settings = recipe.allocation;
     let by_size = |weight: f64, group: &Group| {
@@ -45,9 +47,7 @@ pub(super) fn losses(
         std::array::from_fn(|width| loss * PER_BIT.powi(width as i32))
     };
     match settings.by {
-        AllocationBy::Answer | AllocationBy::Output => {
-            measured(model, recipe, set, groups, observer)
-        }
+        AllocationBy::Answer | AllocationBy::Output => measured(model, recipe, set, groups, among),
         AllocationBy::Ends => {
             let last = model.decoder().n_layers - 1;
             let weight = |group: &Group| match [0, last].contains(&group.layer_idx) {
@@ -75,7 +75,7 @@ struct Errors {
 }
 
 /// Sums over tokens and channels of one linear.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy, Default, Serialize, Deserialize)]
 struct Sums {
     /// By width.
     losses: [f64; N_WIDTHS],
@@ -88,10 +88,12 @@ fn measured(
     recipe: &Recipe,
     set: &CalibrationSet,
     groups: &[Group],
-    observer: &dyn Observer,
+    among: (&dyn Communicator, &dyn Observer),
 ) -> Result<Vec<[f64; N_WIDTHS]>> {
     let by = recipe.allocation.by;
-    let n_samples = recipe.allocation.samples.min(set.samples.len());
+    let is_used = |sample: &&CalibrationSample| sample.index < recipe.allocation.samples;
+    let own = set.samples.iter().take_while(is_used);
+    let own: Vec<&CalibrationSample> = own.collect();
     let of_layer = |layer_idx: usize| {
         let own = groups
             .iter()
@@ -112,12 +114,17 @@ fn measured(
         let sums = errors.iter().map(|errors| sums(by, errors, &sides));
         sums.collect::<Result<Vec<Sums>>>()
     };
-    let layers = carried_back(model, set, n_samples, observer, begin, see)?;
-    let samples = set.samples[..n_samples].iter();
-    let n_places: usize = samples.map(|s| answer_places(&s.classes).len()).sum();
+    let layers = carried_back(model, set, own.len(), among, begin, see)?;
+    let places = own.iter().map(|s| answer_places(&s.classes).len());
+    let n_places: usize = among.0.all_gather_value(&places.sum())?.iter().sum();
     let mut losses = Vec::new();
-    for (layer_idx, samples) in layers.iter().enumerate() {
-        let mut all = total(samples).into_iter();
+    for (layer_idx, samples) in layers.into_iter().enumerate() {
+        let indices = own.iter().map(|sample| sample.index);
+        let samples: Vec<(usize, Vec<Sums>)> = indices.zip(samples).collect();
+        let mut samples = among.0.all_gather_value(&samples)?.concat();
+        samples.sort_by_key(|(index, _)| *index);
+        let samples: Vec<Vec<Sums>> = samples.into_iter().map(|(_, sums)| sums).collect();
+        let mut all = total(&samples).into_iter();
         for group in groups.iter().filter(|group| group.layer_idx == layer_idx) {
             let own: Vec<Sums> = all.by_ref().take(group.modules.len()).collect();
             losses.push(check(group, of_group(by, &own, n_places))?);

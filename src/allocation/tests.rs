@@ -3,6 +3,7 @@
 use super::*;
 use crate::checkpoint::Checkpoint;
 use crate::dataset::open_samples;
+use crate::distributed::Alone;
 use crate::importance::end_loss::answer_loss;
 use crate::importance::walk::{Sequence, Walk, answer_places};
 use crate::model::linear::matrix_from_tensor;
@@ -99,7 +100,7 @@ fn losses_are_those_of_their_definition() {
         0.5 * sum / n_places as f64
     });
     let groups = groups(&model, &recipe);
-    let found = sensitivity::losses(&model, &recipe, &set, &groups, &Unobserved).unwrap();
+    let found = sensitivity::losses(&model, &recipe, &set, &groups, (&Alone, &Unobserved)).unwrap();
     let at = groups
         .iter()
         .position(|g| g.modules.contains(&module))
@@ -118,7 +119,7 @@ fn every_way_keeps_the_budget_and_fused_linears_together() {
         let mut recipe = recipe(2.3);
         recipe.set(&format!("allocation_by={by}")).unwrap();
         let set = samples(&model, &recipe);
-        let allocated = allocate(&model, &recipe, &set, &Unobserved).unwrap();
+        let allocated = allocate(&model, &recipe, &set, (&Alone, &Unobserved)).unwrap();
         let report = allocated.report.unwrap();
         let AllocationReport {
             groups,
@@ -155,7 +156,7 @@ fn rules_come_first_and_count() {
                  [[rule]]\npattern = 'o_proj$'\ngroup_size = 32\n";
     let recipe = with_rules(&plain, rules);
     let set = samples(&model, &recipe);
-    let allocated = allocate(&model, &recipe, &set, &Unobserved).unwrap();
+    let allocated = allocate(&model, &recipe, &set, (&Alone, &Unobserved)).unwrap();
     let report = allocated.report.unwrap();
     assert_eq!(report.groups.len(), 9);
     assert!(report.code_bits_per_weight <= 2.75);
@@ -168,7 +169,7 @@ fn rules_come_first_and_count() {
         &plain,
         "[[rule]]\npattern = 'up_proj$|down_proj$'\nbits = 4\n",
     );
-    let error = allocate(&model, &greedy, &set, &Unobserved).unwrap_err();
+    let error = allocate(&model, &greedy, &set, (&Alone, &Unobserved)).unwrap_err();
     assert!(matches!(error, Error::Invalid { .. }), "{error}");
 }
 
@@ -181,7 +182,7 @@ fn a_mean_that_nobody_shared_out_is_told() {
     let uniform = Recipe::new(Method::Gptq, scheme);
     uniform.check_shared(&model.modules()).unwrap();
     let none = CalibrationSet::none();
-    let allocated = allocate(&model, &uniform, &none, &Unobserved).unwrap();
+    let allocated = allocate(&model, &uniform, &none, (&Alone, &Unobserved)).unwrap();
     assert!(allocated.report.is_none());
     let nearest = Recipe::new(Method::Rtn, scheme).with_bits(Bits::new(2.5).unwrap());
     assert!(matches!(nearest.check(), Err(Error::Invalid { .. })));
@@ -200,7 +201,7 @@ fn experts_of_a_layer_are_one_group() {
 fn rows_of_a_sweep_tell_what_was_shared_out() {
     let (model, recipe) = (opened(), recipe(2.5));
     let set = samples(&model, &recipe);
-    let allocated = allocate(&model, &recipe, &set, &Unobserved).unwrap();
+    let allocated = allocate(&model, &recipe, &set, (&Alone, &Unobserved)).unwrap();
     let report = allocated.report.unwrap();
     let short = sweep::AllocatedBits::from(report.clone());
     assert_eq!(short.bits.len(), 16);

@@ -12,6 +12,14 @@ pub struct Caller {
 }
 
 impl Caller {
+    /// The same, who is told nothing but errors.
+    pub(super) fn quiet(&self) -> Self {
+        Self {
+            words: self.words.clone(),
+            ear: Ear::Terminal { is_quiet: true },
+        }
+    }
+
     /// Whether a person is told what happens.
     pub(super) fn is_terminal(&self) -> bool {
         matches!(self.ear, Ear::Terminal { .. })

@@ -10,6 +10,7 @@ mod eval;
 mod export;
 mod generate;
 mod inspect;
+mod launch;
 mod log;
 mod pad;
 mod pages;
@@ -24,6 +25,7 @@ mod trace;
 mod verify;
 
 pub use self::caller::{Caller, Done, Failure, Listener, Step};
+pub use self::launch::default_threads;
 
 use self::caller::Ear;
 use crate::Error;

@@ -1,5 +1,6 @@
 //! `vlmq quantize`
 
+use super::launch::{Launch, n_local_ranks};
 use super::progress::Progress;
 use super::summary::summary;
 use super::{Caller, Done, ModelArg, SCHEMA, open_model, tell};
@@ -15,7 +16,7 @@ use crate::plan::{Bits, ScaleDtype, Scheme};
 use crate::processor::MAX_TEXT_TOKENS;
 use crate::recipe::{Method, Recipe};
 use crate::report::free_memory_bytes;
-use crate::run::{RunOptions, SampleChoice, module_plan, quantize_folder};
+use crate::run::{RunOptions, SampleChoice, module_plan, quantize_folder_among};
 use anyhow::Context;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -48,8 +49,13 @@ pub struct Args {
     /// What to do with the layers that an earlier run for the same output finished
     #[arg(long, value_enum, default_value_t)]
     resume: ResumeArg,
+    /// In how many shards the samples are summed up, one after the other; the codes depend on it in
+    /// their last bits, and not on how many ranks share the shards out. As many as an earlier run for
+    /// the same output had, else as there are ranks, if absent
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65536))]
+    shards: Option<u32>,
     /// Memory to stay below, as 8GiB, 900MB or in bytes: hidden states that do not fit go to disk.
-    /// Three quarters of what the system has free if absent
+    /// Three quarters of what the system has free, shared by the ranks of a machine, if absent
     #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
     memory: Option<u64>,
     /// Also write imatrix.gguf, the importance of each linear's input columns as the samples have
@@ -146,7 +152,8 @@ impl RecipeArgs {
 
 impl Args {
     fn memory_bytes(&self) -> u64 {
-        let free = || free_memory_bytes().map(|bytes| bytes / 4 * 3);
+        let n_ranks = n_local_ranks() as u64;
+        let free = || free_memory_bytes().map(|bytes| bytes / 4 * 3 / n_ranks);
         self.memory.or_else(free).unwrap_or(u64::MAX)
     }
 }
@@ -202,22 +209,46 @@ pub fn run(args: &Args, caller: &Caller) -> anyhow::Result<Done> {
         return dry_run(args, &model, &recipe, choice.as_ref());
     }
     let output = args.output.as_deref().context("--output DIR is needed")?;
-    let progress = Progress::start(caller)?;
+    // A program's environment is not about the commands that it gives.
+    let launch = match caller.is_terminal() {
+        true => Launch::from_environment()?,
+        false => Launch::alone(),
+    };
+    let progress = match launch.is_first() {
+        true => Progress::start(caller)?,
+        false => Progress::start(&caller.quiet())?,
+    };
     let options = RunOptions {
         format: args.format,
         resume: args.resume.into(),
         memory_bytes: args.memory_bytes(),
         imatrix: args.imatrix,
         report: args.report,
+        n_shards: args.shards.map(|n| n as usize),
         command: Some(command(&caller.words)),
     };
-    let outcome = quantize_folder(&model, &recipe, choice.as_ref(), output, options, &progress);
+    let outcome = quantize_folder_among(
+        launch.communicator(),
+        &model,
+        &recipe,
+        choice.as_ref(),
+        output,
+        options,
+        &progress,
+    );
     progress.finish();
-    let (report, exported) = outcome.inspect_err(|error| {
+    let tell_kept = |error: &Error| {
         if caller.is_terminal() {
             tell_what_is_kept(error, output);
         }
+    };
+    let outcome = outcome.inspect_err(|error| {
+        launch.end(error, || tell_kept(error));
+        tell_kept(error);
     })?;
+    let Some((report, exported)) = outcome else {
+        return Ok(Done::of_text(String::new()));
+    };
     let json = serde_json::json!({
         "schema": SCHEMA,
         "command": "quantize",
@@ -268,7 +299,8 @@ fn tell_what_is_kept(error: &Error, output: &Path) {
 fn count(args: &Args, choice: &SampleChoice) -> crate::Result<Vec<usize>> {
     let processor = open_processor(&args.model.model)?;
     let chosen = choice.set.choose(choice.n_samples, choice.seed)?;
-    crate::calibration::count_tokens(&processor, &chosen, choice.max_tokens)
+    let n_tokens = crate::calibration::count_tokens(&processor, &chosen, choice.max_tokens)?;
+    Ok(n_tokens.concat())
 }
 
 /// How many modules a mean of bits will be shared out to.

@@ -11,10 +11,11 @@
 //! (MBQ) takes the same gradients by modality. Differs: sums over tokens where they average.
 
 use crate::calibration::{CalibrationSample, CalibrationSet};
+use crate::distributed::Communicator;
 use crate::importance::backward::{AttentionPass, LayerGradients};
 use crate::importance::walk::{Layers, Sequence, Walk, answer_places, together};
 use crate::importance::{
-    ImportanceSettings, LayerImportance, ModalityRatios, SampleFactors, TokenNorm,
+    ImportanceSettings, LayerImportance, ModalityRatios, SampleFactors, TokenNorm, gather_factors,
 };
 use crate::model::decoder::DecoderLayer;
 use crate::model::{Head, ModelSource};
@@ -149,17 +150,21 @@ pub fn importance(
     model: &ModelSource,
     set: &CalibrationSet,
     settings: ImportanceSettings,
+    communicator: &dyn Communicator,
     observer: &dyn Observer,
 ) -> Result<Vec<LayerImportance>> {
     let see = |_: &(), sample: &CalibrationSample, _: &AttentionPass, own: &LayerGradients| {
         SampleFactors::of_gradients(settings.norm, &sample.classes, own)
     };
     let all = set.samples.len();
-    let layers = carried_back(model, set, all, observer, |_, _| Ok(()), see)?;
-    let layers = layers.into_iter();
-    layers
-        .map(|samples| LayerImportance::new(settings, samples))
-        .collect()
+    let among = (communicator, observer);
+    let layers = carried_back(model, set, all, among, |_, _| Ok(()), see)?;
+    let layers = layers.into_iter().map(|own| {
+        let indices = set.samples.iter().map(|sample| sample.index);
+        let all = gather_factors(indices.zip(own).collect(), communicator)?;
+        LayerImportance::new(settings, all)
+    });
+    layers.collect()
 }
 
 /// How much an error in a vision token counts beside one in an answer token, in each layer: of each
@@ -175,6 +180,7 @@ pub fn importance(
 pub fn modality_ratios(
     model: &ModelSource,
     set: &CalibrationSet,
+    communicator: &dyn Communicator,
     observer: &dyn Observer,
 ) -> Result<ModalityRatios> {
     let see = |_: &(), sample: &CalibrationSample, _: &AttentionPass, own: &LayerGradients| {
@@ -193,7 +199,17 @@ pub fn modality_ratios(
         Ok([means(&own.attention.o)?, means(&own.mlp.down)?])
     };
     let all = set.samples.len();
-    let layers = carried_back(model, set, all, observer, |_, _| Ok(()), see)?;
+    let among = (communicator, observer);
+    let layers = carried_back(model, set, all, among, |_, _| Ok(()), see)?;
+    let indices = set.samples.iter().map(|sample| sample.index);
+    let own: Vec<(usize, Vec<_>)> = indices
+        .enumerate()
+        .map(|(i, index)| (index, layers.iter().map(|layer| layer[i]).collect()))
+        .collect();
+    let mut samples = communicator.all_gather_value(&own)?.concat();
+    samples.sort_by_key(|(index, _)| *index);
+    let layers = (0..layers.len()).map(|layer| samples.iter().map(move |(_, own)| own[layer]));
+    let layers: Vec<Vec<[[Option<f64>; 2]; 2]>> = layers.map(Iterator::collect).collect();
     let ratios = |place: usize| {
         let layers = layers.iter();
         layers.map(move |samples| ratio(samples.iter().map(|sample| sample[place])))
@@ -217,13 +233,13 @@ fn ratio(samples: impl Iterator<Item = [Option<f64>; 2]>) -> f64 {
     }
 }
 
-/// What `see` makes of the gradients of each of the first `n_samples`, by layer, then by sample; it
-/// is also shown what `begin` makes of the layer.
+/// What `see` makes of the gradients of each of the first `n_samples` of this rank, by layer, then by
+/// sample; it is also shown what `begin` makes of the layer.
 pub(crate) fn carried_back<L: Sync, T: Send>(
     model: &ModelSource,
     set: &CalibrationSet,
     n_samples: usize,
-    observer: &dyn Observer,
+    (communicator, observer): (&dyn Communicator, &dyn Observer),
     begin: impl Fn(usize, &DecoderLayer) -> Result<L>,
     see: impl Fn(&L, &CalibrationSample, &AttentionPass, &LayerGradients) -> Result<T> + Sync,
 ) -> Result<Vec<Vec<T>>> {
@@ -255,7 +271,9 @@ pub(crate) fn carried_back<L: Sync, T: Send>(
             all.extend(own);
         }
     }
-    check(total, n_places)?;
+    let all = communicator.all_gather_value(&(total.to_bits(), n_places))?;
+    let total = all.iter().map(|(total, _)| f64::from_bits(*total)).sum();
+    check(total, all.iter().map(|(_, n)| n).sum())?;
     Ok(layers)
 }
 

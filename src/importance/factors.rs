@@ -9,6 +9,7 @@ use crate::model::projection::Projection;
 use crate::processor::TokenClass;
 use crate::{Error, Result};
 use candle_core::Tensor;
+use serde::{Deserialize, Serialize};
 
 /// A sample that is about to enter a layer in the quantized stream, and what its factors may be
 /// made of.
@@ -53,7 +54,7 @@ pub struct SampleFactors {
 }
 
 /// Squared norms of a stream's error and of the stream, summed over tokens.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 pub(super) struct Drift {
     pub residual_energy: f64,
     pub output_energy: f64,

@@ -29,6 +29,7 @@ mod attention_scores;
 pub mod backward;
 mod draw;
 pub mod end_loss;
+mod exchange;
 mod factors;
 mod linear_loss;
 mod modality;
@@ -38,6 +39,7 @@ pub mod sides;
 pub mod walk;
 mod weights;
 
+pub(crate) use exchange::gather_factors;
 pub use factors::{FullPass, SampleFactors, SampleInLayer};
 pub use modality::ModalityRatios;
 pub use safeguards::{Safeguarded, Safeguards};

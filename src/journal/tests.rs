@@ -22,6 +22,7 @@ fn fingerprint() -> Fingerprint {
         vlmq: "1".into(),
         settings: "s".into(),
         samples: "x".into(),
+        n_shards: 1,
     }
 }
 

@@ -1,26 +1,99 @@
 //! Linears that share statistics, solved one after the other with one factor.
 
-use super::inputs::Summed;
+use super::inputs::{Shared, Summed};
+use super::share::{Share, Told, together};
+use super::teams::{Cost, rows_of, teams};
 use super::{Run, blank_report};
 use crate::model::decoder::DecoderLayer;
 use crate::model::source::Module;
 use crate::pipeline::LayerSink;
 use crate::plan::Scheme;
 use crate::report::{Deviation, ModuleReport};
-use crate::solver::{Clip, Factor, gptq, quantization_loss, rtn};
+use crate::solver::{Clip, Factor, Target, gptq, quantization_loss, rtn};
 use crate::statistics::Statistics;
 use crate::{Matrix, Result};
+use std::ops::Range;
+
+/// What is known of a group beside its factor.
+struct Known {
+    group: usize,
+    effective_sample_size: f64,
+    /// Whether α was to be found on samples held out, and none could be.
+    is_unjudged: bool,
+    weight_share: Option<std::collections::BTreeMap<String, f64>>,
+}
 
 impl Run<'_> {
-    pub(super) fn solve_group(
+    /// The ranks that solve each of some groups.
+    pub(super) fn teams(&self, groups: &[Shared]) -> Vec<Vec<usize>> {
+        let with_target = self.recipe.solver.target != Target::Pull;
+        let costs = groups.iter().map(|group| {
+            let shapes = group.modules.iter().map(|module| module.shape);
+            Cost::of(&shapes.collect::<Vec<_>>(), with_target)
+        });
+        teams(&costs.collect::<Vec<_>>(), self.communicator.n_ranks())
+    }
+
+    /// Solves groups, each at its team, and hands over their linears. `summed` is there of those that
+    /// this rank has a part in.
+    pub(super) fn solve_groups(
         &mut self,
-        modules: &[Module],
-        summed: Summed,
+        groups: &[Shared],
+        teams: &[Vec<usize>],
+        summed: Vec<Option<Summed>>,
         quantized: &mut DecoderLayer,
         sink: &mut dyn LayerSink,
     ) -> Result<()> {
-        let Some(first) = modules.first() else {
-            return Ok(());
+        let mut own = Vec::new();
+        for (index, ((group, team), summed)) in groups.iter().zip(teams).zip(summed).enumerate() {
+            let place = team
+                .iter()
+                .position(|rank| *rank == self.communicator.rank());
+            if let Some((place, summed)) = place.zip(summed) {
+                let place = (place, team.len());
+                own.extend(self.solve_share((index, group), summed, place)?);
+            }
+            if self.communicator.is_alone() {
+                // Nothing is waited for: what is solved need not be held.
+                self.take_all(std::mem::take(&mut own), quantized, sink)?;
+            }
+        }
+        let all = self.timed("exchange", |run| together(own, run.communicator))?;
+        self.take_all(all, quantized, sink)
+    }
+
+    fn take_all(
+        &mut self,
+        linears: Vec<Share>,
+        quantized: &mut DecoderLayer,
+        sink: &mut dyn LayerSink,
+    ) -> Result<()> {
+        for Share { told, weight } in linears {
+            let own = self.modules.iter().find(|m| m.name == told.report.name);
+            let Some(module) = own.cloned() else {
+                continue;
+            };
+            self.take(&module, &weight, quantized, sink)?;
+            self.outcome.input_squares.extend(told.squares);
+            self.outcome.deviations.extend(told.deviations);
+            let relative = |loss: f64| loss / told.energy.max(f64::MIN_POSITIVE);
+            self.outcome.modules.push(ModuleReport {
+                relative_loss: told.report.loss.map(relative),
+                ..told.report
+            });
+        }
+        Ok(())
+    }
+
+    /// Solves a group's linears, or the rows of them that belong to a `place` in a team of so many.
+    fn solve_share(
+        &mut self,
+        (index, group): (usize, &Shared),
+        summed: Summed,
+        place: (usize, usize),
+    ) -> Result<Vec<Share>> {
+        let Some(first) = group.modules.first() else {
+            return Ok(Vec::new());
         };
         let Summed {
             statistics,
@@ -28,56 +101,81 @@ impl Run<'_> {
             weight_share,
         } = summed;
         if first.slot.expert.is_some() && statistics.weight_sum() == 0.0 {
-            return self.round_unreached(modules, quantized, sink);
+            return self.round_unreached((index, group), place);
         }
+        let names = group.modules.iter().map(|module| module.name.clone());
+        let squares = || statistics.input_squares(names.collect());
+        let mut squares = (place.0 == 0).then(squares);
         let effective_sample_size = statistics.effective_sample_size();
-        let names = modules.iter().map(|module| module.name.clone()).collect();
-        let squares = statistics.input_squares(names);
-        self.outcome.input_squares.push(squares);
         let (factor, is_unjudged) = self.factor(&first.name, statistics, part)?;
-        for module in modules {
+        let known = Known {
+            group: index,
+            effective_sample_size,
+            is_unjudged,
+            weight_share: weight_share.map(|share| share.by_name()),
+        };
+        let mut shares = Vec::new();
+        for module in &group.modules {
             self.check_cancelled()?;
+            let rows = rows_of(module.shape[0], place.0, place.1);
             let Some(scheme) = self.recipe.scheme_of(&module.name) else {
                 continue;
             };
-            let mut settings = self.recipe.solver.clone();
-            settings.alpha = match is_unjudged {
-                true => 0.0,
-                false => self.recipe.alpha(scheme),
-            };
-            let w = self.timed("load", |run| run.source.weight(module.slot))?;
-            let solved = self.timed("solve", |_| {
-                gptq::solve(&module.name, &w, &factor, scheme, &settings)
-            })?;
-            let nearest_loss = self.nearest_loss(&module.name, &w, &factor, scheme)?;
-            drop(w);
-            self.take(module, &solved.weight, quantized, sink)?;
-            self.note_deviations(module, &factor, effective_sample_size);
-            if is_unjudged {
-                self.outcome.deviations.push(Deviation::UnjudgedAlpha {
-                    module: module.name.clone(),
-                });
+            if rows.is_empty() {
+                continue;
             }
-            self.outcome.modules.push(ModuleReport {
-                loss: Some(solved.loss),
-                nearest_loss,
-                relative_loss: Some(solved.loss / solved.energy.max(f64::MIN_POSITIVE)),
-                dampening_frac: Some(factor.dampening_frac),
-                alpha: Some(f64::from(solved.alpha)),
-                n_dead_columns: Some(factor.n_dead_columns),
-                effective_sample_size: Some(effective_sample_size),
-                weight_share: weight_share.clone().map(|share| share.by_name()),
-                ..blank_report(module, Some(scheme))
-            });
+            let mut solved = self.solve_rows(module, rows, scheme, &factor, &known)?;
+            solved.told.squares = squares.take();
+            shares.push(solved);
         }
-        Ok(())
+        Ok(shares)
+    }
+
+    fn solve_rows(
+        &mut self,
+        module: &Module,
+        rows: Range<usize>,
+        scheme: Scheme,
+        factor: &Factor,
+        known: &Known,
+    ) -> Result<Share> {
+        let mut settings = self.recipe.solver.clone();
+        settings.alpha = match known.is_unjudged {
+            true => 0.0,
+            false => self.recipe.alpha(scheme),
+        };
+        let w = self.timed("load", |run| run.source.weight(module.slot))?;
+        let solved = self.timed("solve", |_| {
+            gptq::solve_rows(&module.name, &w, rows.clone(), factor, scheme, &settings)
+        })?;
+        let nearest_loss = self.nearest_loss(&module.name, rows_in(w, rows), factor, scheme)?;
+        let report = ModuleReport {
+            loss: Some(solved.loss),
+            nearest_loss,
+            dampening_frac: Some(factor.dampening_frac),
+            alpha: Some(f64::from(solved.alpha)),
+            n_dead_columns: Some(factor.n_dead_columns),
+            effective_sample_size: Some(known.effective_sample_size),
+            weight_share: known.weight_share.clone(),
+            ..blank_report(module, Some(scheme))
+        };
+        Ok(Share {
+            told: Told {
+                group: known.group,
+                report,
+                energy: solved.energy,
+                deviations: deviations(module, factor, known),
+                squares: None,
+            },
+            weight: solved.weight,
+        })
     }
 
     /// The loss of the weight rounded to nearest, where the report is to tell it.
     fn nearest_loss(
         &mut self,
         name: &str,
-        w: &Matrix,
+        w: Matrix,
         factor: &Factor,
         scheme: Scheme,
     ) -> Result<Option<f64>> {
@@ -85,8 +183,12 @@ impl Run<'_> {
             return Ok(None);
         }
         self.timed("report", |_| {
-            let nearest = rtn(name, w, scheme, Clip::None)?;
-            Ok(Some(quantization_loss(w, &nearest, factor.hessian_lower())))
+            let nearest = rtn(name, &w, scheme, Clip::None)?;
+            Ok(Some(quantization_loss(
+                &w,
+                &nearest,
+                factor.hessian_lower(),
+            )))
         })
     }
 
@@ -115,47 +217,68 @@ impl Run<'_> {
     /// Rounds the linears of an expert that no token was sent to: nothing is known of its inputs.
     fn round_unreached(
         &mut self,
-        modules: &[Module],
-        quantized: &mut DecoderLayer,
-        sink: &mut dyn LayerSink,
-    ) -> Result<()> {
-        for module in modules {
+        (index, group): (usize, &Shared),
+        place: (usize, usize),
+    ) -> Result<Vec<Share>> {
+        let mut shares = Vec::new();
+        for module in &group.modules {
             self.check_cancelled()?;
+            let rows = rows_of(module.shape[0], place.0, place.1);
             let Some(scheme) = self.recipe.scheme_of(&module.name) else {
                 continue;
             };
+            if rows.is_empty() {
+                continue;
+            }
             let clip = self.recipe.solver.clip;
             let w = self.timed("load", |run| run.source.weight(module.slot))?;
+            let w = rows_in(w, rows);
             let weight = self.timed("solve", |_| rtn(&module.name, &w, scheme, clip))?;
-            self.take(module, &weight, quantized, sink)?;
-            self.outcome.deviations.push(Deviation::Unreached {
-                module: module.name.clone(),
-            });
-            self.outcome
-                .modules
-                .push(blank_report(module, Some(scheme)));
+            let told = Told {
+                group: index,
+                report: blank_report(module, Some(scheme)),
+                energy: 0.0,
+                deviations: vec![Deviation::Unreached {
+                    module: module.name.clone(),
+                }],
+                squares: None,
+            };
+            shares.push(Share { told, weight });
         }
-        Ok(())
+        Ok(shares)
     }
+}
 
-    fn note_deviations(&mut self, module: &Module, factor: &Factor, effective_sample_size: f64) {
-        let name = || module.name.clone();
-        for (factor, of_part) in factor.all() {
-            if !factor.dampening_steps.is_empty() {
-                self.outcome.deviations.push(Deviation::DampingRaised {
-                    module: name(),
-                    tried: factor.dampening_steps.clone(),
-                    used: factor.dampening_frac,
-                    of_part,
-                });
-            }
-        }
-        if effective_sample_size < module.shape[1] as f64 {
-            self.outcome.deviations.push(Deviation::FewTokens {
+fn rows_in(w: Matrix, rows: Range<usize>) -> Matrix {
+    match rows.len() == w.rows() {
+        true => w,
+        false => Matrix::from_fn(rows.len(), w.cols(), |row, col| w[(rows.start + row, col)]),
+    }
+}
+
+/// What of a linear went another way than planned.
+fn deviations(module: &Module, factor: &Factor, known: &Known) -> Vec<Deviation> {
+    let name = || module.name.clone();
+    let mut found = Vec::new();
+    for (factor, of_part) in factor.all() {
+        if !factor.dampening_steps.is_empty() {
+            found.push(Deviation::DampingRaised {
                 module: name(),
-                effective_sample_size,
-                in_features: module.shape[1],
+                tried: factor.dampening_steps.clone(),
+                used: factor.dampening_frac,
+                of_part,
             });
         }
     }
+    if known.effective_sample_size < module.shape[1] as f64 {
+        found.push(Deviation::FewTokens {
+            module: name(),
+            effective_sample_size: known.effective_sample_size,
+            in_features: module.shape[1],
+        });
+    }
+    if known.is_unjudged {
+        found.push(Deviation::UnjudgedAlpha { module: name() });
+    }
+    found
 }

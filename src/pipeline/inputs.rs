@@ -4,6 +4,7 @@
 //! full-precision stream sends a token elsewhere, there is nothing that this expert should have
 //! given instead: f is then u, and the token asks for no correction.
 
+use super::reduction::Reduction;
 use super::stage::Stage;
 use super::streams::{Piece, Sample, Streams, gather, gather_full, gather_tensor, pieces_of};
 use crate::hidden_states::Store;
@@ -18,6 +19,7 @@ use candle_core::Tensor;
 use faer::linalg::matmul::matmul;
 use faer::{Accum, Par};
 use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -52,7 +54,7 @@ pub(super) struct Summed {
 }
 
 /// Σω by token class.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(super) struct WeightShare {
     sums: BTreeMap<String, f64>,
 }
@@ -61,6 +63,12 @@ impl WeightShare {
     fn add(&mut self, classes: &[TokenClass], weights: &[f32]) {
         for (class, weight) in classes.iter().zip(weights) {
             *self.sums.entry(class.name().to_owned()).or_default() += f64::from(*weight);
+        }
+    }
+
+    pub(super) fn merge(&mut self, other: &Self) {
+        for (class, sum) in &other.sums {
+            *self.sums.entry(class.clone()).or_default() += sum;
         }
     }
 
@@ -85,13 +93,28 @@ impl Shared {
         self.modules.first().map_or(0, |m| m.shape[1])
     }
 
-    fn empty(&self, summing: Summing) -> Summed {
+    fn with_output_cross(&self) -> Option<&Module> {
+        let is_kept = self.with_stream || self.at_output.is_some();
+        self.modules.first().filter(|_| is_kept)
+    }
+
+    fn with_input_cross(&self) -> bool {
+        self.with_cross && self.at_output.is_none()
+    }
+
+    /// Numbers that statistics of it hold.
+    pub(super) fn n_moments(&self) -> usize {
+        let n = self.in_features();
+        let cross = usize::from(self.with_input_cross()) * n * n;
+        let output = self.with_output_cross();
+        n * (n + 1) / 2 + cross + output.map_or(0, |module| module.shape[0] * n)
+    }
+
+    pub(super) fn empty(&self, summing: Summing) -> Summed {
         let statistics = || {
-            let with_cross = self.with_cross && self.at_output.is_none();
-            let statistics = Statistics::new(self.in_features(), with_cross);
+            let statistics = Statistics::new(self.in_features(), self.with_input_cross());
             let statistics = statistics.rounded_to(summing.dtype);
-            let with_output = self.with_stream || self.at_output.is_some();
-            match self.modules.first().filter(|_| with_output) {
+            match self.with_output_cross() {
                 Some(module) => statistics.with_output(module.shape[0]),
                 None => statistics,
             }
@@ -105,8 +128,20 @@ impl Shared {
 }
 
 impl Summed {
+    /// Adds the sums of the next shard.
+    pub(super) fn merge(&mut self, next: &Self) -> Result<()> {
+        self.statistics.merge(&next.statistics)?;
+        if let (Some(part), Some(next)) = (&mut self.part, &next.part) {
+            part.merge(next)?;
+        }
+        if let (Some(share), Some(next)) = (&mut self.weight_share, &next.weight_share) {
+            share.merge(next);
+        }
+        Ok(())
+    }
+
     /// The part, which is kept apart while samples are summed up, into the whole.
-    fn complete(mut self) -> Result<Self> {
+    pub(super) fn complete(mut self) -> Result<Self> {
         if let Some(part) = &self.part {
             self.statistics.merge(part)?;
         }
@@ -114,10 +149,31 @@ impl Summed {
     }
 }
 
-impl Streams {
-    /// Sums up the inputs of a stage over all samples, in their order, for each of `shared`.
+impl Streams<'_> {
+    /// Sums up the inputs of a stage over all samples, shard by shard in their order, for each of
+    /// `shared`: at the ranks of its team.
     pub(super) fn accumulate(
         &self,
+        stage: Stage,
+        norms: &DecoderLayer,
+        (shared, teams): (&[Shared], &[Vec<usize>]),
+        summing: Summing,
+    ) -> Result<Vec<Option<Summed>>> {
+        let mut reduction = Reduction::new(self.communicator, shared, summing);
+        for round in &self.rounds {
+            let own = (!round.is_empty()).then(|| {
+                let batches = &self.batches[round.clone()];
+                self.sum(batches, stage, norms, shared, summing)
+            });
+            reduction.add(own.transpose()?)?;
+        }
+        reduction.finish(teams)
+    }
+
+    /// Sums up a shard's inputs in the order of its samples.
+    fn sum(
+        &self,
+        batches: &[Vec<Sample>],
         stage: Stage,
         norms: &DecoderLayer,
         shared: &[Shared],
@@ -131,7 +187,7 @@ impl Streams {
             full: shared.iter().any(|group| group.with_cross),
             stream: shared.iter().any(|group| group.with_stream),
         };
-        for (samples, is_part) in self.portions(summing.with_part) {
+        for (samples, is_part) in portions(batches, summing.with_part) {
             for piece in pieces_of(samples) {
                 let inputs = Inputs::new(samples, &piece, &self.store, (stage, norms), wanted)?;
                 let named = |error| name_sample(error, samples, &piece, &inputs);
@@ -148,26 +204,25 @@ impl Streams {
                 }
             }
         }
-        all.into_iter().map(Summed::complete).collect()
+        Ok(all)
     }
+}
 
-    /// Samples that are summed up together, and whether they are of the part: whole batches, or with
-    /// a part the halves of each, so that one without the other has samples of every kind.
-    fn portions(&self, with_part: bool) -> Vec<(&[Sample], bool)> {
-        let batches = self.batches.iter().map(Vec::as_slice);
-        if !with_part {
-            return batches.map(|batch| (batch, false)).collect();
-        }
-        let mut n_before = 0;
-        let halves = batches.flat_map(|batch| {
-            // Of an odd number the one more goes to either in turn.
-            let middle = (n_before + batch.len()).div_ceil(2) - usize::div_ceil(n_before, 2);
-            n_before += batch.len();
-            let (part, rest) = batch.split_at(middle);
-            [(part, true), (rest, false)]
-        });
-        halves.filter(|(samples, _)| !samples.is_empty()).collect()
+/// Samples that are summed up together, and whether they are of the part: whole batches, or with
+/// a part the halves of each, so that one without the other has samples of every kind.
+fn portions(batches: &[Vec<Sample>], with_part: bool) -> Vec<(&[Sample], bool)> {
+    let batches = batches.iter().map(Vec::as_slice);
+    if !with_part {
+        return batches.map(|batch| (batch, false)).collect();
     }
+    let halves = batches.flat_map(|batch| {
+        // Of an odd number the one more goes to either in turn.
+        let n_before = batch.first().map_or(0, |sample| sample.index);
+        let middle = (n_before + batch.len()).div_ceil(2) - usize::div_ceil(n_before, 2);
+        let (part, rest) = batch.split_at(middle);
+        [(part, true), (rest, false)]
+    });
+    halves.filter(|(samples, _)| !samples.is_empty()).collect()
 }
 
 /// What is wanted beside the inputs of the quantized stream.

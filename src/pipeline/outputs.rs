@@ -7,6 +7,7 @@
 
 use super::stage::Stage;
 use super::streams::{Piece, Sample, Streams, gather_tensor, pieces_of};
+use crate::distributed::message::{Message, Received};
 use crate::hidden_states::Store;
 use crate::model::decoder::DecoderLayer;
 use crate::model::linear::matrix_from_tensor;
@@ -82,7 +83,7 @@ impl OutputLoss {
     }
 }
 
-impl Streams {
+impl Streams<'_> {
     /// Mean |x| of each input channel of a stage over all tokens, `[in]`.
     pub(super) fn mean_abs(&self, stage: Stage, layer: &DecoderLayer) -> Result<Vec<f64>> {
         let store = &self.store;
@@ -101,6 +102,7 @@ impl Streams {
             Ok((sums, n_tokens))
         });
         let batches: Vec<(Vec<f64>, usize)> = batches.collect::<Result<_>>()?;
+        let batches = self.gather_sums(batches)?;
         let mut mean = vec![0.0; batches.first().map_or(0, |(sums, _)| sums.len())];
         let n_tokens: usize = batches.iter().map(|(_, n)| n).sum();
         for (sums, _) in &batches {
@@ -113,24 +115,81 @@ impl Streams {
 
     /// The inputs of a stage for about [`SAMPLED_TOKENS`] tokens, evenly spaced, or for all if
     /// there are fewer; `[n_tokens, in]`.
-    pub(super) fn sampled_inputs(&self, stage: Stage, layer: &DecoderLayer) -> Result<Matrix> {
-        let lengths = self.batches.iter().flatten().map(|s| s.classes.len());
-        let stride = (lengths.sum::<usize>() / SAMPLED_TOKENS).max(1);
-        let (mut token, mut width, mut values) = (0, 0, Vec::new());
+    pub(super) fn sampled_inputs(
+        &self,
+        stage: Stage,
+        layer: &DecoderLayer,
+        width: usize,
+    ) -> Result<Matrix> {
+        let lengths = self.shards.n_tokens();
+        let stride = (lengths.iter().sum::<usize>() / SAMPLED_TOKENS).max(1);
+        let mut batches = Vec::new();
         for batch in &self.batches {
+            let first = batch.first().map_or(0, |sample| sample.index);
+            let mut token: usize = lengths[..first].iter().sum();
+            let mut values = Vec::new();
             for piece in pieces_of(batch) {
                 let inputs = inputs(batch, &piece, &self.store, stage, layer)?;
-                width = inputs.cols();
                 for row in 0..inputs.rows() {
-                    if token % stride == 0 {
+                    if token.is_multiple_of(stride) {
                         values.extend_from_slice(inputs.row(row));
                     }
                     token += 1;
                 }
             }
+            batches.push(values);
         }
-        let n_rows = values.len() / width.max(1);
-        Matrix::from_vec("sampled inputs", n_rows, width, values)
+        let values = self.gather_rows(batches)?;
+        Matrix::from_vec("sampled inputs", values.len() / width.max(1), width, values)
+    }
+
+    /// What every rank has of its batches, in the order of all batches: `own` by batch, and what is
+    /// told of each with its numbers.
+    fn gather<T>(
+        &self,
+        own: Vec<T>,
+        put: impl Fn(&mut Message, &T),
+        n_values: impl Fn(&T) -> usize,
+        take: impl Fn(&mut Received<'_>, usize) -> Result<T>,
+    ) -> Result<Vec<T>> {
+        if self.communicator.is_alone() {
+            return Ok(own);
+        }
+        let firsts = self.batches.iter().flat_map(|batch| batch.first());
+        let firsts = firsts.map(|sample| sample.index);
+        let headers: Vec<(usize, usize)> = firsts.zip(own.iter().map(n_values)).collect();
+        let mut message = Message::new(&headers);
+        own.iter().for_each(|one| put(&mut message, one));
+        let received = self.communicator.all_gather(message.into_bytes())?;
+        let mut all = Vec::new();
+        for (rank, bytes) in received.iter().enumerate() {
+            let (headers, mut rest): (Vec<(usize, usize)>, _) = Received::open(rank, bytes)?;
+            for (first, n_values) in headers {
+                all.push((first, take(&mut rest, n_values)?));
+            }
+            rest.end()?;
+        }
+        all.sort_by_key(|(first, _)| *first);
+        Ok(all.into_iter().map(|(_, one)| one).collect())
+    }
+
+    fn gather_sums(&self, own: Vec<(Vec<f64>, usize)>) -> Result<Vec<(Vec<f64>, usize)>> {
+        let put = |message: &mut Message, (sums, n): &(Vec<f64>, usize)| {
+            message.bytes(&(*n as u64).to_le_bytes());
+            message.f64s(sums);
+        };
+        let take = |rest: &mut Received<'_>, n_values: usize| {
+            let n = rest.bytes(size_of::<u64>())?;
+            let n = u64::from_le_bytes(n.try_into().expect("as many bytes as asked for"));
+            Ok((rest.f64s(n_values)?, n as usize))
+        };
+        self.gather(own, put, |(sums, _)| sums.len(), take)
+    }
+
+    fn gather_rows(&self, own: Vec<Vec<f32>>) -> Result<Vec<f32>> {
+        let put = |message: &mut Message, rows: &Vec<f32>| message.f32s(rows);
+        let take = |rest: &mut Received<'_>, n_values: usize| rest.f32s(n_values);
+        Ok(self.gather(own, put, Vec::len, take)?.concat())
     }
 
     /// What the output of a half of `layer` loses when a stage's linears are those of `changed`;
@@ -160,6 +219,16 @@ impl Streams {
             Ok(total)
         });
         let batches: Vec<Total> = batches.collect::<Result<_>>()?;
+        let put =
+            |message: &mut Message, total: &Total| message.f64s(&[total.sum, total.count as f64]);
+        let take = |rest: &mut Received<'_>, _| {
+            let values = rest.f64s(2)?;
+            Ok(Total {
+                sum: values[0],
+                count: values[1] as usize,
+            })
+        };
+        let batches = self.gather(batches, put, |_| 2, take)?;
         let total = batches.into_iter().fold(Total::default(), Total::add);
         Ok(total.sum / total.count.max(1) as f64)
     }

@@ -20,6 +20,7 @@ use super::stage::Stage;
 use super::streams::Streams;
 use super::{LayerSink, Observer, Run, blank_report};
 use crate::calibration::CalibrationSet;
+use crate::distributed::Communicator;
 use crate::importance::ModalityRatios;
 use crate::importance::end_loss::modality_ratios;
 use crate::model::changed::{ChangedTensor, LayerPart};
@@ -71,6 +72,7 @@ impl ScaleSearch {
         recipe: &Recipe,
         model: &ModelSource,
         samples: &CalibrationSet,
+        communicator: &dyn Communicator,
         observer: &dyn Observer,
     ) -> Result<Option<Self>> {
         if recipe.method.is_scaled() {
@@ -78,7 +80,10 @@ impl ScaleSearch {
         }
         Ok(match recipe.method {
             Method::Awq => Some(Self::awq()),
-            Method::Mbq => Some(Self::mbq(modality_ratios(model, samples, observer)?)),
+            Method::Mbq => {
+                let ratios = modality_ratios(model, samples, communicator, observer)?;
+                Some(Self::mbq(ratios))
+            }
             _ => None,
         })
     }
@@ -154,7 +159,7 @@ impl Run<'_> {
     /// Solves a layer, and takes the stream through it as it was.
     pub(super) fn scaled_layer(
         &mut self,
-        streams: &mut Streams,
+        streams: &mut Streams<'_>,
         sink: &mut dyn LayerSink,
         search: &ScaleSearch,
     ) -> Result<()> {
@@ -178,7 +183,7 @@ impl Run<'_> {
     }
 
     /// Takes the stream through a layer as it was.
-    pub(super) fn pass_layer(&mut self, streams: &mut Streams) -> Result<()> {
+    pub(super) fn pass_layer(&mut self, streams: &mut Streams<'_>) -> Result<()> {
         let mut layer = self.timed("load", |run| run.source.norms())?;
         for half in Half::BOTH {
             self.enter_half(half, &mut layer, streams)?;
@@ -191,7 +196,7 @@ impl Run<'_> {
         &mut self,
         half: Half,
         layer: &mut DecoderLayer,
-        streams: &mut Streams,
+        streams: &mut Streams<'_>,
     ) -> Result<()> {
         self.check_cancelled()?;
         let [first, last] = half.stages();
@@ -203,7 +208,7 @@ impl Run<'_> {
         self.timed("forward", |_| streams.enter(last, layer, layer))
     }
 
-    fn leave(&mut self, layer: &DecoderLayer, streams: &mut Streams) -> Result<()> {
+    fn leave(&mut self, layer: &DecoderLayer, streams: &mut Streams<'_>) -> Result<()> {
         let layer_idx = self.layer_idx;
         self.timed("forward", |_| streams.end_layer(layer_idx, layer, layer))
     }
@@ -213,7 +218,7 @@ impl Run<'_> {
         &mut self,
         stage: Stage,
         layer: &DecoderLayer,
-        streams: &Streams,
+        streams: &Streams<'_>,
         loss: OutputLoss,
     ) -> Result<Option<Vec<f32>>> {
         let roles = stage.projections().iter().map(|p| p.name().to_owned());
@@ -351,7 +356,7 @@ impl Run<'_> {
         &mut self,
         stage: Stage,
         layer: &DecoderLayer,
-        streams: &Streams,
+        streams: &Streams<'_>,
         (scales, i): (&Scales, usize),
         limits: bool,
         sink: &mut dyn LayerSink,
@@ -359,7 +364,11 @@ impl Run<'_> {
         let [_, inner] = &scales.0;
         let columns = scales.0[i].as_deref();
         let inputs = limits.then(|| {
-            let inputs = self.timed("search", |_| streams.sampled_inputs(stage, layer))?;
+            let width = stage
+                .modules(&self.modules)
+                .next()
+                .map_or(0, |m| m.shape[1]);
+            let inputs = self.timed("search", |_| streams.sampled_inputs(stage, layer, width))?;
             let inverse = columns.map(|c| c.iter().map(|s| 1.0 / s).collect::<Vec<f32>>());
             Ok::<_, Error>(scaled(inputs, None, inverse.as_deref()))
         });

@@ -1,32 +1,35 @@
 //! The two streams of hidden states, and where in a layer they stand.
 //!
-//! Samples are walked in batches: consecutive samples of together at most [`BATCH_TOKENS`] tokens,
-//! or one longer sample. What works on tokens alone takes a batch as one matrix, a longer sample
+//! Samples are walked in batches ([`crate::shards`]). What works on tokens alone takes a batch as one matrix, a longer sample
 //! piece by piece; attention takes a sample at a time. How batches are cut depends on the samples
 //! only, so the same bits come out for any number of threads and any place of the states.
 
 use super::stage::Stage;
 use crate::calibration::{CalibrationSample, CalibrationSet};
+use crate::distributed::Communicator;
 use crate::hidden_states::{HiddenState, Store};
 use crate::importance::{
-    FullPass, ImportanceSettings, LayerImportance, SampleFactors, SampleInLayer,
+    FullPass, ImportanceSettings, LayerImportance, SampleFactors, SampleInLayer, gather_factors,
 };
 use crate::model::context::TokenContext;
 use crate::model::decoder::DecoderLayer;
 use crate::model::decoder_config::DecoderConfig;
 use crate::model::linear::tensor_from_matrix;
 use crate::processor::TokenClass;
+use crate::shards::{BATCH_TOKENS, Shards, batches, of_rank};
 use crate::{Error, Matrix, Result};
 use candle_core::Tensor;
 use rayon::prelude::*;
 use std::ops::Range;
 
-/// Tokens that one matrix product takes: enough for full speed, few enough to stay small.
-pub const BATCH_TOKENS: usize = 1024;
-
-/// All samples.
-pub(super) struct Streams {
+/// All samples of this rank.
+pub(super) struct Streams<'a> {
     pub(super) batches: Vec<Vec<Sample>>,
+    /// The batches of this rank's shards, one shard a round; none where another rank has one more.
+    pub(super) rounds: Vec<Range<usize>>,
+    /// All samples of the run.
+    pub(super) shards: Shards,
+    pub(super) communicator: &'a dyn Communicator,
     pub(super) store: Store,
     with_full: bool,
 }
@@ -64,7 +67,7 @@ pub(super) struct Weighing {
     pub(super) rounded: Option<DecoderLayer>,
 }
 
-impl Streams {
+impl<'a> Streams<'a> {
     /// Both streams start as the embeddings; F is followed only `with_full`.
     ///
     /// # Errors
@@ -73,34 +76,43 @@ impl Streams {
         set: CalibrationSet,
         config: &DecoderConfig,
         with_full: bool,
+        communicator: &'a dyn Communicator,
     ) -> Result<Self> {
-        let CalibrationSet { samples, store, .. } = set;
+        let CalibrationSet {
+            samples,
+            store,
+            shards,
+            ..
+        } = set;
         let mut streams = Self {
             batches: Vec::new(),
+            rounds: Vec::new(),
+            shards,
+            communicator,
             store,
             with_full,
         };
-        let mut n_tokens = 0;
-        for (index, sample) in samples.into_iter().enumerate() {
-            let sample = streams.begin(index, sample, config)?;
-            n_tokens += sample.classes.len();
-            match streams.batches.last_mut() {
-                Some(batch) if n_tokens <= BATCH_TOKENS => batch.push(sample),
-                _ => {
-                    n_tokens = sample.classes.len();
-                    streams.batches.push(vec![sample]);
+        let mut samples = samples.into_iter().peekable();
+        let (n_shards, n_ranks) = (streams.shards.ranges().len(), communicator.n_ranks());
+        for shard in of_rank(n_shards, communicator.rank(), n_ranks) {
+            let shard = streams.shards.ranges()[shard].clone();
+            let first = streams.batches.len();
+            for batch in batches(&streams.shards.n_tokens()[shard.clone()]) {
+                let end = shard.start + batch.end;
+                let mut batch = Vec::new();
+                while let Some(sample) = samples.next_if(|sample| sample.index < end) {
+                    batch.push(streams.begin(sample, config)?);
                 }
+                streams.batches.push(batch);
             }
+            streams.rounds.push(first..streams.batches.len());
         }
+        let end = streams.batches.len();
+        streams.rounds.resize(n_shards.div_ceil(n_ranks), end..end);
         Ok(streams)
     }
 
-    fn begin(
-        &self,
-        index: usize,
-        sample: CalibrationSample,
-        config: &DecoderConfig,
-    ) -> Result<Sample> {
+    fn begin(&self, sample: CalibrationSample, config: &DecoderConfig) -> Result<Sample> {
         let (n, hidden) = (sample.classes.len(), config.hidden_size);
         let widest = hidden
             .max(config.n_heads * config.head_dim)
@@ -118,7 +130,7 @@ impl Streams {
             Ok::<_, Error>(stream)
         });
         Ok(Sample {
-            index,
+            index: sample.index,
             origin: sample.origin,
             input: self.store.place(n, widest)?,
             full: full.transpose()?,
@@ -146,15 +158,16 @@ impl Streams {
         }
         let store = &self.store;
         let samples = self.batches.par_iter_mut().flatten();
-        let factors = samples.map(|sample| sample.begin_layer(store, full, weighing));
+        let factors = samples.map(|sample| {
+            let factors = sample.begin_layer(store, full, weighing)?;
+            Ok(factors.map(|factors| (sample.index, factors)))
+        });
         let factors: Vec<_> = factors.collect::<Result<_>>()?;
-        let factors: Option<Vec<_>> = factors.into_iter().collect();
-        match (weighing, factors) {
-            (Some(weighing), Some(factors)) => {
-                LayerImportance::new(weighing.settings, factors).map(Some)
-            }
-            _ => Ok(None),
-        }
+        let Some(weighing) = weighing else {
+            return Ok(None);
+        };
+        let factors = gather_factors(factors.into_iter().flatten().collect(), self.communicator)?;
+        LayerImportance::new(weighing.settings, factors).map(Some)
     }
 
     /// Walks U to a stage through the quantized linears before it, and F to the last one through

@@ -60,6 +60,15 @@ pub enum TokenClass {
 }
 
 impl TokenClass {
+    /// All of them, in the order of their declaration.
+    pub const ALL: [Self; 5] = [
+        Self::Vision,
+        Self::Prompt,
+        Self::Answer,
+        Self::Special,
+        Self::Text,
+    ];
+
     /// Its name in reports.
     pub fn name(self) -> &'static str {
         match self {

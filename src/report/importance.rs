@@ -211,10 +211,8 @@ pub fn shown_samples(
         };
         let sample = chosen.iter().find(|sample| sample.origin == *origin);
         let sample = sample.ok_or_else(lost)?;
-        let first = samples.iter().position(|s| s.origin == *origin);
-        let piece = i - first.unwrap_or(*i);
         let inputs = encode(processor, sample, max_tokens)?;
-        let input = inputs.get(piece).ok_or_else(lost)?;
+        let input = inputs.get(samples[*i].piece).ok_or_else(lost)?;
         let images: &[ImageSource] = match &sample.content {
             Content::Chat { images, .. } => images,
             Content::Text(_) => &[],

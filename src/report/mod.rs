@@ -53,6 +53,9 @@ pub struct RunReport {
     /// than most modules.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub allocation: Option<AllocationReport>,
+    /// Who took part, where there were several, and in how many shards samples were summed up.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ranks: Option<RanksReport>,
     /// Layers that an earlier run had finished.
     #[serde(default)]
     pub n_resumed_layers: usize,
@@ -89,6 +92,9 @@ impl RunReport {
         self.deviations.extend(layer.deviations);
         for (stage, seconds) in &layer.seconds {
             *self.seconds.entry(stage.clone()).or_default() += seconds;
+        }
+        if let Some(ranks) = &mut self.ranks {
+            ranks.bytes_exchanged.push(layer.bytes_exchanged);
         }
         self.layers.push(layer.seconds);
     }
@@ -129,6 +135,17 @@ impl RunReport {
         }
         self.tuning = tuning;
     }
+}
+
+/// How a run was shared out.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RanksReport {
+    /// Processes that took part.
+    pub n_ranks: usize,
+    /// Shards that samples were summed up in: the same number gives the same codes.
+    pub n_shards: usize,
+    /// Bytes that all ranks sent each other for each layer, by the run that solved it.
+    pub bytes_exchanged: Vec<u64>,
 }
 
 /// The model that a run quantized.

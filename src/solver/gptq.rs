@@ -30,6 +30,7 @@ use super::gain::to_unit_gain;
 use super::grid::{Fitting, Grids, steps};
 use super::loss::{dot, live_difference, quantization_loss, weighted_energy};
 use super::refine::refine;
+use super::rows::Rows;
 use super::target;
 use super::{Clip, Solved, SolverSettings, Target, check_weight};
 use crate::plan::Scheme;
@@ -71,18 +72,36 @@ pub fn gptq(
     solve(module, w, &factor, scheme, settings)
 }
 
-/// `w` quantized with a factor that other linears of the same inputs may share. Dampings and the
-/// order of columns are the factor's; `settings` give α, the clip and the column block.
+/// [`solve_rows`] of all rows.
+///
+/// # Errors
+/// As there.
+pub fn solve(
+    module: &str,
+    w: &Matrix,
+    factor: &Factor,
+    scheme: Scheme,
+    settings: &SolverSettings,
+) -> Result<Solved> {
+    solve_rows(module, w, 0..w.rows(), factor, scheme, settings)
+}
+
+/// Some rows of `w` quantized with a factor that other linears of the same inputs may share, to the
+/// bits that they have when all are. Dampings and the order of columns are the factor's; `settings`
+/// give α, the clip and the column block. Losses are of these rows alone.
 ///
 /// Shapes: `w [out, in]`, factor of the same `in`.
+/// # Panics
+/// If `rows` are not rows of `w`, or do not begin at a multiple of [`super::ROW_UNIT`].
 /// # Errors
 /// [`Error::Shape`] if they differ; [`Error::Invalid`] for a setting outside its range or a group
 /// size that does not divide; [`Error::Missing`] if α > 0 and the statistics kept no cross moments;
 /// [`Error::NotFinite`] for NaN or infinity among the weights, or a
 /// scale too large for its storage type.
-pub fn solve(
+pub fn solve_rows(
     module: &str,
     w: &Matrix,
+    rows: Range<usize>,
     factor: &Factor,
     scheme: Scheme,
     settings: &SolverSettings,
@@ -94,14 +113,16 @@ pub fn solve(
     if settings.alpha > 0.0 && pull.is_none() && drift.is_none() {
         return Err(no_cross_moments(module));
     }
-    let moved = drift.map(|drift| target::target(w, factor, drift, settings.alpha));
+    let rows = Rows::new(w, rows);
+    let w = &*rows.w;
+    let moved = drift.map(|drift| target::target(&rows, factor, drift, settings.alpha));
     let (target, alpha) = match &moved {
         Some((target, alpha)) => (target, *alpha),
         None => (w, settings.alpha),
     };
     let first_values = drift.filter(|_| settings.target == Target::Qronos);
     let first_values =
-        first_values.map(|drift| target::first_values(w, factor, drift, settings.alpha));
+        first_values.map(|drift| target::first_values(&rows, factor, drift, settings.alpha));
     let is_weighted = settings.clip == Clip::Weighted;
     let column_weights = is_weighted.then(|| factor.column_weights(settings.clip_power));
     let fitting = Fitting {
@@ -116,6 +137,7 @@ pub fn solve(
     };
     let problem = Problem {
         w: target,
+        chunk_height: rows.chunk_height(16),
         first_values: first_values.as_deref(),
         settings,
         group_len,
@@ -126,7 +148,13 @@ pub fn solve(
     };
     let (mut weight, damped_loss) = problem.solve(module)?;
     if settings.sweeps > 0 {
-        weight = refine(module, target, weight, factor, settings)?;
+        weight = refine(
+            module,
+            target,
+            weight,
+            (factor, rows.chunk_height(16)),
+            settings,
+        )?;
     }
     if settings.unit_gain {
         weight = to_unit_gain(module, target, &weight, factor.hessian_lower())?;
@@ -170,6 +198,7 @@ fn check_fit(module: &str, w: &Matrix, in_features: usize, scheme: Scheme) -> Re
 struct Problem<'a> {
     /// The target of every column before any is rounded.
     w: &'a Matrix,
+    chunk_height: usize,
     /// What the first column is rounded from instead, by row, for [`Target::Qronos`].
     first_values: Option<&'a [f32]>,
     settings: &'a SolverSettings,
@@ -203,7 +232,7 @@ impl Problem<'_> {
     fn solve(&self, module: &str) -> Result<(QuantizedWeight, f64)> {
         let (rows, cols) = (self.w.rows(), self.w.cols());
         let n_groups = cols / self.group_len;
-        let height = rows.div_ceil(16).clamp(16, 128);
+        let height = self.chunk_height;
         let starts: Vec<usize> = (0..rows).step_by(height).collect();
         let chunks: Vec<Chunk> = starts
             .into_par_iter()

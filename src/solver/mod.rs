@@ -21,6 +21,7 @@ mod limit;
 mod loss;
 pub mod reference;
 mod refine;
+mod rows;
 mod rtn;
 pub mod scale;
 mod symmetric;
@@ -32,6 +33,7 @@ pub use gptq::gptq;
 pub use limit::{limited, search_limits};
 pub use loss::layer_loss;
 pub(crate) use loss::quantization_loss;
+pub use rows::ROW_UNIT;
 pub use rtn::rtn;
 
 use crate::plan::{ScaleDtype, Scheme};

@@ -27,7 +27,7 @@ use std::ops::Range;
 /// Columns whose codes change before the others hear of it.
 const RANGE_COLS: usize = 128;
 
-/// `weight` after [`SolverSettings::sweeps`] sweeps towards `target`.
+/// `weight` after [`SolverSettings::sweeps`] sweeps towards `target`, in chunks of `height` rows.
 ///
 /// Shapes: `target` and `weight` `[out, in]`, a factor of the same `in`.
 /// # Errors
@@ -36,7 +36,7 @@ pub(super) fn refine(
     module: &str,
     target: &Matrix,
     weight: QuantizedWeight,
-    factor: &Factor,
+    (factor, height): (&Factor, usize),
     settings: &SolverSettings,
 ) -> Result<QuantizedWeight> {
     let (rows, cols) = (weight.rows(), weight.cols());
@@ -49,7 +49,6 @@ pub(super) fn refine(
         group_len: cols / n_groups.max(1),
         settings,
     };
-    let height = rows.div_ceil(16).clamp(16, 128);
     let starts: Vec<usize> = (0..rows).step_by(height).collect();
     let chunks = starts
         .into_par_iter()

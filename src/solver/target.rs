@@ -19,6 +19,7 @@
 use super::drift::Triangle;
 use super::factor::Factor;
 use super::loss::{dot, quadratic_forms};
+use super::rows::Rows;
 use crate::Matrix;
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
@@ -38,26 +39,27 @@ pub(super) struct DriftMoments {
 
 /// W + α E H⁻¹, and the mean of α over rows.
 ///
-/// Shapes: `w [out, in]`, a factor of the same `in`.
+/// Shapes: rows of a `w [out, in]`, a factor of the same `in`.
 pub(super) fn target(
-    w: &Matrix,
+    rows: &Rows<'_>,
     factor: &Factor,
     drift: &DriftMoments,
     alpha: f32,
 ) -> (Matrix, f32) {
+    let w = &*rows.w;
     let n = w.cols();
     let part = factor.part.as_deref();
     let part = part.and_then(|part| Some((part, part.drift_moments()?)));
     let mut target = w.clone();
-    let height = w.rows().div_ceil(16).clamp(64, 128);
+    let height = rows.chunk_height(64);
     let bands = target.data_mut().par_chunks_mut(height * n.max(1));
     let alphas = bands.enumerate().map(|(index, band)| {
         let start = index * height;
-        let rows = start..start + band.len() / n;
-        let mut correction = drift.of_rows(w, rows.clone());
+        let own = start..start + band.len() / n;
+        let mut correction = drift.of_rows(rows, own.clone());
         let alphas = match part {
             Some((part, part_drift)) => {
-                let in_part = part_drift.of_rows(w, rows);
+                let in_part = part_drift.of_rows(rows, own);
                 let held_out = HeldOut {
                     whole: factor,
                     part,
@@ -65,7 +67,7 @@ pub(super) fn target(
                 };
                 held_out.alphas(&correction, &in_part, n)
             }
-            None => vec![alpha; rows.len()],
+            None => vec![alpha; own.len()],
         };
         // What noise would make of a row is not asked for.
         let corrected: Vec<usize> = (0..alphas.len()).filter(|i| alphas[*i] > 0.0).collect();
@@ -88,7 +90,7 @@ pub(super) fn target(
 /// Where the first column in solving order alone would make up for the drift: w + α E_q / H_qq, by row.
 /// Qronos rounds it from there (arXiv:2505.11695, first step).
 pub(super) fn first_values(
-    w: &Matrix,
+    rows: &Rows<'_>,
     factor: &Factor,
     drift: &DriftMoments,
     alpha: f32,
@@ -99,12 +101,12 @@ pub(super) fn first_values(
     let energy = f64::from(factor.hessian_lower()[(first, first)]);
     let value = |row: usize| {
         let gain = match energy > 0.0 {
-            true => drift.of_entry(w, row, first) / energy,
+            true => drift.of_entry(rows, row, first) / energy,
             false => 0.0,
         };
-        (f64::from(w[(row, first)]) + f64::from(alpha) * gain) as f32
+        (f64::from(rows.w[(row, first)]) + f64::from(alpha) * gain) as f32
     };
-    (0..w.rows()).into_par_iter().map(value).collect()
+    (0..rows.w.rows()).into_par_iter().map(value).collect()
 }
 
 /// What α of a row is found with: how far a correction found on a part of the samples serves the rest.
@@ -148,28 +150,29 @@ fn row_alpha(gain: f64, energy: f64) -> f32 {
 }
 
 impl DriftMoments {
-    /// E at `row` and `column`.
-    fn of_entry(&self, w: &Matrix, row: usize, column: usize) -> f64 {
-        let own = |s: &Matrix| f64::from(s[(row, column)]);
+    /// E at `row` of some and `column`.
+    fn of_entry(&self, rows: &Rows<'_>, row: usize, column: usize) -> f64 {
+        let own = |s: &Matrix| f64::from(s[(rows.first + row, column)]);
         let product = |cross: &Matrix| {
-            let weights = w.row(row).iter().enumerate();
+            let weights = rows.w.row(row).iter().enumerate();
             let products = weights.map(|(i, w)| f64::from(*w) * f64::from(cross[(i, column)]));
             products.sum::<f64>()
         };
         self.output_cross.as_ref().map_or(0.0, own) + self.cross.as_ref().map_or(0.0, product)
     }
 
-    /// The rows' E = W C + S, one after the other.
-    fn of_rows(&self, w: &Matrix, rows: Range<usize>) -> Vec<f32> {
-        let n = w.cols();
-        let own = rows.start * n..rows.end * n;
+    /// E = W C + S of `own` of some rows, one after the other.
+    fn of_rows(&self, rows: &Rows<'_>, own: Range<usize>) -> Vec<f32> {
+        let n = rows.w.cols();
+        let n_own = own.len();
+        let own = own.start * n..own.end * n;
         let mut drift = match &self.output_cross {
-            Some(output) => output.data()[own.clone()].to_vec(),
+            Some(output) => output.data()[rows.first * n..][own.clone()].to_vec(),
             None => vec![0.0; own.len()],
         };
         if let Some(cross) = &self.cross {
-            let w = MatRef::from_row_major_slice(&w.data()[own], rows.len(), n);
-            let out = MatMut::from_row_major_slice_mut(&mut drift, rows.len(), n);
+            let w = MatRef::from_row_major_slice(&rows.w.data()[own], n_own, n);
+            let out = MatMut::from_row_major_slice_mut(&mut drift, n_own, n);
             matmul(out, Accum::Add, w, cross.as_faer(), 1.0, Par::Seq);
         }
         drift

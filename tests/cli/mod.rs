@@ -5,6 +5,7 @@ mod evaluation;
 mod exports;
 mod flow;
 mod padding;
+mod ranks;
 mod report;
 mod resume;
 mod rotation;

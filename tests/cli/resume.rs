@@ -13,7 +13,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 /// Every file of a folder but the report, which tells times, and the card, which tells its name.
-fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
+pub fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
     let entries = std::fs::read_dir(folder).unwrap().map(|e| e.unwrap());
     entries
         .map(|e| (e.file_name().to_string_lossy().into_owned(), e.path()))
@@ -22,7 +22,7 @@ fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
         .collect()
 }
 
-fn assert_same(folder: &Path, expected: &BTreeMap<String, Vec<u8>>, when: &str) {
+pub fn assert_same(folder: &Path, expected: &BTreeMap<String, Vec<u8>>, when: &str) {
     let found = files(folder);
     let names = |files: &BTreeMap<_, _>| files.keys().cloned().collect::<Vec<String>>();
     assert_eq!(names(&found), names(expected), "{when}");

@@ -39,7 +39,13 @@ fn shifted_target(layer: &Layer, alpha: f32) -> Matrix {
     let settings = least_squares(alpha);
     let factor = Factor::new("layer", layer.statistics.clone(), &settings).unwrap();
     let drift = factor.drift_moments().unwrap();
-    super::super::target::target(&layer.w, &factor, drift, alpha).0
+    super::super::target::target(
+        &super::super::rows::Rows::new(&layer.w, 0..layer.w.rows()),
+        &factor,
+        drift,
+        alpha,
+    )
+    .0
 }
 
 proptest! {

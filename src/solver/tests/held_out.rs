@@ -1,8 +1,13 @@
 //! Laws of the residual stream's drift and of α found on held-out samples.
 
 use super::*;
+use crate::solver::rows::Rows;
 use crate::solver::target::target;
 use crate::statistics::Batch;
+
+fn whole(w: &Matrix) -> Rows<'_> {
+    Rows::new(w, 0..w.rows())
+}
 
 /// W, inputs and what the stream lacks.
 struct Streams {
@@ -74,7 +79,13 @@ fn drift_at_the_output_is_drift_at_the_input() {
         let mut statistics = Statistics::new(32, with_cross).with_output(12);
         statistics.add_batch("layer", &batch(with_cross)).unwrap();
         let factor = Factor::new("layer", statistics, &residual_stream()).unwrap();
-        target(&streams.w, &factor, factor.drift_moments().unwrap(), 1.0).0
+        target(
+            &whole(&streams.w),
+            &factor,
+            factor.drift_moments().unwrap(),
+            1.0,
+        )
+        .0
     };
     let (at_output, at_input) = (target(false), target(true));
     let pairs = at_output.data().iter().zip(at_input.data());
@@ -92,7 +103,13 @@ fn residual_stream() -> SolverSettings {
 fn whole_target(streams: &Streams, n_tokens: usize) -> Matrix {
     let statistics = streams.statistics(0..n_tokens);
     let factor = Factor::new("layer", statistics, &residual_stream()).unwrap();
-    target(&streams.w, &factor, factor.drift_moments().unwrap(), 1.0).0
+    target(
+        &whole(&streams.w),
+        &factor,
+        factor.drift_moments().unwrap(),
+        1.0,
+    )
+    .0
 }
 
 proptest! {
@@ -124,7 +141,7 @@ proptest! {
         let part = streams.statistics(0..HALF);
         let factor = factor.with_part("layer", part, &settings).unwrap();
         let drift = factor.drift_moments().unwrap();
-        let (found, mean) = target(&streams.w, &factor, drift, 1.0);
+        let (found, mean) = target(&whole(&streams.w), &factor, drift, 1.0);
         let (in_part, whole) = (whole_target(&streams, HALF), whole_target(&streams, 2 * HALF));
         let mut sum = 0.0;
         for row in 0..5 {
@@ -217,4 +234,64 @@ fn the_parts_damping_is_its_own() {
     assert_eq!(of.len(), 2);
     assert_eq!(of[0], (0, false));
     assert!(of[1].1 && of[1].0 > 0, "{of:?}");
+}
+
+/// Rows that are solved apart have the bits that they have together, by every way to solve.
+#[test]
+fn shares_of_rows_are_those_of_all_rows() {
+    const N_ROWS: usize = 300;
+    let streams = Streams::new(N_ROWS, 64, 160, 11);
+    let all = streams.statistics(0..160);
+    let solve = |settings: &SolverSettings, rows: std::ops::Range<usize>, with_part: bool| {
+        let mut factor = Factor::new("layer", all.clone(), settings).unwrap();
+        if with_part {
+            let part = streams.statistics(0..80);
+            factor = factor.with_part("layer", part, settings).unwrap();
+        }
+        let scheme = Scheme::new(3, Some(32), false, ScaleDtype::Bf16).unwrap();
+        gptq::solve_rows("layer", &streams.w, rows, &factor, scheme, settings).unwrap()
+    };
+    let base = SolverSettings::default();
+    let ways = [
+        base.clone(),
+        SolverSettings {
+            act_order: true,
+            alpha: 0.25,
+            ..base.clone()
+        },
+        SolverSettings {
+            target: Target::Qronos,
+            alpha: 1.0,
+            ..base.clone()
+        },
+        SolverSettings {
+            target: Target::ResidualStream,
+            alpha: 1.0,
+            clip: Clip::Weighted,
+            sweeps: 2,
+            refit_scales: true,
+            unit_gain: true,
+            held_out_alpha: true,
+            ..base
+        },
+    ];
+    for settings in ways {
+        let with_part = settings.held_out_alpha;
+        let whole = solve(&settings, 0..N_ROWS, with_part);
+        let mut loss = 0.0;
+        for rows in [0..128, 128..256, 256..N_ROWS] {
+            let share = solve(&settings, rows.clone(), with_part);
+            loss += share.loss;
+            let codes = &whole.weight.codes()[rows.start * 64..rows.end * 64];
+            assert!(share.weight.codes() == codes, "{settings:?} {rows:?}");
+            let scales = &whole.weight.scales().data()[rows.start * 2..rows.end * 2];
+            assert!(
+                share.weight.scales().data() == scales,
+                "{settings:?} {rows:?}"
+            );
+            let zeros = &whole.weight.zero_points()[rows.start * 2..rows.end * 2];
+            assert!(share.weight.zero_points() == zeros, "{settings:?} {rows:?}");
+        }
+        assert!((loss / whole.loss - 1.0).abs() < SAME_LOSS);
+    }
 }
