@@ -96,6 +96,17 @@ impl CalibrationSet {
         Ok(digest.finalize().to_string())
     }
 
+    /// These samples as if there were no others, in one shard.
+    #[must_use]
+    pub fn by_itself(mut self) -> Self {
+        (0..)
+            .zip(&mut self.samples)
+            .for_each(|(i, sample)| sample.index = i);
+        let n_tokens = self.samples.iter().map(|sample| sample.classes.len());
+        self.shards = Shards::cut(n_tokens.collect(), 1);
+        self
+    }
+
     /// How many sequences all ranks have together.
     pub fn n_sequences(&self) -> usize {
         self.shards.n_tokens().len()

@@ -15,6 +15,7 @@
 mod following;
 mod group;
 mod inputs;
+mod offline;
 mod outputs;
 mod reduction;
 mod scaled;
@@ -41,6 +42,7 @@ use crate::statistics::{InputSquares, Statistics, is_output_cheaper};
 use crate::{Error, QuantizedWeight, Result};
 use following::{Following, Leading};
 use inputs::{Shared, Summing};
+pub(crate) use offline::{measure, quantize_from};
 pub use scaled::ScaleSearch;
 use serde::{Deserialize, Serialize};
 use stage::Stage;
@@ -257,19 +259,9 @@ fn layers(
     let mut outcomes = Vec::new();
     for layer_idx in 0..n_layers {
         observer.on_layer(layer_idx, n_layers);
-        let mut run = Run {
-            model,
-            recipe,
-            communicator,
-            observer,
-            layer_idx,
-            modules: model.layer_modules(layer_idx),
-            source: model.layer_source(layer_idx),
-            end_loss: end_loss.as_ref().and_then(|layers| layers.get(layer_idx)),
-            kept_samples: sink.kept_samples(),
-            bytes_before: communicator.bytes_sent(),
-            outcome: LayerOutcome::default(),
-        };
+        let of_end = end_loss.as_ref().and_then(|layers| layers.get(layer_idx));
+        let mut run = Run::new(model, recipe, (communicator, observer), layer_idx, of_end);
+        run.kept_samples = sink.kept_samples();
         let finished = sink.finished(layer_idx)?;
         let was_finished = finished.is_some();
         match (finished, search) {
@@ -323,6 +315,30 @@ struct Pair {
 /// mixture's, whose experts may be more than memory has room for.
 pub(crate) const GROUPS_AT_ONCE: usize = 16;
 
+impl<'a> Run<'a> {
+    fn new(
+        model: &'a ModelSource,
+        recipe: &'a Recipe,
+        (communicator, observer): (&'a dyn Communicator, &'a dyn Observer),
+        layer_idx: usize,
+        end_loss: Option<&'a LayerImportance>,
+    ) -> Self {
+        Self {
+            model,
+            recipe,
+            communicator,
+            observer,
+            layer_idx,
+            modules: model.layer_modules(layer_idx),
+            source: model.layer_source(layer_idx),
+            end_loss,
+            kept_samples: None,
+            bytes_before: communicator.bytes_sent(),
+            outcome: LayerOutcome::default(),
+        }
+    }
+}
+
 impl Run<'_> {
     /// Takes both streams through a layer that is solved already: the same products of the same
     /// numbers as when it was solved, so that the next layer sees the same bits.
@@ -370,7 +386,8 @@ impl Run<'_> {
                 some.iter_mut().for_each(|group| group.at_output = None);
                 let of_group = some.iter().zip(&sums);
                 for (group, summed) in of_group.filter_map(|(g, s)| Some((g, s.as_ref()?))) {
-                    self.show(group, &summed.statistics, importance);
+                    let seen = self.seen(group, &summed.statistics, importance);
+                    self.observer.on_statistics(&seen);
                 }
                 self.solve_groups(some, &teams, sums, &mut pair.quantized, sink)?;
             }
@@ -389,16 +406,22 @@ impl Run<'_> {
         Ok(())
     }
 
-    fn show(&self, group: &Shared, statistics: &Statistics, importance: Option<&LayerImportance>) {
+    /// What is told of a group.
+    fn seen<'b>(
+        &self,
+        group: &'b Shared,
+        statistics: &'b Statistics,
+        importance: Option<&'b LayerImportance>,
+    ) -> GroupStatistics<'b> {
         let projection = group.modules.first().map(|module| module.slot.projection);
         let factors = importance.zip(projection);
-        self.observer.on_statistics(&GroupStatistics {
+        GroupStatistics {
             layer_idx: self.layer_idx,
             modules: &group.modules,
             statistics,
             weights: group.weights.as_ref().map(|weights| weights.as_slice()),
             factors: factors.and_then(|(importance, of)| importance.factors(of)),
-        });
+        }
     }
 
     /// Takes F through attention, and gives the importance of tokens.
@@ -605,16 +628,18 @@ impl Run<'_> {
         }
     }
 
-    /// Puts a solved weight into the quantized layer and hands it over.
+    /// Puts a solved weight into the quantized layer, where one is walked through, and hands it over.
     fn take(
         &mut self,
         module: &Module,
         weight: &QuantizedWeight,
-        quantized: &mut DecoderLayer,
+        quantized: Option<&mut DecoderLayer>,
         sink: &mut dyn LayerSink,
     ) -> Result<()> {
-        let linear = self.source.linear(module.slot, weight.dequantize())?;
-        quantized.replace(module.slot, linear);
+        if let Some(quantized) = quantized {
+            let linear = self.source.linear(module.slot, weight.dequantize())?;
+            quantized.replace(module.slot, linear);
+        }
         self.timed("write", |_| sink.module(module, weight))
     }
 

@@ -4,9 +4,11 @@
 //! place of the output.
 
 mod journaled;
+mod offline;
 mod ranks;
 mod samples;
 
+pub use offline::{Calibrated, calibrate_folder, quantize_folder_from};
 pub use samples::{Division, SampleChoice, load_samples, load_share};
 
 use crate::allocation::allocate;

@@ -20,6 +20,7 @@
 
 pub(crate) mod bands;
 mod bf16;
+pub mod folder;
 mod single;
 
 use crate::{Error, Matrix, Result};
@@ -219,6 +220,15 @@ impl Statistics {
         self.weight_sum += other.weight_sum;
         self.weight_square_sum += other.weight_square_sum;
         Ok(())
+    }
+
+    /// Every weight ω multiplied by `factor`; C and S are not kept here.
+    pub(crate) fn scale(&mut self, factor: f64) {
+        for value in self.hessian_lower.data_mut() {
+            *value = (f64::from(*value) * factor) as f32;
+        }
+        self.weight_sum *= factor;
+        self.weight_square_sum *= factor * factor;
     }
 
     /// The mean square of each input of `modules`, weighted as H is; all zero before the first

@@ -24,7 +24,7 @@ pub(crate) use quantization::{NIBBLE_OF_OUTPUT, mlx_bias, turned};
 use crate::gguf::gguf_files;
 use crate::{Error, Matrix, Result};
 use serde_json::Value;
-use shard::Shard;
+pub(crate) use shard::Shard;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Component, Path, PathBuf};

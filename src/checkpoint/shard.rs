@@ -29,11 +29,11 @@ pub(super) const LENGTH_BYTES: usize = 8;
 /// Data is read, not mapped: a disk that fails or a file that another program cuts short is then
 /// an error to report and not the end of the process, and what is read is counted as memory only
 /// where it is kept.
-pub(super) struct Shard {
+pub(crate) struct Shard {
     path: PathBuf,
     file: Mutex<File>,
     state: FileState,
-    pub(super) tensors: BTreeMap<String, Entry>,
+    pub(crate) tensors: BTreeMap<String, Entry>,
 }
 
 /// What tells that a file was written to.
@@ -54,11 +54,11 @@ impl FileState {
 
 /// One tensor of a shard.
 #[derive(Debug)]
-pub(super) struct Entry {
-    pub(super) dtype: DType,
-    pub(super) shape: Vec<usize>,
+pub(crate) struct Entry {
+    pub(crate) dtype: DType,
+    pub(crate) shape: Vec<usize>,
     /// Position in the file.
-    pub(super) range: Range<usize>,
+    pub(crate) range: Range<usize>,
 }
 
 impl Shard {
@@ -66,7 +66,7 @@ impl Shard {
     ///
     /// # Errors
     /// [`Error::Io`] if it cannot be opened, [`Error::Format`] if it is no sound safetensors file.
-    pub(super) fn open(path: &Path) -> Result<Self> {
+    pub(crate) fn open(path: &Path) -> Result<Self> {
         let (mut file, state) = open_file(path)?;
         let start = read_header(path, &mut file)?;
         let tensors = parse_header(path, &start, state.n_bytes)?;
@@ -103,7 +103,7 @@ impl Shard {
     ///
     /// # Errors
     /// [`Error::Io`] if the disk fails, [`Error::Format`] if the file was changed since.
-    pub(super) fn read(&self, range: Range<usize>) -> Result<Vec<u8>> {
+    pub(crate) fn read(&self, range: Range<usize>) -> Result<Vec<u8>> {
         // No panic leaves a file in a state that matters here: every read seeks first.
         let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
         let fail = |e| Error::io(&self.path, "read", e);

@@ -4,6 +4,7 @@
 //! done, 1 for a quality gate missed, 2 for an error. A program can give the same commands
 //! ([`call`]) and has the object of `--json`.
 
+mod calibrate;
 mod caller;
 mod compare;
 mod eval;
@@ -12,6 +13,7 @@ mod generate;
 mod inspect;
 mod launch;
 mod log;
+mod merge;
 mod pad;
 mod pages;
 mod progress;
@@ -69,6 +71,10 @@ enum Command {
     Inspect(inspect::Args),
     /// Quantize a model into a new folder
     Quantize(quantize::Args),
+    /// Sum up what a model's linears see of samples, once, for `vlmq quantize --statistics`
+    Calibrate(calibrate::Args),
+    /// Add up what `vlmq calibrate` made of shards of the samples
+    Merge(merge::Args),
     /// Write a quantized folder once more, in another format
     Export(export::Args),
     /// Read a quantized folder as its readers will, and compare it with its source
@@ -203,6 +209,8 @@ fn dispatch(command: &Command, caller: &Caller) -> anyhow::Result<Done> {
     match command {
         Command::Inspect(args) => inspect::run(args),
         Command::Quantize(args) => quantize::run(args, caller),
+        Command::Calibrate(args) => calibrate::run(args, caller),
+        Command::Merge(args) => merge::run(args),
         Command::Export(args) => export::run(args),
         Command::Verify(args) => verify::run(args),
         Command::Rotate(args) => rotate::run(args),

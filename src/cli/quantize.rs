@@ -16,7 +16,10 @@ use crate::plan::{Bits, ScaleDtype, Scheme};
 use crate::processor::MAX_TEXT_TOKENS;
 use crate::recipe::{Method, Recipe};
 use crate::report::free_memory_bytes;
-use crate::run::{RunOptions, SampleChoice, module_plan, quantize_folder_among};
+use crate::run::{
+    RunOptions, SampleChoice, module_plan, quantize_folder_among, quantize_folder_from,
+};
+use crate::statistics::folder::StatisticsFolder;
 use anyhow::Context;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -31,6 +34,9 @@ pub struct Args {
     /// VLMEvalKit TSV, or a folder of them
     #[arg(long, value_name = "DATA")]
     calibration: Option<PathBuf>,
+    /// Solve from what `vlmq calibrate` made, without samples
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["calibration", "report", "dry_run"])]
+    statistics: Option<PathBuf>,
     /// Folder to make
     #[arg(long, value_name = "DIR", required_unless_present = "dry_run")]
     output: Option<PathBuf>,
@@ -152,14 +158,19 @@ impl RecipeArgs {
 
 impl Args {
     fn memory_bytes(&self) -> u64 {
-        let n_ranks = n_local_ranks() as u64;
-        let free = || free_memory_bytes().map(|bytes| bytes / 4 * 3 / n_ranks);
-        self.memory.or_else(free).unwrap_or(u64::MAX)
+        memory_bytes(self.memory)
     }
 }
 
+/// As told, else what is free.
+pub fn memory_bytes(told: Option<u64>) -> u64 {
+    let n_ranks = n_local_ranks() as u64;
+    let free = || free_memory_bytes().map(|bytes| bytes / 4 * 3 / n_ranks);
+    told.or_else(free).unwrap_or(u64::MAX)
+}
+
 /// Bytes from a number with or without a unit.
-fn parse_bytes(text: &str) -> Result<u64, String> {
+pub fn parse_bytes(text: &str) -> Result<u64, String> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let unit: u64 = match &text[digits.len()..] {
         "" | "B" => 1,
@@ -227,15 +238,26 @@ pub fn run(args: &Args, caller: &Caller) -> anyhow::Result<Done> {
         n_shards: args.shards.map(|n| n as usize),
         command: Some(command(&caller.words)),
     };
-    let outcome = quantize_folder_among(
-        launch.communicator(),
-        &model,
-        &recipe,
-        choice.as_ref(),
-        output,
-        options,
-        &progress,
-    );
+    let communicator = launch.communicator();
+    let choice = choice.as_ref();
+    let outcome = match &args.statistics {
+        Some(dir) if communicator.is_alone() => StatisticsFolder::open(dir).and_then(|folder| {
+            quantize_folder_from(&model, &folder, &recipe, output, options, &progress).map(Some)
+        }),
+        Some(_) => {
+            let what = "--statistics with several ranks; start one".into();
+            Err(Error::Unsupported { what })
+        }
+        None => quantize_folder_among(
+            communicator,
+            &model,
+            &recipe,
+            choice,
+            output,
+            options,
+            &progress,
+        ),
+    };
     progress.finish();
     let tell_kept = |error: &Error| {
         if caller.is_terminal() {

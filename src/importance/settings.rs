@@ -169,6 +169,11 @@ impl ImportanceSettings {
         }
     }
 
+    /// Whether ω is a power of g times what is the same for all tokens.
+    pub fn is_power_of_factors(&self) -> bool {
+        !self.safeguards.is_on() && self.granularity == Granularity::Token
+    }
+
     /// Whether factors are made before the first layer, of the loss at the end of the model.
     pub fn is_end_loss(&self) -> bool {
         self.source.is_gradient() && self.loss == ImportanceLoss::Answer

@@ -55,17 +55,17 @@ impl Run<'_> {
             }
             if self.communicator.is_alone() {
                 // Nothing is waited for: what is solved need not be held.
-                self.take_all(std::mem::take(&mut own), quantized, sink)?;
+                self.take_all(std::mem::take(&mut own), Some(quantized), sink)?;
             }
         }
         let all = self.timed("exchange", |run| together(own, run.communicator))?;
-        self.take_all(all, quantized, sink)
+        self.take_all(all, Some(quantized), sink)
     }
 
-    fn take_all(
+    pub(super) fn take_all(
         &mut self,
         linears: Vec<Share>,
-        quantized: &mut DecoderLayer,
+        mut quantized: Option<&mut DecoderLayer>,
         sink: &mut dyn LayerSink,
     ) -> Result<()> {
         for Share { told, weight } in linears {
@@ -73,7 +73,7 @@ impl Run<'_> {
             let Some(module) = own.cloned() else {
                 continue;
             };
-            self.take(&module, &weight, quantized, sink)?;
+            self.take(&module, &weight, quantized.as_deref_mut(), sink)?;
             self.outcome.input_squares.extend(told.squares);
             self.outcome.deviations.extend(told.deviations);
             let relative = |loss: f64| loss / told.energy.max(f64::MIN_POSITIVE);
@@ -86,7 +86,7 @@ impl Run<'_> {
     }
 
     /// Solves a group's linears, or the rows of them that belong to a `place` in a team of so many.
-    fn solve_share(
+    pub(super) fn solve_share(
         &mut self,
         (index, group): (usize, &Shared),
         summed: Summed,

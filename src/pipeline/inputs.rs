@@ -81,6 +81,17 @@ impl WeightShare {
 }
 
 impl Shared {
+    /// Linears whose statistics are there already.
+    pub(super) fn of(modules: Vec<Module>) -> Self {
+        Self {
+            modules,
+            weights: None,
+            with_cross: false,
+            with_stream: false,
+            at_output: None,
+        }
+    }
+
     pub(super) fn expert(&self) -> Option<usize> {
         self.modules.first().and_then(|m| m.slot.expert)
     }

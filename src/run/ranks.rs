@@ -69,7 +69,7 @@ fn model_digest(model: &ModelSource) -> Result<String> {
 }
 
 /// Of where the chosen samples come from. What is in them, their own digest tells later.
-fn samples_digest(choice: &SampleChoice) -> Result<String> {
+pub(super) fn samples_digest(choice: &SampleChoice) -> Result<String> {
     let chosen: Vec<&Sample> = choice.set.choose(choice.n_samples, choice.seed)?;
     let ids = chosen.into_iter().map(|sample| sample.id.clone());
     Ok(digest(ids))

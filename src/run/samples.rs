@@ -85,6 +85,31 @@ pub fn load_share(
     recipe: &Recipe,
     choice: Option<&SampleChoice>,
     division: Division<'_>,
+    room: (u64, &Path),
+    observer: &dyn Observer,
+) -> Result<CalibrationSet> {
+    let part = Part {
+        rank: division.communicator.rank(),
+        n_ranks: division.communicator.n_ranks(),
+        n_shards: division.n_shards,
+    };
+    load_part(model, recipe, choice, part, room, observer)
+}
+
+/// Which shards are meant: those of a rank.
+#[derive(Clone, Copy)]
+pub(super) struct Part {
+    pub(super) rank: usize,
+    pub(super) n_ranks: usize,
+    pub(super) n_shards: usize,
+}
+
+/// As [`load_share`], whoever else there is.
+pub(super) fn load_part(
+    model: &ModelSource,
+    recipe: &Recipe,
+    choice: Option<&SampleChoice>,
+    part: Part,
     (memory_bytes, dir): (u64, &Path),
     observer: &dyn Observer,
 ) -> Result<CalibrationSet> {
@@ -104,7 +129,7 @@ pub fn load_share(
     }
     let max_tokens = choice.max_tokens;
     let n_tokens = calibration::count_tokens(&processor, &chosen, max_tokens)?;
-    let share = Share::of(chosen, &n_tokens, division);
+    let share = Share::of(chosen, &n_tokens, part);
     let plan = plan_memory(model, recipe, &share.n_tokens());
     let store = Store::new(plan.room(memory_bytes), dir, &Device::Cpu);
     let tower = model.load_tower()?;
@@ -132,12 +157,9 @@ struct Share<'a> {
 
 impl<'a> Share<'a> {
     /// `n_tokens` are those of each sequence of each sample.
-    fn of(samples: Vec<&'a Sample>, n_tokens: &[Vec<usize>], division: Division<'_>) -> Self {
-        let shards = Shards::cut(n_tokens.concat(), division.n_shards);
-        let (rank, n_ranks) = (
-            division.communicator.rank(),
-            division.communicator.n_ranks(),
-        );
+    fn of(samples: Vec<&'a Sample>, n_tokens: &[Vec<usize>], part: Part) -> Self {
+        let shards = Shards::cut(n_tokens.concat(), part.n_shards);
+        let Part { rank, n_ranks, .. } = part;
         let mut share = Self {
             samples: Vec::new(),
             sequences: Vec::new(),

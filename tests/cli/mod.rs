@@ -4,6 +4,7 @@ mod damaged_parts;
 mod evaluation;
 mod exports;
 mod flow;
+mod offline;
 mod padding;
 mod ranks;
 mod report;
