@@ -48,7 +48,7 @@ use serde::{Deserialize, Serialize};
 use stage::Stage;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use streams::{Streams, Weighing};
 
 /// What happens around a run.
@@ -111,7 +111,7 @@ pub struct LayerOutcome {
     /// What ranks sent each other for it, all together.
     #[serde(default)]
     pub bytes_exchanged: u64,
-    /// Wall time per stage in seconds.
+    /// Wall time per stage in seconds; `exchange` is what ranks waited for each other's bytes.
     pub seconds: BTreeMap<String, f64>,
 }
 
@@ -333,7 +333,7 @@ impl<'a> Run<'a> {
             source: model.layer_source(layer_idx),
             end_loss,
             kept_samples: None,
-            bytes_before: communicator.bytes_sent(),
+            bytes_before: communicator.traffic().bytes_sent,
             outcome: LayerOutcome::default(),
         }
     }
@@ -399,7 +399,7 @@ impl Run<'_> {
     /// What all ranks sent each other for a layer.
     fn count_bytes(&mut self, was_finished: bool) -> Result<()> {
         if !self.communicator.is_alone() && !was_finished {
-            let own = self.communicator.bytes_sent() - self.bytes_before;
+            let own = self.communicator.traffic().bytes_sent - self.bytes_before;
             let all = self.communicator.all_gather_value(&own)?;
             self.outcome.bytes_exchanged = all.iter().sum();
         }
@@ -664,10 +664,18 @@ impl Run<'_> {
 
     fn timed<T>(&mut self, stage: &str, work: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
         self.observer.on_stage(stage);
-        let began = Instant::now();
+        let (began, traffic) = (Instant::now(), self.communicator.traffic());
         let result = work(self);
-        let spent = self.outcome.seconds.entry(stage.to_owned()).or_default();
-        *spent += began.elapsed().as_secs_f64();
+        let elapsed = began.elapsed();
+        let exchanged = self.communicator.traffic().time - traffic.time;
+        let mut spend = |stage: &str, time: Duration| {
+            let spent = self.outcome.seconds.entry(stage.to_owned()).or_default();
+            *spent += time.as_secs_f64();
+        };
+        spend(stage, elapsed.saturating_sub(exchanged));
+        if !exchanged.is_zero() {
+            spend("exchange", exchanged);
+        }
         result
     }
 }

@@ -12,8 +12,7 @@ use crate::distributed::{Alone, Communicator, Rendezvous, Tcp};
 use crate::{Error, Result};
 use std::path::Path;
 use std::process::exit;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 /// How long the first ranks wait for the last.
@@ -47,7 +46,8 @@ struct Teller {
     rank: usize,
     /// Whether the other ranks are ended with this one, and tell nothing.
     is_last_word: bool,
-    has_told: AtomicBool,
+    /// Held while telling: whoever comes second must not end the process before it is done.
+    has_told: Mutex<bool>,
 }
 
 impl Launch {
@@ -136,7 +136,7 @@ impl Teller {
         Self {
             rank,
             is_last_word,
-            has_told: AtomicBool::new(false),
+            has_told: Mutex::new(false),
         }
     }
 
@@ -147,7 +147,8 @@ impl Teller {
             _ => self.rank == 0,
         };
         let is_told_here = is_told_here || self.is_last_word;
-        if is_told_here && !self.has_told.swap(true, Ordering::SeqCst) {
+        let mut has_told = self.has_told.lock().unwrap_or_else(|e| e.into_inner());
+        if is_told_here && !std::mem::replace(&mut *has_told, true) {
             let of_rank = match error {
                 Error::Rank { .. } | Error::RankLost { .. } => String::new(),
                 _ => format!("rank {}: ", self.rank),

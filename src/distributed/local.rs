@@ -1,6 +1,6 @@
 //! Ranks that are threads of one process.
 
-use super::{Communicator, Meter};
+use super::{Communicator, Meter, Traffic};
 use crate::{Error, Result};
 use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -42,21 +42,12 @@ impl Local {
     }
 }
 
-impl Communicator for Local {
-    fn rank(&self) -> usize {
-        self.rank
-    }
-
-    fn n_ranks(&self) -> usize {
-        self.senders.len()
-    }
-
-    fn all_to_all(&self, outgoing: &[&[u8]]) -> Result<Vec<Vec<u8>>> {
+impl Local {
+    fn exchange(&self, outgoing: &[&[u8]]) -> Result<Vec<Vec<u8>>> {
         let lost = |rank| Error::RankLost {
             rank,
             why: "it has ended".into(),
         };
-        self.meter.count(self.rank, outgoing);
         for (to, bytes) in outgoing.iter().enumerate() {
             if to != self.rank {
                 let sent = self.senders[to].send(bytes.to_vec());
@@ -73,11 +64,26 @@ impl Communicator for Local {
         });
         received.collect()
     }
+}
+
+impl Communicator for Local {
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn n_ranks(&self) -> usize {
+        self.senders.len()
+    }
+
+    fn all_to_all(&self, outgoing: &[&[u8]]) -> Result<Vec<Vec<u8>>> {
+        self.meter
+            .measure(self.rank, outgoing, || self.exchange(outgoing))
+    }
 
     /// The others notice that it is gone when it is dropped.
     fn abort(&self, _: &Error) {}
 
-    fn bytes_sent(&self) -> u64 {
+    fn traffic(&self) -> Traffic {
         self.meter.total()
     }
 }

@@ -24,7 +24,8 @@ use crate::{Error, Result};
 use message::{Message, Received};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
 
 /// The other ranks of a run. All ranks call the same operations in the same order.
 pub trait Communicator: Send + Sync {
@@ -45,8 +46,17 @@ pub trait Communicator: Send + Sync {
     /// another.
     fn abort(&self, error: &Error);
 
-    /// Bytes that this rank has sent so far, those of the carrier's own frames aside.
-    fn bytes_sent(&self) -> u64;
+    /// What this rank has sent so far, and the time it took.
+    fn traffic(&self) -> Traffic;
+}
+
+/// What went from a rank to others.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// Bytes, those of the carrier's own frames aside.
+    pub bytes_sent: u64,
+    /// The time in [`Communicator::all_to_all`], that of waiting for slower ranks included.
+    pub time: Duration,
 }
 
 impl dyn Communicator + '_ {
@@ -130,25 +140,29 @@ impl Communicator for Alone {
 
     fn abort(&self, _: &Error) {}
 
-    fn bytes_sent(&self) -> u64 {
-        0
+    fn traffic(&self) -> Traffic {
+        Traffic::default()
     }
 }
 
 /// Counts what a rank sends.
 #[derive(Debug, Default)]
-struct Meter(AtomicU64);
+struct Meter(Mutex<Traffic>);
 
 impl Meter {
-    /// Counts what goes to others than `rank`.
-    fn count(&self, rank: usize, outgoing: &[&[u8]]) {
-        let lens = outgoing.iter().map(|bytes| bytes.len() as u64);
-        let own = outgoing.get(rank).map_or(0, |bytes| bytes.len() as u64);
-        self.0.fetch_add(lens.sum::<u64>() - own, Ordering::Relaxed);
+    /// Counts what goes to others than `rank`, and the time that it takes.
+    fn measure<T>(&self, rank: usize, outgoing: &[&[u8]], exchange: impl FnOnce() -> T) -> T {
+        let began = Instant::now();
+        let done = exchange();
+        let others = outgoing.iter().enumerate().filter(|(to, _)| *to != rank);
+        let mut traffic = self.0.lock().unwrap_or_else(|e| e.into_inner());
+        traffic.bytes_sent += others.map(|(_, bytes)| bytes.len() as u64).sum::<u64>();
+        traffic.time += began.elapsed();
+        done
     }
 
-    fn total(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
+    fn total(&self) -> Traffic {
+        *self.0.lock().unwrap_or_else(|e| e.into_inner())
     }
 }
 

@@ -3,7 +3,7 @@
 //! MPI carries the bytes and nothing else: none of its reductions is used, whose order of sums is
 //! nobody's promise. A rank that is lost is noticed by whoever started the ranks, which ends them all.
 
-use super::{Communicator, Meter};
+use super::{Communicator, Meter, Traffic};
 use crate::{Error, Result};
 use mpi::Threading;
 use mpi::environment::Universe;
@@ -70,17 +70,8 @@ impl Mpi {
     }
 }
 
-impl Communicator for Mpi {
-    fn rank(&self) -> usize {
-        self.rank
-    }
-
-    fn n_ranks(&self) -> usize {
-        self.n_ranks
-    }
-
-    fn all_to_all(&self, outgoing: &[&[u8]]) -> Result<Vec<Vec<u8>>> {
-        self.meter.count(self.rank, outgoing);
+impl Mpi {
+    fn exchange(&self, outgoing: &[&[u8]]) -> Result<Vec<Vec<u8>>> {
         let world = self.world();
         let world = &world.communicator;
         let mut lengths: Vec<u64> = outgoing.iter().map(|bytes| bytes.len() as u64).collect();
@@ -112,12 +103,27 @@ impl Communicator for Mpi {
         });
         Ok(received)
     }
+}
+
+impl Communicator for Mpi {
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn n_ranks(&self) -> usize {
+        self.n_ranks
+    }
+
+    fn all_to_all(&self, outgoing: &[&[u8]]) -> Result<Vec<Vec<u8>>> {
+        self.meter
+            .measure(self.rank, outgoing, || self.exchange(outgoing))
+    }
 
     fn abort(&self, _: &Error) {
         self.world().communicator.abort(EXIT_CODE);
     }
 
-    fn bytes_sent(&self) -> u64 {
+    fn traffic(&self) -> Traffic {
         self.meter.total()
     }
 }

@@ -16,7 +16,7 @@
 //! MPI. Frames that are none, lengths that are not kept and strangers at the door are errors, not
 //! more.
 
-use super::{Communicator, Meter, message};
+use super::{Communicator, Meter, Traffic, message};
 use crate::{Error, Result};
 use message::{Message, Received};
 use serde::{Deserialize, Serialize};
@@ -212,17 +212,8 @@ impl Tcp {
     }
 }
 
-impl Communicator for Tcp {
-    fn rank(&self) -> usize {
-        self.rank
-    }
-
-    fn n_ranks(&self) -> usize {
-        self.peers.len()
-    }
-
-    fn all_to_all(&self, outgoing: &[&[u8]]) -> Result<Vec<Vec<u8>>> {
-        self.meter.count(self.rank, outgoing);
+impl Tcp {
+    fn exchange(&self, outgoing: &[&[u8]]) -> Result<Vec<Vec<u8>>> {
         thread::scope(|scope| {
             let peers = self.peers.iter().zip(outgoing).enumerate();
             let sending: Vec<_> = peers
@@ -242,6 +233,21 @@ impl Communicator for Tcp {
             Ok(received)
         })
     }
+}
+
+impl Communicator for Tcp {
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn n_ranks(&self) -> usize {
+        self.peers.len()
+    }
+
+    fn all_to_all(&self, outgoing: &[&[u8]]) -> Result<Vec<Vec<u8>>> {
+        self.meter
+            .measure(self.rank, outgoing, || self.exchange(outgoing))
+    }
 
     fn abort(&self, error: &Error) {
         self.end.is_done.store(true, Ordering::SeqCst);
@@ -252,7 +258,7 @@ impl Communicator for Tcp {
         }
     }
 
-    fn bytes_sent(&self) -> u64 {
+    fn traffic(&self) -> Traffic {
         self.meter.total()
     }
 }
@@ -340,7 +346,11 @@ fn prepare(stream: &TcpStream) -> io::Result<()> {
     stream.set_read_timeout(None)?;
     let keepalive = TcpKeepalive::new().with_time(KEEPALIVE);
     let keepalive = keepalive.with_interval(KEEPALIVE).with_retries(3);
-    SockRef::from(stream).set_tcp_keepalive(&keepalive)
+    let socket = SockRef::from(stream);
+    // What is sent and never confirmed is noticed by this and not by keeping alive.
+    #[cfg(any(target_os = "linux", target_os = "android"))]
+    socket.set_tcp_user_timeout(Some(4 * KEEPALIVE))?;
+    socket.set_tcp_keepalive(&keepalive)
 }
 
 /// Rank 0: waits for all others and tells each where the others are.

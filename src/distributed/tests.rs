@@ -70,16 +70,19 @@ fn laws(rank: &dyn Communicator) -> u64 {
             assert!(*bytes == expected, "from {from} to {own} in round {round}");
         }
     }
-    let before = rank.bytes_sent();
+    let before = rank.traffic().bytes_sent;
     let all = rank.all_gather(vec![own as u8; own + 1]).unwrap();
     let expected = (0..n).map(|from| vec![from as u8; from + 1]);
     assert!(all.into_iter().eq(expected));
-    assert_eq!(rank.bytes_sent() - before, ((n - 1) * (own + 1)) as u64);
+    assert_eq!(
+        rank.traffic().bytes_sent - before,
+        ((n - 1) * (own + 1)) as u64
+    );
     let told = rank.broadcast_value(|| Ok(format!("from {own}"))).unwrap();
     assert_eq!(told, "from 0");
     let all = rank.all_gather_value(&(own, own as f64 / 3.0)).unwrap();
     assert!(all.into_iter().eq((0..n).map(|r| (r, r as f64 / 3.0))));
-    rank.bytes_sent()
+    rank.traffic().bytes_sent
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use super::bad_input::assert_clear_failure;
 use super::resume::{assert_same, files};
+use super::tiny::{Home, Spelling};
 use super::{json, quantize, repository, text, vlmq};
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read};
@@ -42,31 +43,38 @@ fn options(n_shards: Option<usize>, report: bool) -> RunOptions {
     }
 }
 
-/// The bundled model by one rank.
+/// A model by one rank, with samples of more batches than there are shards.
 fn by_rank(
     rank: &dyn Communicator,
+    model: &Path,
     recipe: &Recipe,
     output: &Path,
     options: RunOptions,
 ) -> Result<u64> {
-    let checkpoint = Checkpoint::open(&repository("testbed/model"))?;
+    let checkpoint = Checkpoint::open(model)?;
     let model = open_model(checkpoint, candle_core::Device::Cpu)?;
     let choice = SampleChoice {
         set: open_samples(&repository("testbed/calibration"))?,
-        n_samples: 24,
+        n_samples: 80,
         seed: 0,
         max_tokens: MAX_TEXT_TOKENS,
     };
     let (choice, observer) = (Some(&choice), &Unobserved);
     quantize_folder_among(rank, &model, recipe, choice, output, options, observer)?;
-    Ok(rank.bytes_sent())
+    Ok(rank.traffic().bytes_sent)
 }
 
 /// By so many ranks, each a thread; what each sent.
-fn by_ranks(n_ranks: usize, recipe: &Recipe, output: &Path, options: &RunOptions) -> Vec<u64> {
+fn by_ranks(
+    n_ranks: usize,
+    model: &Path,
+    recipe: &Recipe,
+    output: &Path,
+    options: &RunOptions,
+) -> Vec<u64> {
     std::thread::scope(|scope| {
         let ranks = Local::ranks(n_ranks).into_iter().map(|rank| {
-            let work = move || by_rank(&rank, recipe, output, options.clone()).unwrap();
+            let work = move || by_rank(&rank, model, recipe, output, options.clone()).unwrap();
             scope.spawn(work)
         });
         let ranks: Vec<_> = ranks.collect();
@@ -75,35 +83,38 @@ fn by_ranks(n_ranks: usize, recipe: &Recipe, output: &Path, options: &RunOptions
 }
 
 fn recipe(method: Method, bits: u8) -> Recipe {
-    let scheme = Scheme::new(bits, Some(64), false, ScaleDtype::Bf16).unwrap();
+    let scheme = Scheme::new(bits, Some(32), false, ScaleDtype::Bf16).unwrap();
     Recipe::new(method, scheme)
 }
 
-/// The law that all else rests on, for every way that statistics and factors are made.
+/// The law that all else rests on, for every way that statistics and factors are made. The bundled
+/// model's linears are shared out by rows, those of the other are not.
 #[test]
 fn codes_depend_on_shards_and_not_on_ranks() {
-    let home = tempfile::tempdir().unwrap();
+    let home = Home::new(Spelling::USUAL);
     let mut mean = recipe(Method::Vlmq, 3).with_bits(Bits::Mean(2.5));
-    mean.set("allocation_samples=9").unwrap();
+    mean.set("allocation_samples=40").unwrap();
     let mut fisher = recipe(Method::VlmqV2, 3);
     fisher.set("importance_loss=answer").unwrap();
+    let (tiny, bundled) = (home.model(), repository("testbed/model"));
     let recipes = [
-        ("vlmq", recipe(Method::Vlmq, 2)),
-        ("gptaq", recipe(Method::Gptaq, 3)),
-        ("fisher", fisher),
-        ("mean", mean),
-        ("mbq", recipe(Method::Mbq, 3)),
-        ("awq", recipe(Method::Awq, 4)),
+        ("bundled", &bundled, recipe(Method::Vlmq, 2), vec![3]),
+        ("vlmq", &tiny, recipe(Method::Vlmq, 2), vec![2, 4, 6]),
+        ("gptaq", &tiny, recipe(Method::Gptaq, 3), vec![3]),
+        ("fisher", &tiny, fisher, vec![3]),
+        ("mean", &tiny, mean, vec![3]),
+        ("mbq", &tiny, recipe(Method::Mbq, 3), vec![3]),
+        ("awq", &tiny, recipe(Method::Awq, 4), vec![2, 4]),
     ];
-    for (name, recipe) in recipes {
-        // The pages are compared too: they hold the token weights of samples.
+    let outputs = tempfile::tempdir().unwrap();
+    for (name, model, recipe, more) in recipes {
         let options = options(Some(4), name == "vlmq");
-        let one = home.path().join(format!("{name}-1"));
-        assert_eq!(by_ranks(1, &recipe, &one, &options), [0]);
+        let one = outputs.path().join(format!("{name}-1"));
+        assert_eq!(by_ranks(1, model, &recipe, &one, &options), [0]);
         let expected = without_page(files(&one));
-        for n_ranks in [2, 3, 4, 6] {
-            let output = home.path().join(format!("{name}-{n_ranks}"));
-            let sent = by_ranks(n_ranks, &recipe, &output, &options);
+        for n_ranks in more {
+            let output = outputs.path().join(format!("{name}-{n_ranks}"));
+            let sent = by_ranks(n_ranks, model, &recipe, &output, &options);
             assert!(sent.iter().all(|bytes| *bytes > 0));
             let found = without_page(files(&output));
             for (file, bytes) in &expected {
@@ -171,7 +182,7 @@ fn wait_for(rank: &mut Child, layer: usize) -> std::thread::JoinHandle<String> {
 #[test]
 fn processes_started_one_by_one_are_one_run() {
     let home = tempfile::tempdir().unwrap();
-    let few = ["--samples", "12", "--json"];
+    let few = ["--samples", "64", "--json"];
     let alone = home.path().join("alone");
     let shards = [&few[..], &["--shards", "3", "--bits", "3"]].concat();
     let one = quantize(&repository("testbed/model"), &alone, &shards);
@@ -204,7 +215,7 @@ fn processes_started_one_by_one_are_one_run() {
 #[test]
 fn a_lost_rank_ends_the_run_and_any_number_of_ranks_goes_on() {
     let home = tempfile::tempdir().unwrap();
-    let few = ["--samples", "12"];
+    let few = ["--samples", "64"];
     let reference = home.path().join("reference");
     let shards = [&few[..], &["--shards", "3", "--bits", "3"]].concat();
     let one = quantize(&repository("testbed/model"), &reference, &shards);
@@ -263,12 +274,15 @@ fn an_error_of_one_rank_is_told_once() {
 fn what_ranks_cannot_do_is_refused_before_any_work() {
     let home = tempfile::tempdir().unwrap();
     let output = home.path().join("out");
+    let model = repository("testbed/model");
     let mut tuned = recipe(Method::Vlmq, 2);
     tuned.set("tune_steps=10").unwrap();
     let errors = std::thread::scope(|scope| {
         let ranks = Local::ranks(2).into_iter().map(|rank| {
             let (tuned, output) = (&tuned, &output);
-            scope.spawn(move || by_rank(&rank, tuned, output, options(None, false)).unwrap_err())
+            let model = &model;
+            let work = move || by_rank(&rank, model, tuned, output, options(None, false));
+            scope.spawn(move || work().unwrap_err())
         });
         let ranks: Vec<_> = ranks.collect();
         let errors = ranks.into_iter().map(|rank| rank.join().unwrap());
@@ -281,7 +295,7 @@ fn what_ranks_cannot_do_is_refused_before_any_work() {
     );
     // A number of ranks that is none.
     let mut wrong = vlmq();
-    wrong.arg("quantize").arg(repository("testbed/model"));
+    wrong.arg("quantize").arg(&model);
     wrong.args(["--method", "rtn", "--output"]).arg(&output);
     let wrong = with_rank(&mut wrong, 0, 2, 1)
         .env("WORLD_SIZE", "many")
