@@ -35,6 +35,8 @@ pub struct MemoryPlan {
     pub mlp: u64,
     /// H and C of down, with a batch of its inputs or its weight.
     pub wide: u64,
+    /// Moments on their way between ranks, where there are several.
+    pub exchange: u64,
 }
 
 impl MemoryPlan {
@@ -46,7 +48,7 @@ impl MemoryPlan {
     /// The peak of all but the hidden states.
     pub fn without_streams(&self) -> u64 {
         let steps = [self.attention, self.narrow, self.mlp, self.wide];
-        self.process + steps.into_iter().fold(self.vision, u64::max)
+        self.process + self.exchange + steps.into_iter().fold(self.vision, u64::max)
     }
 
     /// Bytes that hidden states may take in memory if all is to stay below `memory_bytes`.
@@ -68,6 +70,16 @@ impl MemoryPlan {
 
 /// Plans a run over samples of these many tokens, all in memory.
 pub fn plan_memory(model: &ModelSource, recipe: &Recipe, n_tokens: &[usize]) -> MemoryPlan {
+    plan_memory_among(1, model, recipe, n_tokens)
+}
+
+/// As [`plan_memory`], for one of `n_ranks` with samples of these many tokens of its own.
+pub fn plan_memory_among(
+    n_ranks: usize,
+    model: &ModelSource,
+    recipe: &Recipe,
+    n_tokens: &[usize],
+) -> MemoryPlan {
     let process = peak_memory_bytes().unwrap_or(32 << 20);
     let config = model.decoder();
     if !recipe.needs_calibration() {
@@ -84,6 +96,7 @@ pub fn plan_memory(model: &ModelSource, recipe: &Recipe, n_tokens: &[usize]) -> 
             narrow: 0,
             mlp: 2 * widest.unwrap_or(0),
             wide: 0,
+            exchange: 0,
         };
     }
     let schemes: Vec<_> = model
@@ -118,6 +131,7 @@ pub fn plan_memory(model: &ModelSource, recipe: &Recipe, n_tokens: &[usize]) -> 
         narrow: step.narrow(),
         mlp: step.mlp(),
         wide: step.wide(),
+        exchange: if n_ranks > 1 { step.exchange() } else { 0 },
     }
 }
 
@@ -287,6 +301,19 @@ impl Step<'_> {
             mlp.n_groups() * self.moments(hidden) + solved + self.inputs(hidden).max(one)
         });
         first.max(second)
+    }
+
+    /// What a group's moments are sent as, and what comes in their place.
+    fn exchange(&self) -> u64 {
+        if self.with_scales {
+            return 0;
+        }
+        let hidden = self.config.hidden_size;
+        let widest = self.worst(|mlp| match mlp.expert {
+            Some(_) => self.moments(mlp.width),
+            None => self.own_moments([hidden, mlp.width], self.with_stream),
+        });
+        2 * widest.max(self.moments(hidden))
     }
 
     fn of_mlp(&self, mlp: &Mlp, projections: &[Projection]) -> u64 {

@@ -7,7 +7,7 @@ use super::{Communicator, Meter, Traffic};
 use crate::{Error, Result};
 use mpi::Threading;
 use mpi::environment::Universe;
-use mpi::request::{WaitGuard, multiple_scope};
+use mpi::request::multiple_scope;
 use mpi::topology::SimpleCommunicator;
 use mpi::traits::{Communicator as _, CommunicatorCollectives, Destination, Source};
 use std::sync::{Mutex, MutexGuard};

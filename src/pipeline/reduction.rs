@@ -206,16 +206,16 @@ impl Band {
         received[own] = message;
         let n_moments = group.n_moments();
         let (mut whole, mut parts) = (Vec::new(), Vec::new());
-        for (rank, bytes) in received.iter().enumerate() {
+        // Each message goes as its numbers come.
+        for (rank, bytes) in received.into_iter().enumerate() {
             let n = band_range(n_moments, rank, n_ranks).len();
-            let ((), mut rest) = Received::open(rank, bytes)?;
+            let ((), mut rest) = Received::open(rank, &bytes)?;
             whole.push(rest.f32s(n)?);
             if self.part.is_some() {
                 parts.push(rest.f32s(n)?);
             }
             rest.end()?;
         }
-        drop(received);
         let empty = group.empty(summing);
         let mut counts = self.tally.counts;
         self.tally

@@ -5,7 +5,7 @@ use crate::dataset::{Sample, SampleSet};
 use crate::distributed::{Alone, Communicator};
 use crate::families::open_processor;
 use crate::hidden_states::Store;
-use crate::memory::plan_memory;
+use crate::memory::plan_memory_among;
 use crate::model::ModelSource;
 use crate::pipeline::Observer;
 use crate::recipe::Recipe;
@@ -130,7 +130,7 @@ pub(super) fn load_part(
     let max_tokens = choice.max_tokens;
     let n_tokens = calibration::count_tokens(&processor, &chosen, max_tokens)?;
     let share = Share::of(chosen, &n_tokens, part);
-    let plan = plan_memory(model, recipe, &share.n_tokens());
+    let plan = plan_memory_among(part.n_ranks, model, recipe, &share.n_tokens());
     let store = Store::new(plan.room(memory_bytes), dir, &Device::Cpu);
     let tower = model.load_tower()?;
     let tower = tower.as_ref();
