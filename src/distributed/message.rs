@@ -94,7 +94,7 @@ impl<'a> Received<'a> {
     }
 
     pub(crate) fn f64s(&mut self, n: usize) -> Result<Vec<f64>> {
-        let bytes = self.bytes(n.checked_mul(8).unwrap_or(usize::MAX))?;
+        let bytes = self.bytes(n.saturating_mul(8))?;
         let (words, _) = bytes.as_chunks::<8>();
         Ok(words.iter().map(|word| f64::from_le_bytes(*word)).collect())
     }
@@ -105,7 +105,7 @@ impl<'a> Received<'a> {
     }
 
     fn chunks(&mut self, n: usize) -> Result<(&'a [[u8; 4]], &'a [u8])> {
-        let bytes = self.bytes(n.checked_mul(4).unwrap_or(usize::MAX))?;
+        let bytes = self.bytes(n.saturating_mul(4))?;
         Ok(bytes.as_chunks::<4>())
     }
 

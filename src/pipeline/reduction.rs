@@ -103,7 +103,7 @@ impl<'a> Reduction<'a> {
         let done = groups.map(|((total, group), team)| match total {
             Total::Whole(summed) => summed.complete().map(Some),
             Total::Nothing => Ok(Some(group.empty(self.summing))),
-            Total::Band(band) => band.to_team(self.communicator, (group, self.summing), team),
+            Total::Band(band) => band.for_team(self.communicator, (group, self.summing), team),
         });
         done.collect()
     }
@@ -180,7 +180,7 @@ impl Band {
     }
 
     /// Brings all bands to each of `team`.
-    fn to_team(
+    fn for_team(
         mut self,
         communicator: &dyn Communicator,
         (group, summing): (&Shared, Summing),

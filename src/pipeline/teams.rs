@@ -107,7 +107,7 @@ mod tests {
             for index in 0..size {
                 let rows = rows_of(n_rows, index, size);
                 assert_eq!(rows.start, end);
-                assert!(rows.is_empty() || rows.start % ROW_UNIT == 0);
+                assert!(rows.is_empty() || rows.start.is_multiple_of(ROW_UNIT));
                 end = rows.end;
             }
             assert_eq!(end, n_rows);
