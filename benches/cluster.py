@@ -93,7 +93,8 @@ def main():
         middle[n] = {key: median(row[key] for row in own) for key in [*STAGES, "exchange", "bytes", "layers"]}
     work = {stage: count * measured[4] for stage, count in counts(measured, args.measured_tokens).items()}
     rates = {stage: work[stage] / middle[1][stage] for stage in STAGES}
-    print("rates of one rank, 10⁹ multiply-adds a second: " + ", ".join(f"{s} {r / 1e9:.1f}" for s, r in rates.items()))
+    told = ", ".join(f"{stage} {rate / 1e9:.1f}" for stage, rate in rates.items())
+    print(f"rates of one rank, 10⁹ multiply-adds a second: {told}")
     several = [n for n in middle if n > 1]
     exchange = median(middle[n]["bytes"] / n / middle[n]["exchange"] for n in several)
     print(f"exchange: {exchange / 1e6:.0f} MB/s a rank, waiting included")
@@ -106,7 +107,8 @@ def main():
         faster = {stage: rate * args.speed for stage, rate in rates.items()}
         by = seconds(shape, args.tokens, args.ranks, faster, args.bytes or exchange)
         print(f"{args.ranks} ranks, {args.tokens} tokens, {shape[4]} layers, {args.speed:g} × the speed: "
-              f"{sum(by.values()) * shape[4] / 60:.1f} min; " + ", ".join(f"{k} {v * shape[4]:.0f} s" for k, v in by.items()))
+              f"{sum(by.values()) * shape[4] / 60:.1f} min; "
+              + ", ".join(f"{k} {v * shape[4]:.0f} s" for k, v in by.items()))
 
 
 if __name__ == "__main__":

@@ -285,6 +285,25 @@ def test_the_other_commands(quantized, rows, tmp_path):
     assert len(vlmq.compare(sweep, tmp_path / "rows.jsonl")["rows"]) == 2
 
 
+def test_calibration_apart_by_shards(tmp_path):
+    rows = datasets.load_dataset("json", data_files=str(CALIBRATION / "samples.jsonl"), split="train")
+    questions = [row["conversations"][0]["value"].replace("<image>", "") for row in rows.select(range(4))]
+    texts = [{"text": question * 200} for question in questions]
+    shards = []
+    for shard in (1, 2):
+        shards.append(tmp_path / f"part-{shard}")
+        made = vlmq.calibrate(MODEL, shards[-1], calibration=texts, shard=(shard, 2), max_tokens=256)
+        assert made["n_shards"] == 2 and made["n_layers"] == 4
+    assert vlmq.merge(shards[1:], tmp_path / "half")["missing_shards"] == [1]
+    with pytest.raises(vlmq.Error, match="1 of 2 shards are missing"):
+        vlmq.quantize(MODEL, tmp_path / "out", statistics=tmp_path / "half", method="gptq", group_size=64)
+    assert vlmq.merge(shards, tmp_path / "all")["missing_shards"] == []
+    done = vlmq.quantize(MODEL, tmp_path / "out", statistics=tmp_path / "all", method="gptq", bits=3,
+                         group_size=64)
+    assert len(done["report"]["modules"]) == 28
+    assert vlmq.verify(tmp_path / "out")["verification"]["problems"] == []
+
+
 def test_a_damaged_folder_is_no_exception_of_verify(quantized, tmp_path):
     folder, _ = quantized
     damaged = tmp_path / "damaged"

@@ -27,14 +27,15 @@ _os.environ.setdefault("CANDLE_NUM_THREADS", "1")
 # It reads all of /proc/cpuinfo at each product unless this is set.
 _os.environ.setdefault("RAYON_NUM_THREADS", str(_n_cores()))
 
-from ._commands import (compare, evaluate, export, generate, inspect, pad, plan, quantize, report, rotate,
-                        score, verify)
+from ._commands import (calibrate, compare, evaluate, export, generate, inspect, merge, pad, plan, quantize,
+                        report, rotate, score, verify)
 from ._error import Error
 from ._progress import Progress
 from ._statistics import Group, Sample, Statistics, statistics
 from ._vlmq import __version__
 
 __all__ = [
-    "Error", "Group", "Progress", "Sample", "Statistics", "__version__", "compare", "evaluate", "export",
-    "generate", "inspect", "pad", "plan", "quantize", "report", "rotate", "score", "statistics", "verify",
+    "Error", "Group", "Progress", "Sample", "Statistics", "__version__", "calibrate", "compare", "evaluate",
+    "export", "generate", "inspect", "merge", "pad", "plan", "quantize",
+    "report", "rotate", "score", "statistics", "verify",
 ]

@@ -23,6 +23,7 @@ def quantize(
     output: StrPath,
     *,
     calibration: Data | None = None,
+    statistics: StrPath | None = None,
     method: str = "vlmq",
     bits: float = 4,
     group_size: int | None = 128,
@@ -32,6 +33,7 @@ def quantize(
     samples: int | None = None,
     seed: int = 0,
     max_tokens: int | None = None,
+    shards: int | None = None,
     format: Format = "compressed-tensors",
     resume: Literal["auto", "required", "never"] = "auto",
     memory: str | int | None = None,
@@ -44,6 +46,7 @@ def quantize(
 
     calibration: a file or folder that the program reads, or rows: a list of dicts with PIL images, or a
         data set of `datasets`. Rows have `messages`, `conversations`, `question` and `answer`, or `text`.
+    statistics: a folder that `calibrate` or `merge` made, in place of samples.
     method: rtn, awq, mbq, gptq, gptaq, qronos, vlmq-v1, vlmq-v2 or vlmq.
     bits: 2, 3, 4 or 8, or a mean that is shared out among modules, as 2.5.
     group_size: input columns that share a scale; None for one scale per output channel.
@@ -52,6 +55,7 @@ def quantize(
     settings: as `--set` has them, {"tune_steps": 100}.
     samples: how many rows; 128 if absent, or all of fewer rows in memory. seed: of their choice.
     max_tokens: raw texts are read in pieces of at most so many; 2048 if absent.
+    shards: in how many parts samples are summed up, one after the other; 1 if absent.
     resume: what to do with the layers that an earlier run for the same output finished.
     memory: what to stay below, as "8GiB" or in bytes.
     imatrix, report: what is written beside the model, llama.cpp's importance matrix and report.html.
@@ -63,8 +67,43 @@ def quantize(
     words = _recipe_flags(method, bits, group_size, symmetric, recipe, settings)
     words += _flags(seed=seed, max_tokens=max_tokens, format=format, memory=memory)
     words += _flags(output=output, resume=resume, imatrix=imatrix, report=report)
+    words += _flags(statistics=statistics, shards=shards)
     with _calibration_flags(calibration, samples, seed, settings) as data:
         return _done(["quantize", _path(model), *words, *data], threads, progress)
+
+
+def calibrate(
+    model: StrPath,
+    output: StrPath,
+    *,
+    calibration: Data,
+    method: str = "gptq",
+    settings: Mapping[str, Any] | None = None,
+    samples: int | None = None,
+    seed: int = 0,
+    max_tokens: int | None = None,
+    shard: tuple[int, int] = (1, 1),
+    memory: str | int | None = None,
+    threads: int | None = None,
+    progress: Callback = None,
+) -> dict[str, Any]:
+    """Sums up what a model's linears see of samples, in full precision, for `quantize(statistics=…)`.
+
+    method, settings: gptq, or vlmq-v1 and vlmq-v2 with an importance that needs no quantized stream, as
+        {"importance_loss": "answer"}.
+    shard: the first of two parts of the samples as (1, 2); `merge` adds them up. Every part needs the
+        same `calibration`, `samples` and `seed`.
+    The rest as for `quantize`.
+    """
+    words = _flags(output=output, method=method, seed=seed, max_tokens=max_tokens, memory=memory)
+    words += _flags(shard=f"{shard[0]}/{shard[1]}", set=assignments(settings))
+    with _calibration_flags(calibration, samples, seed, settings) as data:
+        return _done(["calibrate", _path(model), *words, *data], threads, progress)
+
+
+def merge(folders: Sequence[StrPath], output: StrPath) -> dict[str, Any]:
+    """Adds up what `calibrate` made of shards of the samples; "missing_shards" are those still to come."""
+    return _done(["merge", *[_path(folder) for folder in folders], *_flags(output=output)])
 
 
 def plan(

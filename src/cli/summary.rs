@@ -8,7 +8,7 @@ use crate::report::{Deviation, ModuleReport, RunReport};
 use crate::tuning::TuningReport;
 use std::collections::BTreeMap;
 
-const STAGES: [&str; 9] = [
+const STAGES: [&str; 10] = [
     "load",
     "forward",
     "importance",
@@ -16,6 +16,7 @@ const STAGES: [&str; 9] = [
     "search",
     "factor",
     "solve",
+    "exchange",
     "report",
     "write",
 ];

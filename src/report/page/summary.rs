@@ -7,7 +7,7 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 
 /// Stages of work, in order; what else a report tells comes after them.
-const STAGES: [(&str, &str); 13] = [
+const STAGES: [(&str, &str); 14] = [
     ("check", "Checks before the run"),
     ("processor", "Images and text made ready"),
     ("vision", "Vision tower"),
@@ -18,6 +18,7 @@ const STAGES: [(&str, &str); 13] = [
     ("search", "Scales searched"),
     ("factor", "Hessians factored"),
     ("solve", "Weights quantized"),
+    ("exchange", "Waiting for other ranks' bytes"),
     ("report", "Losses of rounding, for this report"),
     ("write", "Weights written"),
     ("tuning", "Scales tuned"),
