@@ -12,14 +12,19 @@
 //! stage's weights and its statistics, never a whole layer.
 //! Source: arXiv:2508.03351 §3; the order of stages is GPTQ's true-sequential one.
 
+#[cfg(test)]
+mod gpu_tests;
 mod group;
 mod inputs;
+mod inputs_on_gpu;
 mod outputs;
+mod prefetch;
 mod scaled;
 mod stage;
 mod streams;
 
 use crate::calibration::CalibrationSet;
+use crate::engine::Engine;
 use crate::importance::{ImportanceSettings, LayerImportance, end_loss};
 use crate::model::changed::ChangedTensor;
 use crate::model::decoder::DecoderLayer;
@@ -35,6 +40,7 @@ use crate::solver::{Target, rtn};
 use crate::statistics::{InputSquares, Statistics, is_output_cheaper};
 use crate::{Error, QuantizedWeight, Result};
 use inputs::{Shared, Summing};
+use prefetch::Prefetch;
 pub use scaled::ScaleSearch;
 use serde::{Deserialize, Serialize};
 use stage::Stage;
@@ -185,6 +191,27 @@ pub fn quantize_with(
     recipe.check()?;
     recipe.check_shared(&model.modules())?;
     search.map_or(Ok(()), |_| ScaleSearch::check(model))?;
+    let engine = Engine::of(model.device())?;
+    quantize_on(
+        &engine,
+        model,
+        calibration,
+        recipe,
+        search,
+        (observer, sink),
+    )
+}
+
+/// As [`quantize_with`], on a certain engine.
+fn quantize_on(
+    engine: &Engine,
+    model: &ModelSource,
+    calibration: CalibrationSet,
+    recipe: &Recipe,
+    search: Option<&ScaleSearch>,
+    (observer, sink): (&dyn Observer, &mut dyn LayerSink),
+) -> Result<Vec<LayerOutcome>> {
+    engine.check(model, recipe)?;
     if recipe.needs_calibration() && calibration.samples.is_empty() {
         return Err(Error::Invalid {
             what: "calibration".into(),
@@ -199,45 +226,37 @@ pub fn quantize_with(
     let end_loss = end_loss.map(of_end).transpose()?;
     let mut streams = Streams::new(calibration, model.decoder(), with_full)?;
     let n_layers = model.decoder().n_layers;
-    let mut outcomes = Vec::new();
-    for layer_idx in 0..n_layers {
-        observer.on_layer(layer_idx, n_layers);
-        let mut run = Run {
-            model,
-            recipe,
-            observer,
-            layer_idx,
-            modules: model.layer_modules(layer_idx),
-            source: model.layer_source(layer_idx),
-            end_loss: end_loss.as_ref().and_then(|layers| layers.get(layer_idx)),
-            kept_samples: sink.kept_samples(),
-            outcome: LayerOutcome::default(),
-        };
-        let finished = sink.finished(layer_idx)?;
-        let was_finished = finished.is_some();
-        match (finished, search) {
-            (Some(finished), Some(_)) => {
-                run.pass_layer(&mut streams)?;
-                run.outcome = finished.outcome;
-            }
-            (None, Some(search)) => run.scaled_layer(&mut streams, sink, search)?,
-            (Some(finished), None) if recipe.needs_calibration() => {
-                run.finished_layer(finished, &mut streams)?;
-            }
-            (Some(finished), None) => run.outcome = finished.outcome,
-            (None, None) if recipe.needs_calibration() => {
-                run.calibrated_layer(&mut streams, sink)?;
-            }
-            (None, None) => run.nearest_layer(sink)?,
-        }
-        log::layer(layer_idx, &run.outcome, was_finished);
-        outcomes.push(run.outcome);
-    }
-    Ok(outcomes)
+    let prefetch = Prefetch::new();
+    std::thread::scope(|scope| {
+        let mut outcomes = Vec::new();
+        let all = (0..n_layers).try_for_each(|layer_idx| {
+            observer.on_layer(layer_idx, n_layers);
+            prefetch.begin(scope, engine, model, layer_idx + 1);
+            let mut run = Run {
+                engine,
+                model,
+                recipe,
+                observer,
+                layer_idx,
+                modules: model.layer_modules(layer_idx),
+                source: model.layer_source(layer_idx),
+                end_loss: end_loss.as_ref().and_then(|layers| layers.get(layer_idx)),
+                kept_samples: sink.kept_samples(),
+                outcome: LayerOutcome::default(),
+            };
+            let was_finished = run.layer(&mut streams, search, sink)?;
+            log::layer(layer_idx, &run.outcome, was_finished);
+            outcomes.push(run.outcome);
+            Ok(())
+        });
+        prefetch.end();
+        all.map(|()| outcomes)
+    })
 }
 
 /// The work on one layer.
 struct Run<'a> {
+    engine: &'a Engine,
     model: &'a ModelSource,
     recipe: &'a Recipe,
     observer: &'a dyn Observer,
@@ -263,6 +282,33 @@ struct Pair {
 pub(crate) const GROUPS_AT_ONCE: usize = 16;
 
 impl Run<'_> {
+    /// Does the layer, or passes through it where an earlier run did it, which it tells.
+    fn layer(
+        &mut self,
+        streams: &mut Streams,
+        search: Option<&ScaleSearch>,
+        sink: &mut dyn LayerSink,
+    ) -> Result<bool> {
+        let finished = sink.finished(self.layer_idx)?;
+        let was_finished = finished.is_some();
+        match (finished, search) {
+            (Some(finished), Some(_)) => {
+                self.pass_layer(streams)?;
+                self.outcome = finished.outcome;
+            }
+            (None, Some(search)) => self.scaled_layer(streams, sink, search)?,
+            (Some(finished), None) if self.recipe.needs_calibration() => {
+                self.finished_layer(finished, streams)?;
+            }
+            (Some(finished), None) => self.outcome = finished.outcome,
+            (None, None) if self.recipe.needs_calibration() => {
+                self.calibrated_layer(streams, sink)?;
+            }
+            (None, None) => self.nearest_layer(sink)?,
+        }
+        Ok(was_finished)
+    }
+
     /// Takes both streams through a layer that is solved already: the same products of the same
     /// numbers as when it was solved, so that the next layer sees the same bits.
     fn finished_layer(&mut self, finished: FinishedLayer, streams: &mut Streams) -> Result<()> {
@@ -297,9 +343,10 @@ impl Run<'_> {
                 with_part: self.recipe.solver.held_out_alpha,
             };
             for some in shared.chunks_mut(GROUPS_AT_ONCE) {
+                let engine = self.engine;
                 self.timed("load", |run| run.load_outputs(some))?;
                 let sums = self.timed("statistics", |_| {
-                    streams.accumulate(stage, &pair.full, some, summing)
+                    streams.sum_up(engine, stage, &pair.full, some, summing)
                 })?;
                 some.iter_mut().for_each(|group| group.at_output = None);
                 for (group, summed) in some.iter().zip(sums) {

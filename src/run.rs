@@ -9,6 +9,7 @@ use crate::checkpoint::Checkpoint;
 use crate::checkpoint::write::MAX_SHARD_BYTES;
 use crate::conversion::{base_card, export_gguf, folder_name};
 use crate::dataset::{Sample, SampleSet};
+use crate::engine::Engine;
 use crate::export::gguf::imatrix_file;
 use crate::export::{Exported, Exporter, Format, ModulePlan};
 use crate::families::{open_model, open_processor};
@@ -126,6 +127,8 @@ pub fn quantize_folder(
     let began = Instant::now();
     let mut plan = module_plan(model, recipe)?;
     check_imatrix(recipe, &options)?;
+    let engine = Engine::of(model.device())?;
+    engine.check(model, recipe)?;
     let journal = Journal::open(output, options.resume)?;
     let mut exporter = open_exporter(model, &plan, &journal, options.format)?;
     check_copied(model, &plan)?;
@@ -143,6 +146,7 @@ pub fn quantize_folder(
     }
     journal.bind(&fingerprint(recipe, &plan, &set)?)?;
     let mut report = begun_report(model, recipe, choice, &set, &options);
+    report.engine = Some(engine.report());
     report.n_resumed_layers = journal.n_finished()?;
     report.allocation = allocated.report;
     report.seconds = preparation_seconds(checked, prepared, set.seconds);
@@ -544,7 +548,8 @@ pub fn load_samples(
     let max_tokens = choice.max_tokens;
     let n_tokens = calibration::count_tokens(&processor, &chosen, max_tokens)?;
     let plan = plan_memory(model, recipe, &n_tokens);
-    let store = Store::new(plan.room(memory_bytes), dir, &Device::Cpu);
+    let on_device = Engine::of(model.device())?.state_bytes(model)?;
+    let store = Store::new(plan.room(memory_bytes), dir, model.device()).on_device(on_device);
     let tower = model.load_tower()?;
     let tower = tower.as_ref();
     calibration::prepare(

@@ -2,12 +2,13 @@
 
 use super::inputs::Summed;
 use super::{Run, blank_report};
+use crate::engine::Factor;
 use crate::model::decoder::DecoderLayer;
 use crate::model::source::Module;
 use crate::pipeline::LayerSink;
 use crate::plan::Scheme;
 use crate::report::{Deviation, ModuleReport};
-use crate::solver::{Clip, Factor, gptq, quantization_loss, rtn};
+use crate::solver::{Clip, rtn};
 use crate::statistics::Statistics;
 use crate::{Matrix, Result};
 
@@ -47,7 +48,7 @@ impl Run<'_> {
             };
             let w = self.timed("load", |run| run.source.weight(module.slot))?;
             let solved = self.timed("solve", |_| {
-                gptq::solve(&module.name, &w, &factor, scheme, &settings)
+                factor.solve(&module.name, &w, scheme, &settings)
             })?;
             let nearest_loss = self.nearest_loss(&module.name, &w, &factor, scheme)?;
             drop(w);
@@ -62,9 +63,9 @@ impl Run<'_> {
                 loss: Some(solved.loss),
                 nearest_loss,
                 relative_loss: Some(solved.loss / solved.energy.max(f64::MIN_POSITIVE)),
-                dampening_frac: Some(factor.dampening_frac),
+                dampening_frac: Some(solved.dampening_frac),
                 alpha: Some(f64::from(solved.alpha)),
-                n_dead_columns: Some(factor.n_dead_columns),
+                n_dead_columns: Some(solved.n_dead_columns),
                 effective_sample_size: Some(effective_sample_size),
                 weight_share: weight_share.clone().map(|share| share.by_name()),
                 ..blank_report(module, Some(scheme))
@@ -86,7 +87,7 @@ impl Run<'_> {
         }
         self.timed("report", |_| {
             let nearest = rtn(name, w, scheme, Clip::None)?;
-            Ok(Some(quantization_loss(w, &nearest, factor.hessian_lower())))
+            factor.loss(w, &nearest).map(Some)
         })
     }
 
@@ -103,11 +104,8 @@ impl Run<'_> {
         let is_unjudged = part.as_ref().is_some_and(|part| !is_judged(part));
         let factor = self.timed("factor", |run| {
             let settings = &run.recipe.solver;
-            let factor = Factor::new(module, statistics, settings)?;
-            match part.filter(|_| !is_unjudged) {
-                Some(part) => factor.with_part(module, part, settings),
-                None => Ok(factor),
-            }
+            let part = part.filter(|_| !is_unjudged);
+            Factor::new(run.engine, module, statistics, part, settings)
         })?;
         Ok((factor, is_unjudged))
     }
@@ -140,13 +138,13 @@ impl Run<'_> {
 
     fn note_deviations(&mut self, module: &Module, factor: &Factor, effective_sample_size: f64) {
         let name = || module.name.clone();
-        for (factor, of_part) in factor.all() {
-            if !factor.dampening_steps.is_empty() {
+        for damping in factor.dampings() {
+            if !damping.tried.is_empty() {
                 self.outcome.deviations.push(Deviation::DampingRaised {
                     module: name(),
-                    tried: factor.dampening_steps.clone(),
-                    used: factor.dampening_frac,
-                    of_part,
+                    tried: damping.tried,
+                    used: damping.used,
+                    of_part: damping.of_part,
                 });
             }
         }

@@ -6,6 +6,8 @@
 
 use super::stage::Stage;
 use super::streams::{Piece, Sample, Streams, gather, gather_full, gather_tensor, pieces_of};
+use crate::engine::Engine;
+use crate::gpu::Kept;
 use crate::hidden_states::Store;
 use crate::model::decoder::DecoderLayer;
 use crate::model::experts::Routing;
@@ -58,7 +60,7 @@ pub(super) struct WeightShare {
 }
 
 impl WeightShare {
-    fn add(&mut self, classes: &[TokenClass], weights: &[f32]) {
+    pub(super) fn add(&mut self, classes: &[TokenClass], weights: &[f32]) {
         for (class, weight) in classes.iter().zip(weights) {
             *self.sums.entry(class.name().to_owned()).or_default() += f64::from(*weight);
         }
@@ -77,22 +79,33 @@ impl Shared {
         self.modules.first().and_then(|m| m.slot.expert)
     }
 
-    fn name(&self) -> &str {
+    pub(super) fn name(&self) -> &str {
         self.modules.first().map_or("", |m| &m.name)
     }
 
-    fn in_features(&self) -> usize {
+    pub(super) fn in_features(&self) -> usize {
         self.modules.first().map_or(0, |m| m.shape[1])
     }
 
+    /// What is summed up of its inputs.
+    pub(super) fn kept(&self, summing: Summing) -> Kept {
+        let with_output = self.with_stream || self.at_output.is_some();
+        let module = self.modules.first().filter(|_| with_output);
+        Kept {
+            in_features: self.in_features(),
+            with_cross: self.with_cross && self.at_output.is_none(),
+            out_features: module.map(|module| module.shape[0]),
+            dtype: summing.dtype,
+        }
+    }
+
     fn empty(&self, summing: Summing) -> Summed {
+        let kept = self.kept(summing);
         let statistics = || {
-            let with_cross = self.with_cross && self.at_output.is_none();
-            let statistics = Statistics::new(self.in_features(), with_cross);
-            let statistics = statistics.rounded_to(summing.dtype);
-            let with_output = self.with_stream || self.at_output.is_some();
-            match self.modules.first().filter(|_| with_output) {
-                Some(module) => statistics.with_output(module.shape[0]),
+            let statistics = Statistics::new(kept.in_features, kept.with_cross);
+            let statistics = statistics.rounded_to(kept.dtype);
+            match kept.out_features {
+                Some(out) => statistics.with_output(out),
                 None => statistics,
             }
         };
@@ -106,7 +119,7 @@ impl Shared {
 
 impl Summed {
     /// The part, which is kept apart while samples are summed up, into the whole.
-    fn complete(mut self) -> Result<Self> {
+    pub(super) fn complete(mut self) -> Result<Self> {
         if let Some(part) = &self.part {
             self.statistics.merge(part)?;
         }
@@ -116,7 +129,21 @@ impl Summed {
 
 impl Streams {
     /// Sums up the inputs of a stage over all samples, in their order, for each of `shared`.
-    pub(super) fn accumulate(
+    pub(super) fn sum_up(
+        &self,
+        engine: &Engine,
+        stage: Stage,
+        norms: &DecoderLayer,
+        shared: &[Shared],
+        summing: Summing,
+    ) -> Result<Vec<Summed>> {
+        match engine {
+            Engine::Cpu => self.accumulate(stage, norms, shared, summing),
+            Engine::Gpu(gpu) => self.accumulate_on(gpu, stage, norms, shared, summing),
+        }
+    }
+
+    fn accumulate(
         &self,
         stage: Stage,
         norms: &DecoderLayer,
@@ -153,7 +180,7 @@ impl Streams {
 
     /// Samples that are summed up together, and whether they are of the part: whole batches, or with
     /// a part the halves of each, so that one without the other has samples of every kind.
-    fn portions(&self, with_part: bool) -> Vec<(&[Sample], bool)> {
+    pub(super) fn portions(&self, with_part: bool) -> Vec<(&[Sample], bool)> {
         let batches = self.batches.iter().map(Vec::as_slice);
         if !with_part {
             return batches.map(|batch| (batch, false)).collect();
@@ -238,7 +265,7 @@ impl Inputs {
             }
         };
         let stream_drift = (wanted.stream && with_full)
-            .then(|| stream_drift(batch, piece, store, stage))
+            .then(|| matrix_from_tensor(&stream_drift(batch, piece, store, stage)?))
             .transpose()?;
         let classes = batch.iter().map(|s| &s.classes[piece.rows(s)]);
         Ok(Self {
@@ -367,13 +394,18 @@ impl Choices {
 }
 
 /// What the residual stream lacks before attention's or the MLP's output is added to it.
-fn stream_drift(batch: &[Sample], piece: &Piece, store: &Store, stage: Stage) -> Result<Matrix> {
+pub(super) fn stream_drift(
+    batch: &[Sample],
+    piece: &Piece,
+    store: &Store,
+    stage: Stage,
+) -> Result<Tensor> {
     let u = gather_tensor(batch, piece, store, |s| &s.residual)?;
     let f = match stage {
         Stage::Qkv | Stage::O => gather_full(batch, piece, store, |f| &f.residual)?,
         Stage::GateUp | Stage::Down => gather_full(batch, piece, store, |f| &f.y)?,
     };
-    matrix_from_tensor(&(f - u)?)
+    Ok((f - u)?)
 }
 
 /// What an output lacks by the drift of its inputs, W (f − u), and by that of the residual stream.
@@ -398,7 +430,7 @@ fn output_drift(w: &Matrix, u: &Matrix, f: &Matrix, stream: Option<&Matrix>) -> 
     drift
 }
 
-fn weights_of(batch: &[Sample], piece: &Piece, weights: &[Vec<f32>]) -> Vec<f32> {
+pub(super) fn weights_of(batch: &[Sample], piece: &Piece, weights: &[Vec<f32>]) -> Vec<f32> {
     let rows = batch.iter().map(|s| &weights[s.index][piece.rows(s)]);
     rows.collect::<Vec<_>>().concat()
 }
