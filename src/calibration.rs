@@ -49,7 +49,14 @@ impl CalibrationSet {
     /// # Errors
     /// [`Error::Io`] if states lie in a file that cannot be read.
     pub fn copied(&self) -> Result<Self> {
-        let store = Store::in_memory(self.store.device());
+        self.moved_to(Store::in_memory(self.store.device()))
+    }
+
+    /// The same samples once more, in another store.
+    ///
+    /// # Errors
+    /// As [`CalibrationSet::copied`].
+    pub(crate) fn moved_to(&self, store: Store) -> Result<Self> {
         let copied = |state: &HiddenState| {
             let mut copy = store.place(state.n_rows(), state.width())?;
             copy.set(&store, 0, &state.all(&self.store)?)?;

@@ -143,6 +143,16 @@ pub enum Error {
     /// The user asked the run to stop.
     #[error("interrupted; nothing unfinished was kept")]
     Interrupted,
+    /// A GPU, its driver or a library of it failed.
+    #[error("{device}: cannot {action}: {why}")]
+    Device {
+        /// The device, as it is named on the command line.
+        device: String,
+        /// What was being done, as a verb phrase: "open", "launch solve_block".
+        action: String,
+        /// What it said.
+        why: String,
+    },
     /// The tensor library failed; shapes and devices are in its message.
     #[error("{context}: {source}")]
     Tensor {
@@ -208,6 +218,10 @@ impl Error {
             }
             Self::Network { .. } => {
                 "all ranks need the same MASTER_ADDR and MASTER_PORT, of a machine that they can reach"
+            }
+            Self::Device { .. } => {
+                "`nvidia-smi` tells what GPUs there are and how much memory is free; `--device cpu` does \
+                 without"
             }
             Self::Interrupted => "start the command again to have the rest",
             Self::Tensor { .. } => {

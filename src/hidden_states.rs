@@ -1,6 +1,6 @@
-//! Hidden states in memory or, past a budget, in a file that has no name.
+//! Hidden states in memory or, past a budget, in a file that has no name; on a GPU in its memory first.
 //!
-//! Where a state lies changes no bit of it: both places keep f32. The file is gone with the process,
+//! Where a state lies changes no bit of it: all places keep f32. The file is gone with the process,
 //! however that ends.
 
 use crate::{Error, Result};
@@ -17,6 +17,8 @@ const F32: u64 = 4;
 /// Where hidden states are kept.
 #[derive(Debug)]
 pub struct Store {
+    /// Bytes that may still be kept on the device, where that has memory of its own.
+    left_on_device: AtomicU64,
     /// Bytes that may still be kept in memory.
     left: AtomicU64,
     dir: PathBuf,
@@ -30,12 +32,20 @@ impl Store {
     /// At most `budget` bytes in memory, the rest in a file in `dir`; tensors are made on `device`.
     pub fn new(budget: u64, dir: &Path, device: &Device) -> Self {
         Self {
+            left_on_device: AtomicU64::new(0),
             left: AtomicU64::new(budget),
             dir: dir.to_path_buf(),
             device: device.clone(),
             file: OnceLock::new(),
             end: Mutex::new(0),
         }
+    }
+
+    /// The same, with up to `budget` bytes kept in the memory of the device, before all else.
+    #[must_use]
+    pub fn on_device(mut self, budget: u64) -> Self {
+        self.left_on_device = AtomicU64::new(budget);
+        self
     }
 
     /// Everything in memory.
@@ -60,13 +70,16 @@ impl Store {
     pub fn place(&self, n_rows: usize, max_width: usize) -> Result<HiddenState> {
         let n_bytes = n_rows as u64 * max_width as u64 * F32;
         let take = |left: u64| left.checked_sub(n_bytes);
-        let fits = self
-            .left
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, take)
-            .is_ok();
-        let place = match fits {
-            true => Place::Memory(Vec::new()),
-            false => Place::File(self.reserve(n_bytes)?),
+        let fits = |left: &AtomicU64| {
+            let taken = left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take);
+            taken.is_ok()
+        };
+        let place = if fits(&self.left_on_device) {
+            Place::Device(None)
+        } else if fits(&self.left) {
+            Place::Memory(Vec::new())
+        } else {
+            Place::File(self.reserve(n_bytes)?)
         };
         Ok(HiddenState {
             n_rows,
@@ -110,6 +123,8 @@ pub struct HiddenState {
 #[derive(Debug)]
 enum Place {
     Memory(Vec<f32>),
+    /// Once it is set.
+    Device(Option<Tensor>),
     /// Where its bytes begin.
     File(u64),
 }
@@ -133,6 +148,12 @@ impl HiddenState {
         let values = rows.start * self.width..rows.end * self.width;
         match &self.place {
             Place::Memory(data) => target.copy_from_slice(&data[values]),
+            Place::Device(Some(tensor)) => {
+                let rows = tensor.narrow(0, rows.start, rows.len())?;
+                target.copy_from_slice(&rows.flatten_all()?.to_vec1::<f32>()?);
+            }
+            // Nothing was set yet, so no row has any width.
+            Place::Device(None) => {}
             Place::File(start) => {
                 let mut bytes = vec![0; target.len() * F32 as usize];
                 let at = start + values.start as u64 * F32;
@@ -152,6 +173,9 @@ impl HiddenState {
     /// # Errors
     /// As [`HiddenState::read`].
     pub fn rows(&self, store: &Store, rows: Range<usize>) -> Result<Tensor> {
+        if let Place::Device(Some(tensor)) = &self.place {
+            return Ok(tensor.narrow(0, rows.start, rows.len())?);
+        }
         let shape = (rows.len(), self.width);
         let mut values = vec![0.0; rows.len() * self.width];
         self.read(store, rows, &mut values)?;
@@ -172,6 +196,9 @@ impl HiddenState {
     /// [`Error::Io`], on a full disk too; a tensor error.
     pub fn set(&mut self, store: &Store, start: usize, rows: &Tensor) -> Result<()> {
         let (_, width) = rows.dims2()?;
+        if matches!(self.place, Place::Device(_)) {
+            return self.set_on_device(start, rows);
+        }
         let values: Vec<f32> = rows.flatten_all()?.to_vec1()?;
         self.write(store, start, width, &values)
     }
@@ -187,8 +214,14 @@ impl HiddenState {
         width: usize,
         values: &[f32],
     ) -> Result<()> {
+        if matches!(self.place, Place::Device(_)) {
+            let shape = (values.len() / width.max(1), width);
+            let rows = Tensor::from_slice(values, shape, &store.device)?;
+            return self.set_on_device(start, &rows);
+        }
         self.width = width;
         match &mut self.place {
+            Place::Device(_) => {}
             Place::Memory(data) => {
                 data.resize(self.n_rows * width, 0.0);
                 data[start * width..][..values.len()].copy_from_slice(values);
@@ -201,6 +234,26 @@ impl HiddenState {
             }
         }
         Ok(())
+    }
+}
+
+impl HiddenState {
+    /// As [`HiddenState::set`], where it lies on the device. Rows are copied: they may be a part of
+    /// something larger, which would be kept with them.
+    fn set_on_device(&mut self, start: usize, rows: &Tensor) -> Result<()> {
+        let (_, width) = rows.dims2()?;
+        let Place::Device(place) = &mut self.place else {
+            return Ok(());
+        };
+        self.width = width;
+        let whole = match place {
+            Some(whole) if whole.dims() == [self.n_rows, width] => whole,
+            _ => {
+                let shape = (self.n_rows, width);
+                place.insert(Tensor::zeros(shape, rows.dtype(), rows.device())?)
+            }
+        };
+        Ok(whole.slice_set(&rows.contiguous()?, 0, start)?)
     }
 }
 
@@ -245,13 +298,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn states_are_the_same_in_memory_and_in_the_file() {
+    fn states_are_the_same_on_the_device_in_memory_and_in_the_file() {
         let dir = tempfile::tempdir().unwrap();
-        // The first of two states fits, the second does not.
-        let store = Store::new(5 * 8 * 4, dir.path(), &Device::Cpu);
-        let mut states = [store.place(5, 8).unwrap(), store.place(5, 8).unwrap()];
+        // The first of three states fits on the device, the second in memory, the third in neither.
+        let store = Store::new(5 * 8 * 4, dir.path(), &Device::Cpu).on_device(5 * 8 * 4);
+        let mut states = [0; 3].map(|_| store.place(5, 8).unwrap());
         assert_eq!(store.bytes_on_disk(), 160);
-        assert!(matches!(states[0].place, Place::Memory(_)));
+        assert!(matches!(states[0].place, Place::Device(_)));
+        assert!(matches!(states[1].place, Place::Memory(_)));
         for width in [3usize, 8, 1] {
             let values: Vec<f32> = (0..5 * width).map(|v| v as f32 - 0.1).collect();
             for state in &mut states {
@@ -270,6 +324,9 @@ mod tests {
                 assert_eq!(found, values);
                 let part = state.rows(&store, 1..4).unwrap();
                 assert_eq!(part.dims(), [3, width]);
+                let mut read = vec![0.0; 3 * width];
+                state.read(&store, 1..4, &mut read).unwrap();
+                assert_eq!(read, values[width..4 * width]);
             }
         }
         assert_eq!(

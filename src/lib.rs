@@ -50,11 +50,15 @@ pub mod cli;
 pub mod conversion;
 pub mod dataset;
 pub mod distributed;
+pub mod engine;
 pub mod error;
 pub mod eval;
 pub mod export;
 pub mod families;
 pub mod gguf;
+// What only an implementation reads is read by nobody where there is none.
+#[cfg_attr(not(any(feature = "cuda", test)), allow(dead_code))]
+mod gpu;
 pub mod hidden_states;
 pub mod importance;
 pub mod journal;

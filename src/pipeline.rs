@@ -13,10 +13,14 @@
 //! Source: arXiv:2508.03351 §3; the order of stages is GPTQ's true-sequential one.
 
 mod following;
+#[cfg(test)]
+mod gpu_tests;
 mod group;
 mod inputs;
+mod inputs_on_gpu;
 mod offline;
 mod outputs;
+mod prefetch;
 mod reduction;
 mod scaled;
 mod share;
@@ -26,6 +30,7 @@ mod teams;
 
 use crate::calibration::CalibrationSet;
 use crate::distributed::{Alone, Communicator};
+use crate::engine::Engine;
 use crate::importance::{ImportanceSettings, LayerImportance, end_loss};
 use crate::model::changed::ChangedTensor;
 use crate::model::decoder::DecoderLayer;
@@ -43,6 +48,7 @@ use crate::{Error, QuantizedWeight, Result};
 use following::{Following, Leading};
 use inputs::{Shared, Summing};
 pub(crate) use offline::{measure, quantize_from};
+use prefetch::Prefetch;
 pub use scaled::ScaleSearch;
 use serde::{Deserialize, Serialize};
 use stage::Stage;
@@ -241,6 +247,29 @@ fn layers(
     recipe.check()?;
     recipe.check_shared(&model.modules())?;
     search.map_or(Ok(()), |_| ScaleSearch::check(model))?;
+    let engine = Engine::of(model.device())?;
+    layers_on(
+        &engine,
+        model,
+        calibration,
+        recipe,
+        search,
+        (communicator, observer),
+        sink,
+    )
+}
+
+/// As [`layers`], on a certain engine.
+fn layers_on(
+    engine: &Engine,
+    model: &ModelSource,
+    calibration: CalibrationSet,
+    recipe: &Recipe,
+    search: Option<&ScaleSearch>,
+    (communicator, observer): (&dyn Communicator, &dyn Observer),
+    sink: &mut dyn LayerSink,
+) -> Result<Vec<LayerOutcome>> {
+    engine.check(model, recipe, communicator.n_ranks())?;
     if recipe.needs_calibration() && calibration.n_sequences() == 0 {
         return Err(Error::Invalid {
             what: "calibration".into(),
@@ -256,38 +285,30 @@ fn layers(
     let end_loss = end_loss.map(of_end).transpose()?;
     let mut streams = Streams::new(calibration, model.decoder(), with_full, communicator)?;
     let n_layers = model.decoder().n_layers;
-    let mut outcomes = Vec::new();
-    for layer_idx in 0..n_layers {
-        observer.on_layer(layer_idx, n_layers);
-        let of_end = end_loss.as_ref().and_then(|layers| layers.get(layer_idx));
-        let mut run = Run::new(model, recipe, (communicator, observer), layer_idx, of_end);
-        run.kept_samples = sink.kept_samples();
-        let finished = sink.finished(layer_idx)?;
-        let was_finished = finished.is_some();
-        match (finished, search) {
-            (Some(finished), Some(_)) => {
-                run.pass_layer(&mut streams)?;
-                run.outcome = finished.outcome;
-            }
-            (None, Some(search)) => run.scaled_layer(&mut streams, sink, search)?,
-            (Some(finished), None) if recipe.needs_calibration() => {
-                run.finished_layer(finished, &mut streams)?;
-            }
-            (Some(finished), None) => run.outcome = finished.outcome,
-            (None, None) if recipe.needs_calibration() => {
-                run.calibrated_layer(&mut streams, sink)?;
-            }
-            (None, None) => run.nearest_layer(sink)?,
-        }
-        run.count_bytes(was_finished)?;
-        log::layer(layer_idx, &run.outcome, was_finished);
-        outcomes.push(run.outcome);
-    }
-    Ok(outcomes)
+    let prefetch = Prefetch::new();
+    std::thread::scope(|scope| {
+        let mut outcomes = Vec::new();
+        let all = (0..n_layers).try_for_each(|layer_idx| {
+            observer.on_layer(layer_idx, n_layers);
+            prefetch.begin(scope, engine, model, layer_idx + 1);
+            let of_end = end_loss.as_ref().and_then(|layers| layers.get(layer_idx));
+            let among = (communicator, observer);
+            let mut run = Run::new(engine, model, recipe, among, layer_idx, of_end);
+            run.kept_samples = sink.kept_samples();
+            let was_finished = run.layer(&mut streams, search, sink)?;
+            run.count_bytes(was_finished)?;
+            log::layer(layer_idx, &run.outcome, was_finished);
+            outcomes.push(run.outcome);
+            Ok(())
+        });
+        prefetch.end();
+        all.map(|()| outcomes)
+    })
 }
 
 /// The work on one layer.
 struct Run<'a> {
+    engine: &'a Engine,
     model: &'a ModelSource,
     recipe: &'a Recipe,
     communicator: &'a dyn Communicator,
@@ -317,6 +338,7 @@ pub(crate) const GROUPS_AT_ONCE: usize = 16;
 
 impl<'a> Run<'a> {
     fn new(
+        engine: &'a Engine,
         model: &'a ModelSource,
         recipe: &'a Recipe,
         (communicator, observer): (&'a dyn Communicator, &'a dyn Observer),
@@ -324,6 +346,7 @@ impl<'a> Run<'a> {
         end_loss: Option<&'a LayerImportance>,
     ) -> Self {
         Self {
+            engine,
             model,
             recipe,
             communicator,
@@ -340,6 +363,33 @@ impl<'a> Run<'a> {
 }
 
 impl Run<'_> {
+    /// Does the layer, or passes through it where an earlier run did it, which it tells.
+    fn layer(
+        &mut self,
+        streams: &mut Streams<'_>,
+        search: Option<&ScaleSearch>,
+        sink: &mut dyn LayerSink,
+    ) -> Result<bool> {
+        let finished = sink.finished(self.layer_idx)?;
+        let was_finished = finished.is_some();
+        match (finished, search) {
+            (Some(finished), Some(_)) => {
+                self.pass_layer(streams)?;
+                self.outcome = finished.outcome;
+            }
+            (None, Some(search)) => self.scaled_layer(streams, sink, search)?,
+            (Some(finished), None) if self.recipe.needs_calibration() => {
+                self.finished_layer(finished, streams)?;
+            }
+            (Some(finished), None) => self.outcome = finished.outcome,
+            (None, None) if self.recipe.needs_calibration() => {
+                self.calibrated_layer(streams, sink)?;
+            }
+            (None, None) => self.nearest_layer(sink)?,
+        }
+        Ok(was_finished)
+    }
+
     /// Takes both streams through a layer that is solved already: the same products of the same
     /// numbers as when it was solved, so that the next layer sees the same bits.
     fn finished_layer(&mut self, finished: FinishedLayer, streams: &mut Streams<'_>) -> Result<()> {
@@ -378,10 +428,11 @@ impl Run<'_> {
                 with_part: self.recipe.solver.held_out_alpha,
             };
             for some in shared.chunks_mut(GROUPS_AT_ONCE) {
+                let engine = self.engine;
                 self.timed("load", |run| run.load_outputs(some))?;
                 let teams = self.teams(some);
                 let sums = self.timed("statistics", |_| {
-                    streams.accumulate(stage, &pair.full, (some, &teams), summing)
+                    streams.accumulate(engine, stage, &pair.full, (some, &teams), summing)
                 })?;
                 some.iter_mut().for_each(|group| group.at_output = None);
                 let of_group = some.iter().zip(&sums);

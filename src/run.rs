@@ -15,6 +15,7 @@ use crate::allocation::allocate;
 use crate::calibration::{CalibrationSample, CalibrationSet};
 use crate::conversion::folder_name;
 use crate::distributed::{Alone, Communicator};
+use crate::engine::Engine;
 use crate::export::{Exported, Format, ModulePlan};
 use crate::families::open_processor;
 use crate::journal::{Fingerprint, Journal, Resume};
@@ -164,6 +165,8 @@ fn lead(
     let began = Instant::now();
     let mut plan = module_plan(model, recipe)?;
     check_imatrix(recipe, &options)?;
+    let engine = Engine::of(model.device())?;
+    engine.check(model, recipe, communicator.n_ranks())?;
     let journal = Journal::open(output, options.resume)?;
     let mut exporter = open_exporter(model, &plan, &journal, options.format)?;
     check_copied(model, &plan)?;
@@ -193,6 +196,7 @@ fn lead(
     report.allocation = allocated.report;
     report.seconds = preparation_seconds(checked, prepared, set.seconds);
     report.ranks = division.report();
+    report.engine = Some(engine.report());
     let mut sink = Journaled {
         model,
         exporter,

@@ -87,6 +87,18 @@ pub struct Statistics {
     weight_square_sum: f64,
 }
 
+/// [`Statistics`] in parts, of the same shapes.
+pub(crate) struct Sums {
+    /// Zero above the diagonal.
+    pub(crate) hessian_lower: Matrix,
+    pub(crate) cross: Option<Matrix>,
+    pub(crate) output_cross: Option<Matrix>,
+    pub(crate) dtype: StatisticsDtype,
+    pub(crate) n_tokens: u64,
+    pub(crate) weight_sum: f64,
+    pub(crate) weight_square_sum: f64,
+}
+
 /// Whether what least squares ask for is cheaper summed up over tokens as S, from W (f − u), than as
 /// C: 2·out·in multiply-adds a token against in², and out·in more for a drift of the residual
 /// stream, which S holds at no cost. It also takes the memory of out·in instead of in² numbers.
@@ -177,12 +189,8 @@ impl Statistics {
             single::add_product(output_cross, &drift, &scaled);
         }
         self.n_tokens += u.rows() as u64;
-        let ones = [1.0];
-        let each = weights.unwrap_or(&ones);
-        let n_each = if weights.is_some() { 1 } else { u.rows() };
-        let sum = |power: i32| each.iter().map(|w| f64::from(*w).powi(power)).sum::<f64>();
-        self.weight_sum += sum(1) * n_each as f64;
-        self.weight_square_sum += sum(2) * n_each as f64;
+        self.weight_sum += weight_power_sum(weights, u.rows(), 1);
+        self.weight_square_sum += weight_power_sum(weights, u.rows(), 2);
         Ok(())
     }
 
@@ -300,6 +308,19 @@ impl Statistics {
         self.output_cross.as_ref()
     }
 
+    /// What somebody else has summed up.
+    pub(crate) fn of_sums(sums: Sums) -> Self {
+        Self {
+            hessian_lower: sums.hessian_lower,
+            cross: sums.cross,
+            output_cross: sums.output_cross,
+            dtype: sums.dtype,
+            n_tokens: sums.n_tokens,
+            weight_sum: sums.weight_sum,
+            weight_square_sum: sums.weight_square_sum,
+        }
+    }
+
     /// H with its upper triangle left zero, C and S.
     pub(crate) fn into_moments(self) -> (Matrix, Option<Matrix>, Option<Matrix>) {
         (self.hessian_lower, self.cross, self.output_cross)
@@ -395,7 +416,15 @@ fn check_finite(module: &str, stage: &str, matrix: &Matrix) -> Result<()> {
     })
 }
 
-fn check_weights(module: &str, n_tokens: usize, weights: Option<&[f32]>) -> Result<()> {
+/// Σ ω^power of a batch.
+pub(crate) fn weight_power_sum(weights: Option<&[f32]>, n_tokens: usize, power: i32) -> f64 {
+    match weights {
+        Some(weights) => weights.iter().map(|w| f64::from(*w).powi(power)).sum(),
+        None => n_tokens as f64,
+    }
+}
+
+pub(crate) fn check_weights(module: &str, n_tokens: usize, weights: Option<&[f32]>) -> Result<()> {
     let Some(weights) = weights else {
         return Ok(());
     };

@@ -227,8 +227,12 @@ fn dispatch(command: &Command, caller: &Caller) -> anyhow::Result<Done> {
 }
 
 fn open_model(dir: &Path) -> anyhow::Result<ModelSource> {
+    open_model_on(dir, candle_core::Device::Cpu)
+}
+
+fn open_model_on(dir: &Path, device: candle_core::Device) -> anyhow::Result<ModelSource> {
     let checkpoint = Checkpoint::open(dir)?;
-    Ok(families::open_model(checkpoint, candle_core::Device::Cpu)?)
+    Ok(families::open_model(checkpoint, device)?)
 }
 
 /// Writes to stdout. A reader that has seen enough, as in `vlmq … | head`, is no error.

@@ -4,12 +4,13 @@ use super::inputs::{Shared, Summed};
 use super::share::{Share, Told, together};
 use super::teams::{Cost, rows_of, teams};
 use super::{Run, blank_report};
+use crate::engine::Factor;
 use crate::model::decoder::DecoderLayer;
 use crate::model::source::Module;
 use crate::pipeline::LayerSink;
 use crate::plan::Scheme;
 use crate::report::{Deviation, ModuleReport};
-use crate::solver::{Clip, Factor, Target, gptq, quantization_loss, rtn};
+use crate::solver::{Clip, Target, rtn};
 use crate::statistics::Statistics;
 use crate::{Matrix, Result};
 use std::ops::Range;
@@ -146,15 +147,15 @@ impl Run<'_> {
         };
         let w = self.timed("load", |run| run.source.weight(module.slot))?;
         let solved = self.timed("solve", |_| {
-            gptq::solve_rows(&module.name, &w, rows.clone(), factor, scheme, &settings)
+            factor.solve(&module.name, &w, rows.clone(), scheme, &settings)
         })?;
         let nearest_loss = self.nearest_loss(&module.name, rows_in(w, rows), factor, scheme)?;
         let report = ModuleReport {
             loss: Some(solved.loss),
             nearest_loss,
-            dampening_frac: Some(factor.dampening_frac),
+            dampening_frac: Some(solved.dampening_frac),
             alpha: Some(f64::from(solved.alpha)),
-            n_dead_columns: Some(factor.n_dead_columns),
+            n_dead_columns: Some(solved.n_dead_columns),
             effective_sample_size: Some(known.effective_sample_size),
             weight_share: known.weight_share.clone(),
             ..blank_report(module, Some(scheme))
@@ -184,11 +185,7 @@ impl Run<'_> {
         }
         self.timed("report", |_| {
             let nearest = rtn(name, &w, scheme, Clip::None)?;
-            Ok(Some(quantization_loss(
-                &w,
-                &nearest,
-                factor.hessian_lower(),
-            )))
+            factor.loss(&w, &nearest).map(Some)
         })
     }
 
@@ -205,11 +202,8 @@ impl Run<'_> {
         let is_unjudged = part.as_ref().is_some_and(|part| !is_judged(part));
         let factor = self.timed("factor", |run| {
             let settings = &run.recipe.solver;
-            let factor = Factor::new(module, statistics, settings)?;
-            match part.filter(|_| !is_unjudged) {
-                Some(part) => factor.with_part(module, part, settings),
-                None => Ok(factor),
-            }
+            let part = part.filter(|_| !is_unjudged);
+            Factor::new(run.engine, module, statistics, part, settings)
         })?;
         Ok((factor, is_unjudged))
     }
@@ -260,13 +254,13 @@ fn rows_in(w: Matrix, rows: Range<usize>) -> Matrix {
 fn deviations(module: &Module, factor: &Factor, known: &Known) -> Vec<Deviation> {
     let name = || module.name.clone();
     let mut found = Vec::new();
-    for (factor, of_part) in factor.all() {
-        if !factor.dampening_steps.is_empty() {
+    for damping in factor.dampings() {
+        if !damping.tried.is_empty() {
             found.push(Deviation::DampingRaised {
                 module: name(),
-                tried: factor.dampening_steps.clone(),
-                used: factor.dampening_frac,
-                of_part,
+                tried: damping.tried,
+                used: damping.used,
+                of_part: damping.of_part,
             });
         }
     }

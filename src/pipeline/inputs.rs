@@ -7,6 +7,8 @@
 use super::reduction::Reduction;
 use super::stage::Stage;
 use super::streams::{Piece, Sample, Streams, gather, gather_full, gather_tensor, pieces_of};
+use crate::engine::Engine;
+use crate::gpu::Kept;
 use crate::hidden_states::Store;
 use crate::model::decoder::DecoderLayer;
 use crate::model::experts::Routing;
@@ -60,7 +62,7 @@ pub(super) struct WeightShare {
 }
 
 impl WeightShare {
-    fn add(&mut self, classes: &[TokenClass], weights: &[f32]) {
+    pub(super) fn add(&mut self, classes: &[TokenClass], weights: &[f32]) {
         for (class, weight) in classes.iter().zip(weights) {
             *self.sums.entry(class.name().to_owned()).or_default() += f64::from(*weight);
         }
@@ -96,7 +98,7 @@ impl Shared {
         self.modules.first().and_then(|m| m.slot.expert)
     }
 
-    fn name(&self) -> &str {
+    pub(super) fn name(&self) -> &str {
         self.modules.first().map_or("", |m| &m.name)
     }
 
@@ -104,29 +106,33 @@ impl Shared {
         self.modules.first().map_or(0, |m| m.shape[1])
     }
 
-    fn with_output_cross(&self) -> Option<&Module> {
-        let is_kept = self.with_stream || self.at_output.is_some();
-        self.modules.first().filter(|_| is_kept)
-    }
-
-    fn with_input_cross(&self) -> bool {
-        self.with_cross && self.at_output.is_none()
+    /// What is summed up of its inputs.
+    pub(super) fn kept(&self, summing: Summing) -> Kept {
+        let with_output = self.with_stream || self.at_output.is_some();
+        let module = self.modules.first().filter(|_| with_output);
+        Kept {
+            in_features: self.in_features(),
+            with_cross: self.with_cross && self.at_output.is_none(),
+            out_features: module.map(|module| module.shape[0]),
+            dtype: summing.dtype,
+        }
     }
 
     /// Numbers that statistics of it hold.
-    pub(super) fn n_moments(&self) -> usize {
-        let n = self.in_features();
-        let cross = usize::from(self.with_input_cross()) * n * n;
-        let output = self.with_output_cross();
-        n * (n + 1) / 2 + cross + output.map_or(0, |module| module.shape[0] * n)
+    pub(super) fn n_moments(&self, summing: Summing) -> usize {
+        let kept = self.kept(summing);
+        let n = kept.in_features;
+        let cross = usize::from(kept.with_cross) * n * n;
+        n * (n + 1) / 2 + cross + kept.out_features.unwrap_or(0) * n
     }
 
     pub(super) fn empty(&self, summing: Summing) -> Summed {
+        let kept = self.kept(summing);
         let statistics = || {
-            let statistics = Statistics::new(self.in_features(), self.with_input_cross());
-            let statistics = statistics.rounded_to(summing.dtype);
-            match self.with_output_cross() {
-                Some(module) => statistics.with_output(module.shape[0]),
+            let statistics = Statistics::new(kept.in_features, kept.with_cross);
+            let statistics = statistics.rounded_to(kept.dtype);
+            match kept.out_features {
+                Some(out) => statistics.with_output(out),
                 None => statistics,
             }
         };
@@ -165,6 +171,7 @@ impl Streams<'_> {
     /// `shared`: at the ranks of its team.
     pub(super) fn accumulate(
         &self,
+        engine: &Engine,
         stage: Stage,
         norms: &DecoderLayer,
         (shared, teams): (&[Shared], &[Vec<usize>]),
@@ -174,7 +181,10 @@ impl Streams<'_> {
         for round in &self.rounds {
             let own = (!round.is_empty()).then(|| {
                 let batches = &self.batches[round.clone()];
-                self.sum(batches, stage, norms, shared, summing)
+                match engine {
+                    Engine::Cpu => self.sum(batches, stage, norms, shared, summing),
+                    Engine::Gpu(gpu) => self.sum_on(gpu, batches, (stage, norms), shared, summing),
+                }
             });
             reduction.add(own.transpose()?)?;
         }
@@ -221,7 +231,7 @@ impl Streams<'_> {
 
 /// Samples that are summed up together, and whether they are of the part: whole batches, or with
 /// a part the halves of each, so that one without the other has samples of every kind.
-fn portions(batches: &[Vec<Sample>], with_part: bool) -> Vec<(&[Sample], bool)> {
+pub(super) fn portions(batches: &[Vec<Sample>], with_part: bool) -> Vec<(&[Sample], bool)> {
     let batches = batches.iter().map(Vec::as_slice);
     if !with_part {
         return batches.map(|batch| (batch, false)).collect();
@@ -304,7 +314,7 @@ impl Inputs {
             }
         };
         let stream_drift = (wanted.stream && with_full)
-            .then(|| stream_drift(batch, piece, store, stage))
+            .then(|| matrix_from_tensor(&stream_drift(batch, piece, store, stage)?))
             .transpose()?;
         let classes = batch.iter().map(|s| &s.classes[piece.rows(s)]);
         Ok(Self {
@@ -433,13 +443,18 @@ impl Choices {
 }
 
 /// What the residual stream lacks before attention's or the MLP's output is added to it.
-fn stream_drift(batch: &[Sample], piece: &Piece, store: &Store, stage: Stage) -> Result<Matrix> {
+pub(super) fn stream_drift(
+    batch: &[Sample],
+    piece: &Piece,
+    store: &Store,
+    stage: Stage,
+) -> Result<Tensor> {
     let u = gather_tensor(batch, piece, store, |s| &s.residual)?;
     let f = match stage {
         Stage::Qkv | Stage::O => gather_full(batch, piece, store, |f| &f.residual)?,
         Stage::GateUp | Stage::Down => gather_full(batch, piece, store, |f| &f.y)?,
     };
-    matrix_from_tensor(&(f - u)?)
+    Ok((f - u)?)
 }
 
 /// What an output lacks by the drift of its inputs, W (f − u), and by that of the residual stream.
@@ -464,7 +479,7 @@ fn output_drift(w: &Matrix, u: &Matrix, f: &Matrix, stream: Option<&Matrix>) -> 
     drift
 }
 
-fn weights_of(batch: &[Sample], piece: &Piece, weights: &[Vec<f32>]) -> Vec<f32> {
+pub(super) fn weights_of(batch: &[Sample], piece: &Piece, weights: &[Vec<f32>]) -> Vec<f32> {
     let rows = batch.iter().map(|s| &weights[s.index][piece.rows(s)]);
     rows.collect::<Vec<_>>().concat()
 }

@@ -11,7 +11,8 @@ use super::{
     GroupStatistics, LayerOutcome, LayerSink, Observer, Pair, Run, Shared, Stage, Summing,
 };
 use crate::calibration::CalibrationSet;
-use crate::distributed::Alone;
+use crate::distributed::{Alone, Communicator};
+use crate::engine::Engine;
 use crate::importance::{ImportanceSettings, LayerImportance, end_loss};
 use crate::model::source::{ModelSource, Module};
 use crate::plan::Scheme;
@@ -40,12 +41,15 @@ pub(crate) fn measure(
     let end_loss = recipe.importance.filter(ImportanceSettings::is_end_loss);
     let of_end = |settings| end_loss::importance(model, &calibration, settings, &Alone, observer);
     let end_loss = end_loss.map(of_end).transpose()?;
+    let engine = Engine::of(model.device())?;
+    engine.check(model, recipe, 1)?;
     let mut streams = Streams::new(calibration, model.decoder(), false, &Alone)?;
     let n_layers = model.decoder().n_layers;
     for layer_idx in 0..n_layers {
         observer.on_layer(layer_idx, n_layers);
         let of_end = end_loss.as_ref().and_then(|layers| layers.get(layer_idx));
-        let mut run = Run::new(model, recipe, (&Alone, observer), layer_idx, of_end);
+        let among = (&Alone as &dyn Communicator, observer);
+        let mut run = Run::new(&engine, model, recipe, among, layer_idx, of_end);
         run.measured_layer(&mut streams, take)?;
     }
     Ok(())
@@ -87,11 +91,14 @@ pub(crate) fn quantize_from(
 ) -> Result<Vec<LayerOutcome>> {
     recipe.check()?;
     recipe.check_shared(&model.modules())?;
+    let engine = Engine::of(model.device())?;
+    engine.check(model, recipe, 1)?;
     let n_layers = model.decoder().n_layers;
     let mut outcomes = Vec::new();
     for layer_idx in 0..n_layers {
         observer.on_layer(layer_idx, n_layers);
-        let mut run = Run::new(model, recipe, (&Alone, observer), layer_idx, None);
+        let among = (&Alone as &dyn Communicator, observer);
+        let mut run = Run::new(&engine, model, recipe, among, layer_idx, None);
         let finished = sink.finished(layer_idx)?;
         let was_finished = finished.is_some();
         match finished {
@@ -131,8 +138,9 @@ impl Run<'_> {
         };
         for some in shared.chunks_mut(super::GROUPS_AT_ONCE) {
             let teams = vec![vec![0]; some.len()];
+            let engine = self.engine;
             let sums = self.timed("statistics", |_| {
-                streams.accumulate(stage, &pair.full, (some, &teams), summing)
+                streams.accumulate(engine, stage, &pair.full, (some, &teams), summing)
             })?;
             for (group, summed) in some.iter().zip(sums) {
                 let Some(summed) = summed else {

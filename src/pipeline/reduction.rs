@@ -145,7 +145,7 @@ impl Total {
         let slices: Vec<&[u8]> = outgoing.iter().map(Vec::as_slice).collect();
         let mut received = communicator.all_to_all(&slices)?;
         received[communicator.rank()] = outgoing[communicator.rank()].clone();
-        let n_moments = kind.0.n_moments();
+        let n_moments = kind.0.n_moments(kind.1);
         let n = band_range(n_moments, communicator.rank(), n_ranks).len();
         for (rank, bytes) in received.iter().enumerate().filter(|(_, b)| !b.is_empty()) {
             self.take(Band::read(rank, bytes, n)?);
@@ -204,7 +204,7 @@ impl Band {
             return Ok(None);
         }
         received[own] = message;
-        let n_moments = group.n_moments();
+        let n_moments = group.n_moments(summing);
         let (mut whole, mut parts) = (Vec::new(), Vec::new());
         // Each message goes as its numbers come.
         for (rank, bytes) in received.into_iter().enumerate() {

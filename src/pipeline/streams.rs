@@ -368,8 +368,14 @@ pub(super) fn gather_tensor(
     store: &Store,
     state: impl Fn(&Sample) -> &HiddenState,
 ) -> Result<Tensor> {
-    let matrix = gather(batch, piece, store, state)?;
-    tensor_from_matrix(matrix, store.device())
+    if store.device().is_cpu() {
+        let matrix = gather(batch, piece, store, state)?;
+        return tensor_from_matrix(matrix, store.device());
+    }
+    // Each from where it lies: those on the device do not leave it.
+    let rows = batch.iter().map(|s| state(s).rows(store, piece.rows(s)));
+    let rows: Vec<Tensor> = rows.collect::<Result<_>>()?;
+    Ok(Tensor::cat(&rows, 0)?)
 }
 
 /// As [`gather_tensor`], of F.
@@ -400,6 +406,18 @@ fn scatter(
     state: impl Fn(&mut Sample) -> Option<&mut HiddenState>,
 ) -> Result<()> {
     let (_, width) = rows.dims2()?;
+    if !store.device().is_cpu() {
+        let mut start = 0;
+        for sample in batch {
+            let place = piece.rows(sample);
+            let own = rows.narrow(0, start, place.len())?;
+            start += place.len();
+            if let Some(state) = state(sample) {
+                state.set(store, place.start, &own)?;
+            }
+        }
+        return Ok(());
+    }
     let values: Vec<f32> = rows.flatten_all()?.to_vec1()?;
     let mut rest = &values[..];
     for sample in batch {

@@ -11,6 +11,7 @@ pub mod page;
 pub use memory::{free_memory_bytes, peak_memory_bytes};
 
 use crate::allocation::AllocationReport;
+use crate::engine::EngineReport;
 use crate::importance::{Safeguarded, Uniform};
 use crate::model::Projection;
 use crate::pipeline::LayerOutcome;
@@ -56,6 +57,9 @@ pub struct RunReport {
     /// Who took part, where there were several, and in how many shards samples were summed up.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ranks: Option<RanksReport>,
+    /// What ran where; absent in reports of before it was told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub engine: Option<EngineReport>,
     /// Layers that an earlier run had finished.
     #[serde(default)]
     pub n_resumed_layers: usize,

@@ -3,6 +3,7 @@
 use crate::calibration::{self, CalibrationSample, CalibrationSet};
 use crate::dataset::{Sample, SampleSet};
 use crate::distributed::{Alone, Communicator};
+use crate::engine::Engine;
 use crate::families::open_processor;
 use crate::hidden_states::Store;
 use crate::memory::plan_memory_among;
@@ -12,7 +13,6 @@ use crate::recipe::Recipe;
 use crate::report::RanksReport;
 use crate::shards::Shards;
 use crate::{Error, Result};
-use candle_core::Device;
 use std::path::Path;
 
 /// Which samples to calibrate on.
@@ -131,7 +131,8 @@ pub(super) fn load_part(
     let n_tokens = calibration::count_tokens(&processor, &chosen, max_tokens)?;
     let share = Share::of(chosen, &n_tokens, part);
     let plan = plan_memory_among(part.n_ranks, model, recipe, &share.n_tokens());
-    let store = Store::new(plan.room(memory_bytes), dir, &Device::Cpu);
+    let on_device = Engine::of(model.device())?.state_bytes(model)?;
+    let store = Store::new(plan.room(memory_bytes), dir, model.device()).on_device(on_device);
     let tower = model.load_tower()?;
     let tower = tower.as_ref();
     let set = calibration::prepare(

@@ -67,24 +67,16 @@ impl Factor {
         check_moments(module, &statistics)?;
         let (hessian_lower, cross, output_cross) = statistics.into_moments();
         let mut hessian = OrderedHessian::new(module, hessian_lower, settings)?;
-        let (dampening_steps, dampening_frac) = hessian.factor(module, settings)?;
-        let n_dead_columns = hessian.is_dead.iter().filter(|is_dead| **is_dead).count();
+        let damped = hessian.factor(module, settings)?;
         let OrderedHessian {
-            halves,
-            is_dead,
-            mean,
-            order,
-            ..
+            halves, columns, ..
         } = hessian;
         let (square, pivots) = halves.into_unit_upper();
-        let step_loss = |(column, pivot): (&usize, &f32)| match is_dead[*column] {
-            true => 0.0,
-            false => mean * f64::from(*pivot),
-        };
+        let mean = columns.mean;
         let triangle = Triangle {
             unit_upper: &square,
             pivots: &pivots,
-            order: &order,
+            order: &columns.order,
             mean,
         };
         let drift = match (settings.target, cross, output_cross) {
@@ -98,16 +90,16 @@ impl Factor {
             })),
         };
         Ok(Self {
-            step_losses: order.iter().zip(&pivots).map(step_loss).collect(),
-            damping: mean * dampening_frac,
+            step_losses: columns.step_losses(&pivots),
+            damping: mean * damped.used,
             drift,
             part: None,
-            order,
             square,
             act_order: settings.act_order,
-            dampening_frac,
-            dampening_steps,
-            n_dead_columns,
+            dampening_frac: damped.used,
+            dampening_steps: damped.tried,
+            n_dead_columns: columns.is_dead.iter().filter(|is_dead| **is_dead).count(),
+            order: columns.order,
         })
     }
 
@@ -167,16 +159,7 @@ impl Factor {
     /// What a squared rounding error adds to the loss when all later columns have made up for it,
     /// by original column: D in units of its greatest, to a power; zero for dead columns.
     pub(crate) fn column_weights(&self, power: f32) -> Vec<f32> {
-        let mut weights = vec![0.0; self.order.len()];
-        let greatest = self.step_losses.iter().copied().fold(0.0, f64::max);
-        let pairs = self.order.iter().zip(&self.step_losses);
-        pairs.for_each(|(column, loss)| {
-            weights[*column] = match *loss > 0.0 {
-                true => (loss / greatest).powf(power.into()) as f32,
-                false => 0.0,
-            };
-        });
-        weights
+        column_weights(&self.order, &self.step_losses, power)
     }
 
     /// H undamped in original order, to be read on and below the diagonal only.
@@ -185,7 +168,20 @@ impl Factor {
     }
 }
 
-fn check_moments(module: &str, statistics: &Statistics) -> Result<()> {
+/// As [`Factor::column_weights`], from what a squared error adds at each position.
+pub(crate) fn column_weights(order: &[usize], step_losses: &[f64], power: f32) -> Vec<f32> {
+    let mut weights = vec![0.0; order.len()];
+    let greatest = step_losses.iter().copied().fold(0.0, f64::max);
+    for (column, loss) in order.iter().zip(step_losses) {
+        weights[*column] = match *loss > 0.0 {
+            true => (loss / greatest).powf(power.into()) as f32,
+            false => 0.0,
+        };
+    }
+    weights
+}
+
+pub(crate) fn check_moments(module: &str, statistics: &Statistics) -> Result<()> {
     let moments = [
         ("hessian", Some(statistics.hessian_lower())),
         ("cross moments", statistics.cross()),
@@ -204,20 +200,24 @@ fn check_moments(module: &str, statistics: &Statistics) -> Result<()> {
     Ok(())
 }
 
-/// H seen in solving order and in units of its mean diagonal.
-struct OrderedHessian {
-    halves: Halves,
-    is_dead: Vec<bool>,
-    mean: f64,
-    /// What dampings are fractions of, in units of the mean.
-    unit: f64,
-    order: Vec<usize>,
+/// What H's diagonal decides.
+pub(crate) struct Columns {
+    /// Original index of the column solved at each position.
+    pub(crate) order: Vec<usize>,
+    /// By original column.
+    pub(crate) is_dead: Vec<bool>,
+    /// The mean of the nonzero entries, which H is divided by.
+    pub(crate) mean: f64,
 }
 
-impl OrderedHessian {
-    fn new(module: &str, hessian_lower: Matrix, settings: &SolverSettings) -> Result<Self> {
-        let halves = Halves::new(hessian_lower);
-        let diagonal = halves.diagonal();
+impl Columns {
+    /// # Errors
+    /// [`Error::Singular`] if no token had a positive weight.
+    pub(crate) fn of_diagonal(
+        module: &str,
+        diagonal: &[f32],
+        settings: &SolverSettings,
+    ) -> Result<Self> {
         let live = diagonal.iter().filter(|d| **d != 0.0);
         let mean = live.clone().map(|d| f64::from(*d)).sum::<f64>() / live.count() as f64;
         if mean.is_nan() || mean <= 0.0 {
@@ -231,24 +231,95 @@ impl OrderedHessian {
         if settings.act_order {
             order.sort_by(|a, b| diagonal[*b].total_cmp(&diagonal[*a]));
         }
-        let unit = match settings.dampening_unit {
-            DampeningUnit::MeanDiagonal => 1.0,
-            DampeningUnit::LargestEigenvalue => halves.largest_eigenvalue() / mean,
-        };
         Ok(Self {
             is_dead: diagonal.iter().map(|d| *d == 0.0).collect(),
-            unit,
-            halves,
             mean,
             order,
         })
     }
 
+    /// What a squared error of one adds to the damped loss at each position, from the pivots there.
+    pub(crate) fn step_losses(&self, pivots: &[f32]) -> Vec<f64> {
+        let step_loss = |(column, pivot): (&usize, &f32)| match self.is_dead[*column] {
+            true => 0.0,
+            false => self.mean * f64::from(*pivot),
+        };
+        self.order.iter().zip(pivots).map(step_loss).collect()
+    }
+
+    /// Factors with the first damping that works; `attempt` gives the first pivot that is not sound,
+    /// in reversed order. `unit` is what dampings are fractions of, in units of the mean.
+    ///
+    /// # Errors
+    /// [`Error::Singular`] if none does; those of `attempt`.
+    pub(crate) fn damp(
+        &self,
+        module: &str,
+        settings: &SolverSettings,
+        unit: f64,
+        mut attempt: impl FnMut(f64) -> Result<std::result::Result<(), usize>>,
+    ) -> Result<Damped> {
+        let mut tried = Vec::new();
+        let mut used = settings.dampening_frac * unit;
+        let mut ladder = settings.dampening_ladder.iter();
+        loop {
+            let pivot = match attempt(used)? {
+                Ok(()) => return Ok(Damped { tried, used }),
+                Err(pivot) => pivot,
+            };
+            tried.push(used);
+            used = unit
+                * *ladder.next().ok_or_else(|| Error::Singular {
+                    module: module.to_owned(),
+                    pivot: self.order[self.order.len() - 1 - pivot],
+                    dampening_frac: used,
+                })?;
+        }
+    }
+}
+
+/// Dampings as fractions of the mean.
+pub(crate) struct Damped {
+    /// Those that failed, in order.
+    pub(crate) tried: Vec<f64>,
+    /// The one that worked.
+    pub(crate) used: f64,
+}
+
+/// The part of the mean diagonal below which a pivot of a matrix of `n` columns is noise: it is a
+/// difference of up to n terms of the size of its diagonal, each with a rounding error.
+pub(crate) fn pivot_noise(n: usize) -> f32 {
+    f32::EPSILON * (n as f32).sqrt()
+}
+
+/// H seen in solving order and in units of its mean diagonal.
+struct OrderedHessian {
+    halves: Halves,
+    columns: Columns,
+    /// What dampings are fractions of, in units of the mean.
+    unit: f64,
+}
+
+impl OrderedHessian {
+    fn new(module: &str, hessian_lower: Matrix, settings: &SolverSettings) -> Result<Self> {
+        let halves = Halves::new(hessian_lower);
+        let columns = Columns::of_diagonal(module, halves.diagonal(), settings)?;
+        let unit = match settings.dampening_unit {
+            DampeningUnit::MeanDiagonal => 1.0,
+            DampeningUnit::LargestEigenvalue => halves.largest_eigenvalue() / columns.mean,
+        };
+        Ok(Self {
+            halves,
+            columns,
+            unit,
+        })
+    }
+
     /// Sets the triangle to the reversed damped H.
-    fn fill(&mut self, dampening_frac: f64) {
-        let (is_dead, mean) = (&self.is_dead, self.mean);
-        let reversed: Vec<usize> = self.order.iter().rev().copied().collect();
-        self.halves.fill(&reversed, |a, b, value| {
+    fn fill(halves: &mut Halves, columns: &Columns, dampening_frac: f64) {
+        let (is_dead, mean) = (&columns.is_dead, columns.mean);
+        let reversed: Vec<usize> = columns.order.iter().rev().copied().collect();
+        halves.fill(&reversed, |a, b, value| {
             let value = match (a == b, is_dead[a] || is_dead[b]) {
                 (true, true) => 1.0 + dampening_frac,
                 (true, false) => f64::from(value) / mean + dampening_frac,
@@ -259,25 +330,15 @@ impl OrderedHessian {
         });
     }
 
-    /// Factors with the first damping that works: the dampings that failed, and that one, as fractions of
-    /// the mean.
-    fn factor(&mut self, module: &str, settings: &SolverSettings) -> Result<(Vec<f64>, f64)> {
-        let mut failed = Vec::new();
-        let mut dampening_frac = settings.dampening_frac * self.unit;
-        let mut ladder = settings.dampening_ladder.iter();
-        loop {
-            self.fill(dampening_frac);
-            let pivot = match self.halves.factor() {
-                Ok(()) => return Ok((failed, dampening_frac)),
-                Err(pivot) => pivot,
-            };
-            failed.push(dampening_frac);
-            dampening_frac = self.unit
-                * *ladder.next().ok_or_else(|| Error::Singular {
-                    module: module.to_owned(),
-                    pivot: self.order[self.order.len() - 1 - pivot],
-                    dampening_frac,
-                })?;
-        }
+    fn factor(&mut self, module: &str, settings: &SolverSettings) -> Result<Damped> {
+        let Self {
+            halves,
+            columns,
+            unit,
+        } = self;
+        columns.damp(module, settings, *unit, |dampening_frac| {
+            Self::fill(halves, columns, dampening_frac);
+            Ok(halves.factor())
+        })
     }
 }

@@ -46,7 +46,7 @@ use std::ops::Range;
 const LEAF_COLS: usize = 16;
 
 /// How far the loss may be off before H itself is asked for it.
-const MAX_LOSS_ERROR: f64 = 2e-4;
+pub(crate) const MAX_LOSS_ERROR: f64 = 2e-4;
 
 /// `w` quantized so that its outputs on the calibration data change least: GPTQ, or GPTAQ if
 /// [`SolverSettings::alpha`] is positive. [`Factor::new`], then [`solve`].
@@ -173,7 +173,7 @@ pub fn solve_rows(
     })
 }
 
-fn no_cross_moments(module: &str) -> Error {
+pub(crate) fn no_cross_moments(module: &str) -> Error {
     Error::Missing {
         what: "the cross moments of both streams, which alpha > 0 needs".into(),
         place: format!("the statistics of {module}"),
@@ -181,7 +181,12 @@ fn no_cross_moments(module: &str) -> Error {
 }
 
 /// Columns per group, if weight, inputs and scheme fit together.
-fn check_fit(module: &str, w: &Matrix, in_features: usize, scheme: Scheme) -> Result<usize> {
+pub(crate) fn check_fit(
+    module: &str,
+    w: &Matrix,
+    in_features: usize,
+    scheme: Scheme,
+) -> Result<usize> {
     let group_len = scheme.group_len(module, w.cols())?;
     if in_features != w.cols() {
         return Err(Error::Shape {

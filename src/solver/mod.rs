@@ -29,12 +29,15 @@ mod target;
 mod triangle;
 
 pub use factor::Factor;
+pub(crate) use factor::{Columns, check_moments, column_weights, pivot_noise};
 pub use gptq::gptq;
+pub(crate) use grid::check_scales;
 pub use limit::{limited, search_limits};
 pub use loss::layer_loss;
 pub(crate) use loss::quantization_loss;
 pub use rows::ROW_UNIT;
 pub use rtn::rtn;
+pub(crate) use target::row_alpha;
 
 use crate::plan::{ScaleDtype, Scheme};
 use crate::{Error, Matrix, QuantizedWeight, Result};

@@ -141,7 +141,7 @@ impl HeldOut<'_> {
 }
 
 /// α from what a whole correction gains on held-out samples and what it costs there.
-fn row_alpha(gain: f64, energy: f64) -> f32 {
+pub(crate) fn row_alpha(gain: f64, energy: f64) -> f32 {
     if !(gain > 0.0 && energy > 0.0) {
         return 0.0;
     }

@@ -11,6 +11,7 @@
 //! Cost: n³/6 multiply-adds, in f32. Rounding errors are those of the matrix scaled to a unit
 //! diagonal, which the damping keeps far from singular.
 
+use super::factor::pivot_noise;
 use crate::Matrix;
 use faer::dyn_stack::{MemBuffer, MemStack};
 use faer::linalg::cholesky::llt::factor::{LltError, cholesky_in_place, cholesky_in_place_scratch};
@@ -132,9 +133,7 @@ impl Halves {
         let n = self.diagonal.len();
         let before: Vec<f32> = (0..n).map(|i| self.square[(i, i)]).collect();
         factor_in_place(self.lower())?;
-        // A pivot is a difference of up to n terms of the size of its diagonal, each with a
-        // rounding error: below that it is noise.
-        let noise = f32::EPSILON * (n as f32).sqrt();
+        let noise = pivot_noise(n);
         let is_sound = |i: usize| self.square[(i, i)].powi(2) > noise * before[i];
         (0..n).find(|i| !is_sound(*i)).map_or(Ok(()), Err)
     }

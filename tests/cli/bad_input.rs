@@ -180,6 +180,9 @@ fn flags_that_cannot_be() {
         &["--set", "allocation_by=size"],
         &["allocation_by", "answer"],
     );
+    with_flags(&["--device", "gpu:0"], &["--device", "cuda:0"]);
+    with_flags(&["--device", "cuda:97"], &["cuda:97"]);
+    with_flags(&["--tf32"], &["--tf32", "--device cuda:N"]);
     with_flags(&["--method", "magic"], &["magic", "vlmq-v1"]);
     with_flags(&["--set", "percdamp=0.1"], &["percdamp", "dampening_frac"]);
     with_flags(&["--samples", "100000"], &["--samples 100000"]);

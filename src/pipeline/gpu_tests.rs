@@ -1,0 +1,156 @@
+//! The whole walk through a model with a GPU's engine, on the emulation, beside the CPU's.
+
+use super::*;
+use crate::checkpoint::Checkpoint;
+use crate::dataset::open_samples;
+use crate::engine::OneGpu;
+use crate::gpu::emulated;
+use crate::hidden_states::Store;
+use crate::plan::ScaleDtype;
+use crate::recipe::Method;
+use crate::run::{SampleChoice, load_samples};
+use candle_core::Device;
+use std::path::Path;
+
+/// Relative difference of a module's loss. Codes differ in rows where a weight lies within rounding
+/// of a tie, and later modules see inputs that differ by as much.
+const SAME_LOSS: f64 = 0.02;
+
+/// Share of codes that may differ for that reason.
+const MAX_OTHER_CODES: f64 = 0.02;
+
+/// Keeps what it is given.
+#[derive(Default)]
+struct Kept(Vec<QuantizedWeight>);
+
+impl LayerSink for Kept {
+    fn module(&mut self, _: &Module, weight: &QuantizedWeight) -> Result<()> {
+        self.0.push(weight.clone());
+        Ok(())
+    }
+
+    fn tensor(&mut self, _: &ChangedTensor) -> Result<()> {
+        Ok(())
+    }
+
+    fn kept_samples(&self) -> Option<Vec<usize>> {
+        Some(vec![0])
+    }
+}
+
+fn samples(model: &ModelSource, recipe: &Recipe, store: Store) -> CalibrationSet {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("testbed/calibration");
+    let choice = SampleChoice {
+        set: open_samples(&path).unwrap(),
+        n_samples: 6,
+        seed: 0,
+        max_tokens: 512,
+    };
+    let dir = std::env::temp_dir();
+    let set = load_samples(model, recipe, Some(&choice), u64::MAX, &dir, &Unobserved).unwrap();
+    set.moved_to(store).unwrap()
+}
+
+fn run(engine: &Engine, recipe: &Recipe, store: Store) -> (Vec<LayerOutcome>, Kept) {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("testbed/model");
+    let checkpoint = Checkpoint::open(&folder).unwrap();
+    let model = crate::families::open_model(checkpoint, Device::Cpu).unwrap();
+    let set = samples(&model, recipe, store);
+    let mut kept = Kept::default();
+    let among = (&Alone as &dyn Communicator, &Unobserved as &dyn Observer);
+    let outcomes = layers_on(engine, &model, set, recipe, None, among, &mut kept).unwrap();
+    (outcomes, kept)
+}
+
+/// What is told of both runs is the same but for rounding; the GPU's states lie on the device.
+#[test]
+fn methods_find_on_a_gpu_what_they_find_on_the_cpu() {
+    let Some(gpu) = emulated::gpu() else { return };
+    let engine = Engine::Gpu(OneGpu(gpu));
+    let scheme = Scheme::new(3, Some(64), false, ScaleDtype::Bf16).unwrap();
+    for method in [Method::Gptq, Method::Gptaq, Method::VlmqV2, Method::Vlmq] {
+        let recipe = Recipe::new(method, scheme);
+        let (expected, weights) = run(&Engine::Cpu, &recipe, Store::in_memory(&Device::Cpu));
+        let on_device = Store::in_memory(&Device::Cpu).on_device(u64::MAX);
+        let (found, others) = run(&engine, &recipe, on_device);
+        let name = method.name();
+        let pairs = found
+            .iter()
+            .zip(&expected)
+            .flat_map(|(a, b)| a.modules.iter().zip(&b.modules));
+        for (found, expected) in pairs {
+            let module = &expected.name;
+            assert_eq!(&found.name, module);
+            let close = |a: Option<f64>, b: Option<f64>, share: f64| match (a, b) {
+                (Some(a), Some(b)) => (a - b).abs() <= share * b.abs(),
+                (a, b) => a == b,
+            };
+            let (a, b) = (found.loss, expected.loss);
+            assert!(
+                close(a, b, SAME_LOSS),
+                "{name} {module}: loss {a:?}, {b:?} expected"
+            );
+            assert!(
+                close(found.nearest_loss, expected.nearest_loss, SAME_LOSS),
+                "{name} {module}"
+            );
+            assert!(
+                close(found.alpha, expected.alpha, SAME_LOSS),
+                "{name} {module}: alpha"
+            );
+            let (a, b) = (found.effective_sample_size, expected.effective_sample_size);
+            assert!(
+                close(a, b, SAME_LOSS),
+                "{name} {module}: {a:?} tokens, {b:?} expected"
+            );
+            assert_eq!(found.n_dead_columns, expected.n_dead_columns);
+        }
+        assert_eq!(others.0.len(), weights.0.len());
+        let pairs = others.0.iter().zip(&weights.0);
+        let pairs = pairs.flat_map(|(a, b)| a.codes().iter().zip(b.codes()));
+        let n_others = pairs.filter(|(a, b)| a != b).count();
+        let n_codes: usize = weights.0.iter().map(|w| w.codes().len()).sum();
+        let share = n_others as f64 / n_codes as f64;
+        assert!(
+            share <= MAX_OTHER_CODES,
+            "{name}: {n_others} of {n_codes} codes differ"
+        );
+        println!("{name}: {n_others} of {n_codes} codes differ");
+    }
+}
+
+#[test]
+fn what_a_gpu_does_not_do_is_refused() {
+    let Some(gpu) = emulated::gpu() else { return };
+    let engine = Engine::Gpu(OneGpu(gpu));
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("testbed/model");
+    let checkpoint = Checkpoint::open(&folder).unwrap();
+    let model = crate::families::open_model(checkpoint, Device::Cpu).unwrap();
+    let scheme = Scheme::new(3, Some(64), false, ScaleDtype::Bf16).unwrap();
+    let recipe = |method, setting: &str| {
+        let mut recipe = Recipe::new(method, scheme);
+        if !setting.is_empty() {
+            recipe.set(setting).unwrap();
+        }
+        recipe
+    };
+    let refused = [
+        (Method::Awq, ""),
+        (Method::Rtn, ""),
+        (Method::Gptq, "sweeps=1"),
+        (Method::Gptq, "unit_gain=true"),
+    ];
+    for (method, setting) in refused {
+        let recipe = recipe(method, setting);
+        let error = engine.check(&model, &recipe, 1).unwrap_err();
+        assert!(
+            matches!(error, Error::Unsupported { .. }),
+            "{method:?} {setting}"
+        );
+        Engine::Cpu.check(&model, &recipe, 3).unwrap();
+    }
+    let allowed = recipe(Method::Vlmq, "clip=mse");
+    engine.check(&model, &allowed, 1).unwrap();
+    let error = engine.check(&model, &allowed, 2).unwrap_err();
+    assert!(error.to_string().contains("several ranks"), "{error}");
+}
