@@ -1,14 +1,19 @@
 //! Looking at a quantized folder as its readers will, and at how far it is from its source.
 //!
 //! Every tensor is read. What is wrong is collected, not only the first of it: the rules of the
-//! format ([`crate::export::verify`] and what its configuration says of which module), the files that
-//! a vision-language model cannot do without, and with a source all that should have stayed as it was.
+//! format ([`crate::export::verify`] and all that its configuration says of codes), the files that
+//! a vision-language model cannot do without, and with a source all that should have stayed as it
+//! was: plain tensors, the rest of the configuration, and every file beside the weights.
+
+mod beside;
 
 use crate::checkpoint::{Checkpoint, Quantization};
 use crate::export::gguf::verify_gguf;
-use crate::export::{Format, QUANTIZATION_FILES, check_config, check_unchanged, weight_distance};
+use crate::export::{Format, check_config, check_unchanged, weight_distance};
+use crate::report::card::is_our_card;
 use crate::report::{REPORT_FILE, RunReport};
 use crate::{Matrix, Result};
+use beside::differences_beside;
 use rayon::prelude::*;
 use serde::Serialize;
 use std::collections::BTreeSet;
@@ -49,8 +54,9 @@ pub struct ModuleDistance {
 pub fn verify_folder(written: &Checkpoint, source: Option<&Checkpoint>) -> Result<Verification> {
     let modules = written.quantized_modules();
     let mut problems: Vec<String> = read_everything(written);
-    problems.extend(check_config(written));
     let report = own_report(written);
+    let is_ours = report.is_some() || is_our_card(written.dir());
+    problems.extend(check_config(written, is_ours));
     let changed = changed_tensors(&report);
     let dequantized = match modules.is_empty() {
         true => quantized_by(&report),
@@ -59,7 +65,7 @@ pub fn verify_folder(written: &Checkpoint, source: Option<&Checkpoint>) -> Resul
     let mut distances = Vec::new();
     if let Some(source) = source {
         problems.extend(check_unchanged(written, source, &changed, &dequantized));
-        problems.extend(missing_files(written, source)?);
+        problems.extend(differences_beside(written, source, is_ours)?);
         let compared = modules.iter().cloned().chain(dequantized);
         let in_both = |name: &String| source.linear_info(name).is_some();
         let compared: Vec<String> = compared.filter(in_both).collect();
@@ -112,7 +118,18 @@ fn read_everything(written: &Checkpoint) -> Vec<String> {
 /// # Errors
 /// As [`verify_gguf`].
 pub fn verify_gguf_folder(dir: &Path, source: Option<&Checkpoint>) -> Result<Verification> {
-    let found = verify_gguf(dir, source)?;
+    let mut found = verify_gguf(dir, source)?;
+    if let Some(source) = source {
+        // Files that cannot be opened have been told already.
+        match Checkpoint::open(dir) {
+            Ok(written) => {
+                let beside = differences_beside(&written, source, true)?;
+                found.problems.extend(beside);
+            }
+            Err(error) if found.problems.is_empty() => found.problems.push(error.to_string()),
+            Err(_) => {}
+        }
+    }
     let of_tensor = |(name, relative_error, largest_error)| ModuleDistance {
         name,
         relative_error,
@@ -145,17 +162,6 @@ fn quantized_by(report: &Option<RunReport>) -> BTreeSet<String> {
     let modules = report.iter().flat_map(|report| &report.modules);
     let quantized = modules.filter(|module| module.scheme.is_some());
     quantized.map(|module| module.name.clone()).collect()
-}
-
-/// Files beside the source's weights that the folder lacks.
-fn missing_files(written: &Checkpoint, source: &Checkpoint) -> Result<Vec<String>> {
-    let files = source.side_files()?;
-    let names = files.iter().filter_map(|path| path.file_name()?.to_str());
-    let names = names.filter(|name| !QUANTIZATION_FILES.contains(name));
-    let missing = names.filter(|name| !written.dir().join(name).exists());
-    Ok(missing
-        .map(|name| format!("{name}: is beside the source's weights and not here"))
-        .collect())
 }
 
 fn distance(written: &Checkpoint, source: &Checkpoint, name: String) -> Result<ModuleDistance> {

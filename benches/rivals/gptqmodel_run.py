@@ -1,9 +1,9 @@
-"""Quantizes a Qwen2-VL folder with GPTQModel's GPTQ on CPU and prints one JSON line.
+"""Quantizes a Qwen2-VL folder with GPTQModel's GPTQ or AWQ on CPU and prints one JSON line.
 
 Usage: gptqmodel_run.py MODEL --samples FOLDER --out OUT --bits 4 --group 128
 
 FOLDER: samples.jsonl in LLaVA form with its images, all of which are used. Columns go by falling
-diagonal of the Hessian with groups fixed beforehand, damping is 1 %: vlmq's settings.
+diagonal of the Hessian with groups fixed beforehand, damping is 1 %: vlmq's settings. AWQ knows neither.
 """
 
 import argparse
@@ -42,13 +42,17 @@ def main():
     p.add_argument("--asymmetric", action="store_true")
     p.add_argument("--order", choices=["static", "group-aware", "scattered", "none"], default="static",
                    help="group-aware is GPTQModel's own default; scattered: groups as columns are visited")
+    p.add_argument("--method", choices=["gptq", "awq"], default="gptq")
     args = p.parse_args()
     torch.set_num_threads(int(THREADS))
     imported, import_peak = time.time(), peak_bytes()["peak_bytes"]
-    config = QuantizeConfig(
-        bits=args.bits, group_size=args.group, sym=not args.asymmetric, damp_percent=0.01,
-        desc_act=args.order in ("static", "scattered"), static_groups=args.order == "static",
-        act_group_aware=args.order == "group-aware")
+    config = dict(bits=args.bits, group_size=args.group, sym=not args.asymmetric)
+    if args.method == "awq":
+        config |= dict(method="awq", format="gemm")
+    else:
+        config |= dict(damp_percent=0.01, desc_act=args.order in ("static", "scattered"),
+                       static_groups=args.order == "static", act_group_aware=args.order == "group-aware")
+    config = QuantizeConfig(**config)
     model = GPTQModel.load(str(args.model), config, device="cpu")
     processor = processor_of(args.model)
     chats = conversations(args.samples)
@@ -63,7 +67,7 @@ def main():
     done = time.time()
     entries = log.values() if isinstance(log, dict) else [log]
     print(json.dumps(dict(
-        tool="gptqmodel",
+        tool="gptqmodel", method=args.method,
         versions=dict(gptqmodel=gptqmodel.__version__, torch=torch.__version__,
                       transformers=transformers.__version__),
         model=str(args.model), samples=len(inputs),

@@ -116,12 +116,17 @@ impl PendingFolder {
             .map_err(|e| Error::io(&path, "write", e))
     }
 
-    /// Copies the file `name` of another folder, byte for byte; a link is followed.
+    /// Copies the file `name` of another folder, byte for byte, into the same subfolder if `name`
+    /// has one before a `/`; a link is followed.
     ///
     /// # Errors
-    /// As [`PendingFolder::write_file`], and [`Error::Io`] if the source cannot be read.
+    /// [`Error::Invalid`] if a part of `name` is no bare name, [`Error::Io`] if the file exists,
+    /// cannot be written, or the source cannot be read.
     pub fn copy_from(&self, dir: &Path, name: &str) -> Result<()> {
-        let (from, to) = (dir.join(name), self.new_path(name)?);
+        name.split('/').try_for_each(check_name)?;
+        let (from, to) = (dir.join(name), self.path.join(name));
+        let folder = parent(&to);
+        fs::create_dir_all(folder).map_err(|e| Error::io(folder, "create the folder", e))?;
         let mut source = File::open(&from).map_err(|e| Error::io(&from, "read", e))?;
         let mut copy = File::create_new(&to).map_err(|e| Error::io(&to, "create", e))?;
         std::io::copy(&mut source, &mut copy).map_err(|e| Error::io(&to, "write", e))?;
@@ -134,11 +139,7 @@ impl PendingFolder {
     /// [`Error::Exists`] if `output` came into being meanwhile, [`Error::Io`] if the disk refuses;
     /// the temporary folder is removed then.
     pub fn commit(mut self) -> Result<()> {
-        let list = |e| Error::io(&self.path, "list", e);
-        for entry in fs::read_dir(&self.path).map_err(list)? {
-            sync(&entry.map_err(list)?.path())?;
-        }
-        sync(&self.path)?;
+        sync_all(&self.path)?;
         Self::refuse_existing(&self.output)?;
         fs::rename(&self.path, &self.output)
             .map_err(|e| Error::io(&self.output, "rename the finished folder to", e))?;
@@ -147,13 +148,18 @@ impl PendingFolder {
     }
 
     fn new_path(&self, name: &str) -> Result<PathBuf> {
-        if !is_plain_name(name) {
-            return Err(Error::Invalid {
-                what: format!("{name:?}"),
-                why: "a bare file name expected".into(),
-            });
-        }
+        check_name(name)?;
         Ok(self.path.join(name))
+    }
+}
+
+fn check_name(name: &str) -> Result<()> {
+    match is_plain_name(name) {
+        true => Ok(()),
+        false => Err(Error::Invalid {
+            what: format!("{name:?}"),
+            why: "a bare file name expected".into(),
+        }),
     }
 }
 
@@ -172,6 +178,19 @@ fn parent(path: &Path) -> &Path {
         Some(p) if !p.as_os_str().is_empty() => p,
         _ => Path::new("."),
     }
+}
+
+/// Puts a folder, with all that is in it, on disk.
+fn sync_all(dir: &Path) -> Result<()> {
+    let list = |e| Error::io(dir, "list", e);
+    for entry in fs::read_dir(dir).map_err(list)? {
+        let entry = entry.map_err(list)?;
+        match entry.file_type().map_err(list)?.is_dir() {
+            true => sync_all(&entry.path())?,
+            false => sync(&entry.path())?,
+        }
+    }
+    sync(dir)
 }
 
 fn sync(path: &Path) -> Result<()> {
@@ -245,5 +264,16 @@ mod tests {
             assert!(matches!(error, Error::Invalid { .. }), "{name}");
         }
         assert_eq!(entries(pending.path()), 0);
+        let from = tempfile::tempdir().unwrap();
+        fs::create_dir_all(from.path().join("a/b")).unwrap();
+        fs::write(from.path().join("a/b/x"), "1").unwrap();
+        for name in ["../x", "/x", "a/../a/b/x", "a//b/x", "a/b/", "a/./b/x"] {
+            let error = pending.copy_from(from.path(), name).unwrap_err();
+            assert!(matches!(error, Error::Invalid { .. }), "{name}");
+        }
+        pending.copy_from(from.path(), "a/b/x").unwrap();
+        assert_eq!(fs::read(pending.path().join("a/b/x")).unwrap(), b"1");
+        pending.commit().unwrap();
+        assert!(dir.path().join("out/a/b/x").exists());
     }
 }

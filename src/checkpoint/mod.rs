@@ -19,7 +19,7 @@ pub mod write;
 pub use dtype::DType;
 pub use folder::PendingFolder;
 pub use quantization::{Awq, CompressedTensors, Gguf, Gptq, Mlx, Quantization, QuantizationGroup};
-pub(crate) use quantization::{NIBBLE_OF_OUTPUT, mlx_bias, turned};
+pub(crate) use quantization::{NIBBLE_OF_OUTPUT, mlx_bias, name_in_memory, turned};
 
 use crate::gguf::gguf_files;
 use crate::{Error, Matrix, Result};
@@ -43,7 +43,7 @@ const MAX_JSON_BYTES: u64 = 256 << 20;
 const PIECE_BYTES: usize = 1 << 20;
 
 /// Endings of files that hold weights in some other form, or tables of such files.
-const WEIGHT_ENDINGS: [&str; 11] = [
+const WEIGHT_ENDINGS: [&str; 13] = [
     ".safetensors",
     ".safetensors.index.json",
     ".bin",
@@ -55,6 +55,8 @@ const WEIGHT_ENDINGS: [&str; 11] = [
     ".msgpack",
     ".gguf",
     ".onnx",
+    ".onnx_data",
+    ".npz",
 ];
 
 /// An open model folder. See the module's documentation for what it promises and asks.
@@ -369,28 +371,34 @@ impl Checkpoint {
         self.dequantized(module, out, inp)
     }
 
-    /// Every regular file directly in the folder that holds no weights, sorted, `config.json`
-    /// included. Subfolders are left out.
+    /// Every regular file of the folder and its subfolders that holds no weights, sorted,
+    /// `config.json` included. Hidden subfolders (of version control and download tools) and
+    /// Python's `__pycache__` are no part of a model and are left out.
     ///
     /// # Errors
-    /// [`Error::Io`] if the folder cannot be listed; [`Error::Invalid`] for a symbolic link that
-    /// leads out of the folder (the `blobs` folder of a download cache excepted), because a copy
-    /// of it would publish a file that is no part of the model.
+    /// [`Error::Io`] if a folder cannot be listed; [`Error::Invalid`] for a symbolic link that
+    /// leads out of the folder (the `blobs` folder of a download cache excepted) or to a folder,
+    /// because a copy of it would publish files that are no part of the model.
     pub fn side_files(&self) -> Result<Vec<PathBuf>> {
-        let list = |e| Error::io(&self.dir, "list", e);
-        let home = self.dir.canonicalize().map_err(list)?;
+        let home = self.dir.canonicalize();
+        let home = home.map_err(|e| Error::io(&self.dir, "list", e))?;
         let mut files = Vec::new();
-        for entry in std::fs::read_dir(&self.dir).map_err(list)? {
-            let path = entry.map_err(list)?.path();
-            let name = path.file_name().unwrap_or_default().to_string_lossy();
-            let holds_weights = WEIGHT_ENDINGS.iter().any(|end| name.ends_with(end));
-            if !holds_weights && path.is_file() {
-                check_inside(&home, &path)?;
-                files.push(path);
-            }
-        }
+        add_side_files(&home, &self.dir, &mut files)?;
         files.sort();
         Ok(files)
+    }
+
+    /// The name of one of [`Checkpoint::side_files`] within the folder, with `/` between its parts.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for a name that is not UTF-8.
+    pub fn side_name(&self, path: &Path) -> Result<String> {
+        let within = path.strip_prefix(&self.dir).unwrap_or(path);
+        let parts: Option<Vec<&str>> = within.iter().map(|part| part.to_str()).collect();
+        let parts = parts.ok_or_else(|| Error::Unsupported {
+            what: format!("{}: a file name that is not UTF-8", path.display()),
+        })?;
+        Ok(parts.join("/"))
     }
 
     fn require_info(&self, name: &str) -> Result<&TensorInfo> {
@@ -420,6 +428,37 @@ fn finite(name: &str, values: Vec<f32>) -> Result<Vec<f32>> {
     }
 }
 
+/// Adds the side files of `dir`, which is `home` or a folder in it.
+fn add_side_files(home: &Path, dir: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
+    let list = |e| Error::io(dir, "list", e);
+    for entry in std::fs::read_dir(dir).map_err(list)? {
+        let entry = entry.map_err(list)?;
+        let path = entry.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let is_real = entry.file_type().map_err(list)?.is_dir();
+        if path.is_dir() {
+            if name.starts_with('.') || name == "__pycache__" {
+                continue;
+            }
+            if !is_real {
+                let why = "links to a folder, a folder of its own expected";
+                return Err(Error::Invalid {
+                    what: path.display().to_string(),
+                    why: why.into(),
+                });
+            }
+            add_side_files(home, &path, files)?;
+            continue;
+        }
+        let holds_weights = WEIGHT_ENDINGS.iter().any(|end| name.ends_with(end));
+        if !holds_weights && path.is_file() {
+            check_inside(home, &path)?;
+            files.push(path);
+        }
+    }
+    Ok(())
+}
+
 /// A file's real place must be in `home`, or in the blobs that a cache's snapshot links to.
 fn check_inside(home: &Path, path: &Path) -> Result<()> {
     let real = path
@@ -427,8 +466,8 @@ fn check_inside(home: &Path, path: &Path) -> Result<()> {
         .map_err(|e| Error::io(path, "resolve", e))?;
     let snapshots = home.parent().filter(|p| p.ends_with("snapshots"));
     let blobs = snapshots.and_then(Path::parent).map(|p| p.join("blobs"));
-    let parent = real.parent();
-    if parent == Some(home) || (blobs.is_some() && parent == blobs.as_deref()) {
+    let is_blob = blobs.is_some() && real.parent() == blobs.as_deref();
+    if real.starts_with(home) || is_blob {
         return Ok(());
     }
     Err(Error::Invalid {

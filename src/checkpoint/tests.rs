@@ -251,11 +251,29 @@ fn side_files_are_regular_files_without_weights() {
     for name in ["tokenizer.json", "README.md", "pytorch_model.bin", "x.gguf"] {
         fs::write(dir.path().join(name), "x").unwrap();
     }
-    fs::create_dir(dir.path().join("sub")).unwrap();
+    for name in [
+        "sub/deep/a.py",
+        "sub/model.onnx",
+        ".git/b",
+        "sub/__pycache__/c",
+    ] {
+        let path = dir.path().join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, "x").unwrap();
+    }
     let checkpoint = Checkpoint::open(dir.path()).unwrap();
     let files = checkpoint.side_files().unwrap();
-    let names: Vec<_> = files.iter().map(|p| p.file_name().unwrap()).collect();
-    assert_eq!(names, ["README.md", "config.json", "tokenizer.json"]);
+    let names: Vec<String> = files
+        .iter()
+        .map(|path| checkpoint.side_name(path).unwrap())
+        .collect();
+    let expected = [
+        "README.md",
+        "config.json",
+        "sub/deep/a.py",
+        "tokenizer.json",
+    ];
+    assert_eq!(names, expected);
 }
 
 #[cfg(unix)]
@@ -271,6 +289,10 @@ fn side_files_follow_links_inside_only() {
     symlink(other.path().join("secret"), dir.path().join("notes.txt")).unwrap();
     let error = checkpoint.side_files().unwrap_err().to_string();
     assert!(error.contains("notes.txt: links to"), "{error}");
+    fs::remove_file(dir.path().join("notes.txt")).unwrap();
+    symlink(other.path(), dir.path().join("folder")).unwrap();
+    let error = checkpoint.side_files().unwrap_err().to_string();
+    assert!(error.contains("folder: links to a folder"), "{error}");
 }
 
 #[cfg(unix)]

@@ -50,6 +50,7 @@ pub fn run(args: &Args) -> anyhow::Result<Done> {
         "n_modules": exported.n_quantized,
         "tensor_bytes": exported.tensor_bytes,
         "rounded_scales": exported.rounded_scales,
+        "notes": exported.notes,
     });
     Ok(Done::new(json, text(args, &exported)))
 }
@@ -85,6 +86,9 @@ fn text(args: &Args, exported: &Exported) -> String {
             "{} scales rounded to this format's type, by {:.1e} at most\n",
             rounded.n_rounded, rounded.largest_change
         );
+    }
+    for note in &exported.notes {
+        text += &format!("note: {note}\n");
     }
     text += &format!(
         "wrote {} ({}, {} modules, {:.1} MB of tensors)\n",

@@ -36,7 +36,8 @@ pub(super) fn config_text(source: &Checkpoint, entry: Option<&ConfigEntry>) -> R
     }
 }
 
-fn without_keys(config: &Value) -> Value {
+/// A configuration without what it says of any quantization.
+pub(crate) fn without_keys(config: &Value) -> Value {
     let mut config = config.clone();
     if let Some(object) = config.as_object_mut() {
         KEYS.iter().for_each(|key| {

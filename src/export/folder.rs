@@ -38,6 +38,8 @@ pub struct Exported {
     pub side_files: Vec<String>,
     /// What storing scales in the format's type changed.
     pub rounded_scales: RoundedScales,
+    /// Readers of the format that do not take such modules, and why.
+    pub notes: Vec<String>,
 }
 
 /// A folder in the making. Dropping it before [`Exporter::finish`] leaves nothing behind.
@@ -73,7 +75,8 @@ impl<'a> Exporter<'a> {
     /// # Errors
     /// [`Error::Io`]; [`Error::Missing`] for a planned module without a weight; [`Error::Invalid`]
     /// for a plan that names a module twice, a group size that does not divide, or a set of modules
-    /// that the format's configuration cannot tell apart; [`Error::Unsupported`] for a source that
+    /// that the format's configuration cannot tell apart, or a link among the source's files that
+    /// must not be followed; [`Error::Unsupported`] for a source that
     /// has quantized modules of which the plan says nothing, a module that is no matrix, the
     /// `lm_head`, or a module that the format cannot hold, with the reason.
     pub fn create(
@@ -87,6 +90,7 @@ impl<'a> Exporter<'a> {
             let what = "a folder of safetensors in GGUF: it has a writer of its own";
             return Err(Error::Unsupported { what: what.into() });
         }
+        source.side_files()?;
         let (layout, schemes) = laid_out(source, format, plan)?;
         let entry = layout.config(source, &schemes)?;
         let config_text = config_text(source, entry.as_ref())?;
@@ -241,7 +245,9 @@ impl<'a> Exporter<'a> {
         }
         drop(written);
         self.pending.commit()?;
+        let notes = self.layout.notes(self.source, &self.contents.schemes);
         Ok(Exported {
+            notes,
             n_quantized: self.contents.schemes.len(),
             n_copied,
             changed: self.changed.into_keys().collect(),
@@ -436,14 +442,11 @@ fn add_values(hasher: &mut blake3::Hasher, values: impl Iterator<Item = f32>) {
 pub(crate) fn copy_side_files(source: &Checkpoint, pending: &PendingFolder) -> Result<Vec<String>> {
     let mut copied = Vec::new();
     for path in source.side_files()? {
-        let name = path.file_name().unwrap_or_default();
-        let name = name.to_str().ok_or_else(|| Error::Unsupported {
-            what: format!("{}: a file name that is not UTF-8", path.display()),
-        })?;
-        let is_copied = name != CONFIG_FILE && !QUANTIZATION_FILES.contains(&name);
-        if is_copied && !pending.path().join(name).exists() {
-            pending.copy_from(source.dir(), name)?;
-            copied.push(name.to_owned());
+        let name = source.side_name(&path)?;
+        let is_copied = name != CONFIG_FILE && !QUANTIZATION_FILES.contains(&name.as_str());
+        if is_copied && !pending.path().join(&name).exists() {
+            pending.copy_from(source.dir(), &name)?;
+            copied.push(name);
         }
     }
     Ok(copied)

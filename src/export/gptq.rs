@@ -18,7 +18,10 @@
 use super::compressed_tensors::packed_rows;
 use super::file_dtype;
 use super::layout::{ConfigEntry, Layout, Part, Schemes, float_bytes, refusal, word_bytes};
-use super::names::{layers_of, plain_matrices, rule_for, stable_part, unquantized_patterns};
+use super::names::{
+    layers_of, plain_among_coded, plain_matrices, rule_for, stable_part, unquantized_patterns,
+    within_layer,
+};
 use crate::checkpoint::{Checkpoint, DType, turned};
 use crate::pack::pack;
 use crate::plan::{ScaleDtype, Scheme};
@@ -113,6 +116,17 @@ impl Layout for Gptq {
         Ok(Some(ConfigEntry { key, value }))
     }
 
+    fn notes(&self, source: &Checkpoint, schemes: &Schemes) -> Vec<String> {
+        let plain = plain_among_coded(source, |module| schemes.contains_key(module));
+        let plain = plain.map(|module| {
+            format!(
+                "transformers does not load it: optimum puts codes into every layer alike, and \
+                 {module} has none; --format compressed-tensors makes what it reads"
+            )
+        });
+        plain.into_iter().collect()
+    }
+
     fn files(&self, entry: Option<&ConfigEntry>) -> Vec<(&'static str, String)> {
         let text = |entry: &ConfigEntry| format!("{:#}\n", entry.value);
         entry
@@ -156,16 +170,14 @@ fn block_name(schemes: &Schemes) -> Option<String> {
 
 /// The linears of a layer that have codes, if others have none in any layer.
 fn modules_in_block(source: &Checkpoint, schemes: &Schemes) -> Option<Value> {
-    let in_layer = |name: &str| {
-        let stable = stable_part(name).to_owned();
-        let (_, rest) = stable.split_once('.')?;
-        rest.split_once('.').map(|(_, module)| module.to_owned())
-    };
-    let coded: BTreeSet<String> = schemes.keys().filter_map(|name| in_layer(name)).collect();
+    let coded: BTreeSet<&str> = schemes
+        .keys()
+        .filter_map(|name| within_layer(name))
+        .collect();
     let layers = layers_of(schemes.keys().next()?);
     let plain = plain_matrices(source, |module| schemes.contains_key(module));
     let mut in_layers = plain.iter().filter(|name| layers_of(name) == layers);
     let some_are_plain =
-        in_layers.any(|name| in_layer(name).is_some_and(|module| !coded.contains(&module)));
+        in_layers.any(|name| within_layer(name).is_some_and(|module| !coded.contains(module)));
     some_are_plain.then(|| json!([coded]))
 }

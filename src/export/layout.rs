@@ -64,6 +64,11 @@ pub(super) trait Layout: Sync {
     /// [`Error::Invalid`] if the modules cannot be told apart by what it may say.
     fn config(&self, source: &Checkpoint, schemes: &Schemes) -> Result<Option<ConfigEntry>>;
 
+    /// Which readers of the format do not take such modules, and why.
+    fn notes(&self, _source: &Checkpoint, _schemes: &Schemes) -> Vec<String> {
+        Vec::new()
+    }
+
     /// Files beside `config.json` that repeat `entry` for some readers: name and content.
     fn files(&self, _entry: Option<&ConfigEntry>) -> Vec<(&'static str, String)> {
         Vec::new()

@@ -18,6 +18,7 @@ mod compressed_tensors;
 mod config;
 mod convert;
 mod dense;
+mod difference;
 mod folder;
 pub mod gguf;
 mod gptq;
@@ -27,9 +28,12 @@ mod names;
 mod scales;
 mod verify;
 
+pub(crate) use config::without_keys;
 pub use convert::{convert, plan_of};
+pub(crate) use difference::{differences, shared_differences};
 pub use folder::{Exported, Exporter};
 pub(crate) use folder::{QUANTIZATION_FILES, copy_side_files};
+pub(crate) use names::plain_among_coded;
 pub use scales::RoundedScales;
 pub(crate) use verify::distance as weight_distance;
 pub use verify::{

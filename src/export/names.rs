@@ -93,6 +93,29 @@ pub(super) fn stable_part(module: &str) -> &str {
     &module[word_start..]
 }
 
+/// The name of a linear within its layer, `mlp.up_proj` of `model.layers.3.mlp.up_proj`.
+pub(super) fn within_layer(module: &str) -> Option<&str> {
+    let (_, rest) = stable_part(module).split_once('.')?;
+    rest.split_once('.').map(|(_, within)| within)
+}
+
+/// A plain linear of the decoder whose like has codes in another layer.
+pub(crate) fn plain_among_coded(
+    source: &Checkpoint,
+    is_coded: impl Fn(&str) -> bool,
+) -> Option<String> {
+    let modules = source.names().flat_map(|name| source.modules_of(name));
+    let quantized = source.quantized_modules();
+    let coded: BTreeSet<String> = modules.chain(quantized).filter(|m| is_coded(m)).collect();
+    let layers = layers_of(coded.first()?);
+    let coded_within: BTreeSet<&str> = coded.iter().filter_map(|m| within_layer(m)).collect();
+    let mut plain = plain_matrices(source, |module| is_coded(module)).into_iter();
+    plain.find(|module| {
+        let within = within_layer(module);
+        layers_of(module) == layers && within.is_some_and(|name| coded_within.contains(name))
+    })
+}
+
 /// What is before the number of a module's layer, `model.layers` of `model.layers.3.mlp.up_proj`.
 pub(super) fn layers_of(module: &str) -> &str {
     let numbered = stable_part(module);

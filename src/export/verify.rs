@@ -1,9 +1,13 @@
 //! Looking at a written folder with the eyes of whoever will read it.
 
-use super::names::{Ignore, layers_of, plain_matrices};
+mod config;
+mod stored;
+
+pub use config::check_config;
+
+use super::names::Ignore;
 use crate::checkpoint::{Checkpoint, Quantization};
 use crate::{Error, Matrix, QuantizedWeight, Result};
-use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// What [`verify`] looked at.
@@ -190,90 +194,6 @@ fn check_shape(written: &Checkpoint, source: &Checkpoint, module: &str) -> Resul
             found,
         }),
     }
-}
-
-/// What in a folder's configuration disagrees with its tensors: a module that has codes and is
-/// said to have none, a plain matrix of the decoder that a loader would take for codes.
-pub fn check_config(written: &Checkpoint) -> Vec<String> {
-    let modules = written.quantized_modules();
-    let Some(quantization) = written.quantization() else {
-        return Vec::new();
-    };
-    if modules.is_empty() {
-        return vec!["config.json speaks of a quantization, and no module has codes".into()];
-    }
-    let left_out = LeftOut::of(quantization, written.config());
-    let plain = plain_matrices(written, |module| written.is_quantized(module));
-    let coded = modules
-        .iter()
-        .filter(|name| left_out.has(name) == Some(true));
-    let mut problems: Vec<String> = coded
-        .map(|name| format!("{name}: is quantized, but config.json leaves it out"))
-        .collect();
-    let in_layers = |name: &&String| {
-        let first = modules.first().map(|first| layers_of(first));
-        first.is_some_and(|layers| layers_of(name) == layers)
-    };
-    let forgotten = plain.iter().filter(in_layers);
-    let forgotten = forgotten.filter(|name| left_out.has(name) == Some(false));
-    problems
-        .extend(forgotten.map(|name| {
-            format!("{name}: is not quantized, and config.json does not leave it out")
-        }));
-    problems.extend(second_config(written));
-    problems
-}
-
-/// Which modules a configuration leaves out.
-enum LeftOut<'c> {
-    /// Names and patterns.
-    Entries(Vec<Ignore<'c>>),
-    /// Parts of names.
-    Parts(Vec<&'c str>),
-    /// It says nothing of that: tensors speak for themselves.
-    Unsaid,
-}
-
-impl<'c> LeftOut<'c> {
-    fn of(quantization: &'c Quantization, config: &'c Value) -> Self {
-        let config = &config["quantization_config"];
-        let strings = |value: &'c Value| value.as_array().into_iter().flatten();
-        match quantization {
-            Quantization::CompressedTensors(q) => {
-                Self::Entries(q.ignore().iter().map(|e| Ignore::new(e)).collect())
-            }
-            Quantization::Gptq(_) => {
-                let Some(rules) = config["dynamic"].as_object().filter(|r| !r.is_empty()) else {
-                    return Self::Unsaid;
-                };
-                let patterns = rules.keys().filter_map(|rule| rule.strip_prefix("-:"));
-                Self::Entries(patterns.map(Ignore::pattern).collect())
-            }
-            Quantization::Awq(_) => {
-                let parts = strings(&config["modules_to_not_convert"]);
-                Self::Parts(parts.filter_map(Value::as_str).collect())
-            }
-            Quantization::Mlx(_) | Quantization::Gguf(_) => Self::Unsaid,
-        }
-    }
-
-    /// Whether it leaves this one out, if it says.
-    fn has(&self, module: &str) -> Option<bool> {
-        match self {
-            Self::Entries(entries) => Some(entries.iter().any(|entry| entry.matches(module))),
-            Self::Parts(parts) => Some(parts.iter().any(|part| module.contains(part))),
-            Self::Unsaid => None,
-        }
-    }
-}
-
-/// `quantize_config.json`, which some readers of GPTQ ask first, must say the same.
-fn second_config(written: &Checkpoint) -> Option<String> {
-    let text = std::fs::read_to_string(written.dir().join("quantize_config.json")).ok()?;
-    let found = serde_json::from_str::<Value>(&text).ok();
-    let expected = written.config().get("quantization_config");
-    (found.as_ref() != expected)
-        .then(|| "quantize_config.json: differs from config.json's quantization_config".into())
 }
 
 /// What of `source` is not in `written` as it should be: plain tensors have the same bytes, unless

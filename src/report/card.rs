@@ -3,17 +3,20 @@
 //! Nothing in it is a promise: losses are the run's own, scores those of an evaluation that was given,
 //! commands those of the engines' documentation for what the folder holds.
 
+mod base;
 mod engines;
 
 use super::RunReport;
 use crate::checkpoint::Checkpoint;
 use crate::export::gguf::GgufExported;
-use crate::export::{Format, ModulePlan};
+use crate::export::{Format, ModulePlan, plain_among_coded};
+use crate::gguf::kind_of;
 use crate::model::decoder_config::DecoderConfig;
 use crate::plan::Scheme;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fmt::Write;
+use std::path::Path;
 
 /// Name of the card in a folder.
 pub const CARD_FILE: &str = "README.md";
@@ -21,8 +24,15 @@ pub const CARD_FILE: &str = "README.md";
 /// Name under which the card of the model that was quantized is kept.
 pub const BASE_CARD_FILE: &str = "README_base_model.md";
 
+/// The line of a card's head that says who wrote it.
+const OUR_TAG: &str = "- vlmq";
+
 /// Modules that the card names for their loss.
 const N_WORST: usize = 5;
+
+/// What a card says where no evaluation was given.
+const NOT_MEASURED: &str = "\nAnswers: not measured. `vlmq eval --json` measures them, and `vlmq export \
+                            --evaluation` writes them here.\n";
 
 /// What a card is made of.
 pub struct Card<'c> {
@@ -45,13 +55,15 @@ pub struct Card<'c> {
 impl Card<'_> {
     /// The card as Markdown.
     pub fn text(&self) -> String {
+        let is_coded = |name: &str| self.plan.iter().any(|module| module.name == name);
+        let uneven = plain_among_coded(self.source, is_coded);
         [
             self.front_matter(),
             format!("# {}\n\n", self.name),
             self.how_it_was_made(),
             self.what_was_lost(),
             "## Running it\n".into(),
-            engines::commands(self.name, self.format, self.plan),
+            engines::commands(self.name, self.format, self.plan, uneven.as_deref()),
             engines::tensor_parallel(self.decoder, self.plan, self.format),
             "\nThe vision tower, the embedding and the head are as they were.\n".into(),
         ]
@@ -64,6 +76,7 @@ impl Card<'_> {
             self.front_matter(),
             format!("# {}\n\n", self.name),
             self.how_it_was_made(),
+            self.bits_of_files(written),
             self.what_was_lost(),
             "## Running it\n".into(),
             engines::llama_cpp_commands(self.name, written),
@@ -79,18 +92,24 @@ impl Card<'_> {
             _ => "transformers",
         };
         let mut text = format!(
-            "---\nlibrary_name: {library}\npipeline_tag: image-text-to-text\ntags:\n- vlmq\n\
+            "---\nlibrary_name: {library}\npipeline_tag: image-text-to-text\ntags:\n{OUR_TAG}\n\
              - {}\n",
             self.format.name()
         );
-        if let Some(license) = base_license(self.source) {
+        if let Some(license) = of_base_card(self.source, "license") {
             let _ = writeln!(text, "license: {license}");
+        }
+        if let Some(base) = base::published_name(self.source) {
+            let _ = write!(text, "base_model: {base}\nbase_model_relation: quantized\n");
         }
         text + "---\n"
     }
 
     fn how_it_was_made(&self) -> String {
         let mut text = String::from("## How it was made\n");
+        if let Some(name) = self.base_name() {
+            let _ = writeln!(text, "The model that was quantized is {name}.");
+        }
         let weights: usize = self.plan.iter().map(|m| self.n_weights(m)).sum();
         let _ = writeln!(
             text,
@@ -114,8 +133,43 @@ impl Card<'_> {
                 );
             }
             text += ".\n";
+            text += &settings(report);
         }
         text + "\n"
+    }
+
+    /// The name of the model that was quantized: as it was published, or that of its folder.
+    fn base_name(&self) -> Option<String> {
+        let folder = self.report.and_then(|report| report.source.as_ref());
+        let published = base::published_name(self.source);
+        let published = published.map(|id| format!("[{id}](https://huggingface.co/{id})"));
+        published.or_else(|| folder.map(|source| format!("`{}`", source.name)))
+    }
+
+    /// What the blocks of GGUF take: more than the codes where a type has room to spare.
+    fn bits_of_files(&self, written: &GgufExported) -> String {
+        let mut bits = 0.0;
+        let mut kinds: BTreeMap<&str, usize> = BTreeMap::new();
+        for module in self.plan {
+            let info = self.source.linear_info(&module.name);
+            let cols = info.and_then(|(_, shape)| shape.last().copied());
+            let kind = kind_of(&module.name, module.scheme, cols.unwrap_or_default());
+            let Ok(kind) = kind else { continue };
+            let per_weight = 8.0 * kind.block_bytes() as f64 / kind.block_len() as f64;
+            bits += per_weight * self.n_weights(module) as f64;
+            *kinds.entry(kind.name()).or_default() += 1;
+        }
+        let weights: usize = self.plan.iter().map(|m| self.n_weights(m)).sum();
+        let kinds: Vec<String> = kinds
+            .iter()
+            .map(|(kind, n)| format!("{n} {kind}"))
+            .collect();
+        format!(
+            "In `{}` they take {:.2} bits a weight ({}).\n\n",
+            written.model.file,
+            bits / f64::max(weights as f64, 1.0),
+            kinds.join(", ")
+        )
     }
 
     fn n_weights(&self, module: &ModulePlan) -> usize {
@@ -140,27 +194,46 @@ impl Card<'_> {
         if let Some(report) = self.report {
             text += &losses(report);
         }
-        if let Some(evaluation) = self.evaluation {
-            text += &scores(evaluation);
-        }
-        match text.is_empty() {
-            true => String::new(),
-            false => format!("## What was lost\n{text}\n"),
-        }
+        let scores = self.evaluation.map(scores).unwrap_or_default();
+        text += match scores.is_empty() {
+            true => NOT_MEASURED,
+            false => &scores,
+        };
+        format!("## What was lost\n{text}\n")
     }
 }
 
-/// `license:` of the card of the model that was quantized.
-fn base_license(source: &Checkpoint) -> Option<String> {
+/// Whether a folder's card is one that we wrote.
+pub fn is_our_card(dir: &Path) -> bool {
+    let card = std::fs::read_to_string(dir.join(CARD_FILE)).unwrap_or_default();
+    let head = card
+        .strip_prefix("---\n")
+        .and_then(|card| card.split_once("\n---"));
+    head.is_some_and(|(head, _)| head.lines().any(|line| line == OUR_TAG))
+}
+
+/// The value of a key in the head of the card of the model that was quantized.
+fn of_base_card(source: &Checkpoint, key: &str) -> Option<String> {
     let read = |name| std::fs::read_to_string(source.dir().join(name)).ok();
-    let card = read(BASE_CARD_FILE).or_else(|| read(CARD_FILE))?;
+    of_head(&read(BASE_CARD_FILE).or_else(|| read(CARD_FILE))?, key)
+}
+
+/// The value of a key in the head of a card, if it is a plain word or several.
+fn of_head(card: &str, key: &str) -> Option<String> {
     let (head, _) = card.strip_prefix("---\n")?.split_once("\n---")?;
-    let license = head
-        .lines()
-        .find_map(|line| line.strip_prefix("license:"))?;
-    let license = license.trim();
-    let is_plain = |c: char| c.is_ascii_alphanumeric() || "-._ ".contains(c);
-    (!license.is_empty() && license.chars().all(is_plain)).then(|| license.to_owned())
+    let of_key = |line: &str| Some(line.strip_prefix(key)?.strip_prefix(':')?.trim().to_owned());
+    let value = head.lines().find_map(of_key)?;
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "-._/ ".contains(c);
+    (!value.is_empty() && value.chars().all(is_plain)).then_some(value)
+}
+
+/// The command of a run, or its settings where that is not known.
+fn settings(report: &RunReport) -> String {
+    match &report.command {
+        Some(command) => format!("```\n{command}\n```\n"),
+        None if report.settings.is_null() => String::new(),
+        None => format!("Its settings:\n```json\n{:#}\n```\n", report.settings),
+    }
 }
 
 /// The formats of modules in words, the most frequent first.

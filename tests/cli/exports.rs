@@ -1,13 +1,13 @@
 //! From one format to another, and looking at what was written, with the real program.
 
-use super::{eval_counting, json, quantize, repository, text, vlmq};
+use super::{eval_counting, json, model_copy, quantize, repository, text, vlmq};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::Output;
 use tempfile::TempDir;
 
 /// A home with the bundled model rounded to a grid.
-fn home(more: &[&str]) -> (TempDir, PathBuf) {
+pub(super) fn home(more: &[&str]) -> (TempDir, PathBuf) {
     let home = tempfile::tempdir().unwrap();
     let output = home.path().join("quantized");
     let arguments = [&["--method", "rtn"], more].concat();
@@ -16,7 +16,7 @@ fn home(more: &[&str]) -> (TempDir, PathBuf) {
     (home, output)
 }
 
-fn export(from: &Path, format: &str, to: &Path, more: &[&str]) -> Output {
+pub(super) fn export(from: &Path, format: &str, to: &Path, more: &[&str]) -> Output {
     let mut command = vlmq();
     command.arg("export").arg(from).args(["--format", format]);
     command.arg("--output").arg(to).args(more).output().unwrap()
@@ -56,6 +56,93 @@ fn every_format_is_the_same_model() {
             card.contains("4 bits, asymmetric, in groups of 64"),
             "{card}"
         );
+    }
+}
+
+/// `inspect` and `generate` say the same of every form of the same codes.
+#[test]
+fn every_format_is_inspected_and_generates_alike() {
+    let (home, first) = home(&["--bits", "4"]);
+    let picture = home.path().join("picture.png");
+    let pixel = |x, y| image::Rgb([(2 * x) as u8, (3 * y) as u8, 90]);
+    let pixels = image::RgbImage::from_fn(90, 50, pixel);
+    pixels.save(&picture).unwrap();
+    let generated = |folder: &Path| {
+        let mut command = vlmq();
+        command
+            .arg("generate")
+            .arg(folder)
+            .arg("--image")
+            .arg(&picture);
+        command.args([
+            "--prompt",
+            "what is this?",
+            "--max-new-tokens",
+            "6",
+            "--json",
+        ]);
+        let done = command.output().unwrap();
+        assert!(done.status.success(), "{}", text(&done.stderr));
+        json(&done.stdout)["output_ids"].take()
+    };
+    let expected = generated(&first);
+    assert!(!expected.as_array().unwrap().is_empty());
+    let formats = [
+        ("gptq", 28),
+        ("awq", 28),
+        ("mlx", 28),
+        ("gguf", 28),
+        ("f32", 0),
+        ("bf16", 0),
+    ];
+    for (format, n_quantized) in formats {
+        let folder = home.path().join(format);
+        let done = export(&first, format, &folder, &[]);
+        assert!(done.status.success(), "{format}: {}", text(&done.stderr));
+        let inspected = vlmq().arg("inspect").arg(&folder).arg("--json").output();
+        let inspected = json(&inspected.unwrap().stdout);
+        assert_eq!(inspected["n_modules"], 28, "{format}");
+        assert_eq!(inspected["n_quantized_modules"], n_quantized, "{format}");
+        let found = generated(&folder);
+        // bfloat16 rounds each weight, GGUF each asymmetric block's offset.
+        match format {
+            "bf16" | "gguf" => assert!(!found.as_array().unwrap().is_empty()),
+            _ => assert_eq!(found, expected, "{format}"),
+        }
+    }
+}
+
+/// Where a layer, or a linear of one, has no codes, optimum's GPTQ has no room for it.
+#[test]
+fn a_plain_linear_among_coded_ones_is_noted_for_gptq() {
+    for (pattern, plain) in [
+        ("layers\\.1\\.", "model.layers.1.mlp.down_proj"),
+        ("layers\\.2\\.mlp\\.up_proj", "model.layers.2.mlp.up_proj"),
+        ("mlp\\.up_proj", ""),
+    ] {
+        let recipes = tempfile::tempdir().unwrap();
+        let recipe = recipes.path().join("recipe.toml");
+        let rule = format!("[[rule]]\npattern = '{pattern}'\nskip = true\n");
+        std::fs::write(&recipe, rule).unwrap();
+        let recipe = recipe.to_str().unwrap();
+        let (home, first) = home(&["--bits", "4", "--symmetric", "--recipe", recipe]);
+        let folder = home.path().join("gptq");
+        let done = export(&first, "gptq", &folder, &["--json"]);
+        let notes = json(&done.stdout)["notes"].take();
+        let card = std::fs::read_to_string(folder.join("README.md")).unwrap();
+        let refused = card.contains("transformers: no, optimum puts codes into every layer");
+        match plain {
+            // Left out in every layer: optimum is told so.
+            "" => assert_eq!((notes.as_array().unwrap().len(), refused), (0, false)),
+            _ => {
+                let note = notes[0].as_str().unwrap();
+                assert!(note.contains(plain) && note.contains("optimum"), "{note}");
+                assert!(refused, "{card}");
+            }
+        }
+        verify(&folder, 0);
+        let written = text(&export(&first, "gptq", &home.path().join("words"), &[]).stdout);
+        assert_eq!(written.contains("note: transformers does not"), refused);
     }
 }
 
@@ -119,6 +206,8 @@ fn gguf_files_are_held_against_both_sources() {
     assert_eq!(same["problems"].as_array().unwrap().len(), 0);
     let card = std::fs::read_to_string(output.join("README.md")).unwrap();
     assert!(card.contains("--mmproj gguf/mmproj-BF16.gguf"), "{card}");
+    let bits = "In `model-Q4_1.gguf` they take 5.00 bits a weight (28 Q4_1).";
+    assert!(card.contains(bits), "{card}");
     let path = output.join("model-Q4_1.gguf");
     let mut bytes = std::fs::read(&path).unwrap();
     let last = bytes.len() - 33;
@@ -220,17 +309,47 @@ fn a_card_tells_what_was_measured() {
     let card = std::fs::read_to_string(output.join("README.md")).unwrap();
     for expected in [
         "license: apache-2.0\n",
+        "The model that was quantized is `model`.",
+        "vlmq quantize",
         "| counting | 40 | 55.0 (39.8 to 69.3) |  | 0.0125 |",
         "vllm serve gptq",
     ] {
         assert!(card.contains(expected), "{expected} in {card}");
     }
+    assert!(!card.contains("not measured") && !card.contains("base_model:"));
+    let card = std::fs::read_to_string(first.join("README.md")).unwrap();
+    assert!(card.contains("Answers: not measured."), "{card}");
     assert!(output.join("README_base_model.md").exists());
     let broken = home.path().join("broken.json");
     std::fs::write(&broken, "{").unwrap();
     let bad = ["--evaluation", broken.to_str().unwrap()];
     let done = export(&first, "gptq", &home.path().join("other"), &bad);
     assert_eq!(done.status.code(), Some(2));
+}
+
+/// The published name of a model goes from its configuration to the card, and from card to card.
+#[test]
+fn a_card_names_the_published_model() {
+    let home = tempfile::tempdir().unwrap();
+    let source = model_copy(home.path());
+    let path = source.join("config.json");
+    let config = std::fs::read_to_string(&path).unwrap();
+    let named = config.replacen('{', "{\"_name_or_path\": \"some/Small-VL\",", 1);
+    std::fs::write(&path, named).unwrap();
+    let first = home.path().join("quantized");
+    let made = quantize(&source, &first, &["--method", "rtn", "--bits", "4"]);
+    assert!(made.status.success(), "{}", text(&made.stderr));
+    let output = home.path().join("gguf");
+    assert!(export(&first, "gguf", &output, &[]).status.success());
+    for folder in [&first, &output] {
+        let card = std::fs::read_to_string(folder.join("README.md")).unwrap();
+        for expected in [
+            "base_model: some/Small-VL\nbase_model_relation: quantized\n",
+            "[some/Small-VL](https://huggingface.co/some/Small-VL)",
+        ] {
+            assert!(card.contains(expected), "{card}");
+        }
+    }
 }
 
 /// What `quantize --format gguf` writes is what `export` makes of the same codes.

@@ -1,5 +1,6 @@
 mod allocation;
 mod bad_input;
+mod configuration;
 mod damaged_parts;
 mod evaluation;
 mod exports;

@@ -187,6 +187,28 @@ fn a_killed_run_with_shared_bits_writes_the_same_bytes() {
     kill_small(40, &["--bits", "2.6"]);
 }
 
+/// The squares of inputs come back with their layers.
+#[test]
+fn a_killed_run_with_an_importance_matrix_writes_the_same_bytes() {
+    let home = Home::new(Spelling::USUAL);
+    kill(10, &home.output(), |output| {
+        let mut command = vlmq();
+        command.arg("quantize").arg(home.model());
+        command.arg("--calibration").arg(home.data());
+        command.args(["--bits", "3", "--imatrix"]);
+        command.args(["--group-size", "32", "--samples", "6", "--json"]);
+        command.arg("--output").arg(output);
+        command
+    });
+    // The runs left nothing; the whole one has the file that all of them were held against.
+    assert!(
+        home.output()
+            .with_file_name("whole")
+            .join("imatrix.gguf")
+            .exists()
+    );
+}
+
 /// Norms that were changed come back with their layers.
 #[test]
 fn a_killed_awq_run_writes_the_same_bytes() {

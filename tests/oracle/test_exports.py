@@ -19,6 +19,7 @@ import pytest
 import torch
 from folders import CALIBRATION, MODEL, image, inputs_for, relative, tensors_of, trace, vlmq  # noqa: F401
 from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
 from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
 from transformers import AutoModelForImageTextToText
 
@@ -30,7 +31,8 @@ WHOLE = [(4, 64, "symmetric"), (3, 64, "asymmetric"), (2, 64, "symmetric"), (2.5
 # bits of mantissa for the product, and for MLX the same for the bias and the sum.
 F16_ROUNDING, BF16_ROUNDING = 2.0**-11, 2.0**-8
 LOGITS_TOLERANCE = 1e-3
-# In bfloat16 throughout, as a reader of such folders runs them.
+# In float16 and bfloat16 throughout, as readers of such folders run them.
+F16_LOGITS_TOLERANCE = 5e-3
 BF16_LOGITS_TOLERANCE = 0.1
 
 
@@ -96,7 +98,24 @@ def test_gptqmodel_decodes_our_words(home, scheme):
         assert ((found - expected).abs() <= F16_ROUNDING * expected.abs()).all(), module
 
 
-@pytest.mark.parametrize("scheme", [s for s in SCHEMES if s[1] != -1 and s[0] < 8], ids=name_of)
+@pytest.mark.parametrize("scheme", [s for s in SCHEMES if s[0] == 4], ids=name_of)
+def test_gptqmodel_decodes_our_awq_words(home, scheme):
+    """In float32, so that nothing is rounded: equal."""
+    tensors = tensors_of(exported(home, scheme, "awq"))
+    for module, expected in numbers(home, scheme).items():
+        parts = [tensors[f"{module}.{part}"] for part in ("qweight", "qzeros", "scales")]
+        cols = len(parts[0])
+        group = cols if scheme[1] == -1 else scheme[1]
+        found = dequantize_gemm(*parts[:2], parts[2].float(), 4, group)
+        assert torch.equal(found.T, expected), module
+
+
+# Groups that MLX knows, and 8 bits, whose zero points its biases do not tell apart.
+BY_MLX = [s for s in SCHEMES if s[1] != -1 and s[0] < 8]
+BY_MLX += [(bits, group, "symmetric") for bits in (4, 8) for group in (32, 128)] + [(8, 64, "symmetric")]
+
+
+@pytest.mark.parametrize("scheme", BY_MLX, ids=name_of)
 def test_mlx_decodes_our_words(home, scheme):
     bits, group, _ = scheme
     folder = exported(home, scheme, "mlx")
@@ -154,7 +173,53 @@ def test_transformers_runs_awq(home, scheme, image, tmp_path):
     decoder, others = quantized_kinds(model)
     assert others == {"Linear"} and "Linear" not in decoder
     found = own_logits(folder, image, tmp_path, len(logits))
-    assert relative(found, logits[-len(found):]) < BF16_LOGITS_TOLERANCE
+    difference = relative(found, logits[-len(found):])
+    print(f"awq {name_of(scheme)}: logits {difference:.1e} apart")
+    assert difference < F16_LOGITS_TOLERANCE
+
+
+@pytest.mark.parametrize("pattern", [r"layers\.1\.", r"layers\.2\.mlp\.up_proj"])
+def test_transformers_does_not_run_gptq_of_some_layers_only(home, pattern, image, tmp_path):
+    """optimum puts codes into every layer alike; the card says so."""
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f"[[rule]]\npattern = '{pattern}'\nskip = true\n")
+    source, folder = tmp_path / "ct", tmp_path / "gptq"
+    vlmq("quantize", MODEL, "--output", source, "--method", "rtn", "--bits", 4, "--group-size", 64,
+         "--symmetric", "--recipe", recipe)
+    told = vlmq("export", source, "--format", "gptq", "--output", folder)
+    assert "note: transformers does not load it" in told
+    assert "transformers: no, optimum puts codes into every layer" in (folder / "README.md").read_text()
+    with pytest.raises(Exception) as refusal:
+        loaded_logits(folder, image, torch.float32)
+    print(f"{pattern}: {refusal.type.__name__}: {str(refusal.value)[:200]}")
+    # What the card offers instead.
+    _, logits = loaded_logits(source, image, torch.float32)
+    found = own_logits(source, image, tmp_path, len(logits))
+    assert relative(found, logits[-len(found):]) < LOGITS_TOLERANCE
+
+
+# Decoders with another name in memory than in the file, and one whose layers optimum has to be told.
+@pytest.mark.parametrize("family,variant", [("qwen2_5_vl", "untied"), ("llava", "clip"), ("idefics3", "tied")])
+def test_transformers_runs_gptq_of_families(family, variant, tmp_path):
+    from families import make
+    make(tmp_path / "model", family, variant)
+    vlmq("quantize", tmp_path / "model", "--output", tmp_path / "gptq", "--method", "rtn", "--bits", 4,
+         "--group-size", 32, "--symmetric", "--format", "gptq")
+    vlmq("verify", tmp_path / "gptq", "--against", tmp_path / "model")
+    vlmq("export", tmp_path / "gptq", "--format", "f32", "--output", tmp_path / "f32")
+    ids = torch.arange(5, 45)[None]
+    logits = []
+    for folder in (tmp_path / "gptq", tmp_path / "f32"):
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=torch.float32, device_map="cpu", output_loading_info=True)
+        assert not report["missing_keys"] and not report["unexpected_keys"], report
+        decoder, _ = quantized_kinds(model)
+        with torch.no_grad():
+            logits.append(model.eval()(input_ids=ids).logits[0].float())
+        assert ("Linear" not in decoder) == (folder.name == "gptq"), decoder
+    difference = relative(*logits)
+    print(f"{family}: logits {difference:.1e} apart")
+    assert difference < LOGITS_TOLERANCE
 
 
 @pytest.mark.parametrize("form", ["bf16", "f32"])

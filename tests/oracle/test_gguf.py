@@ -4,7 +4,8 @@ and llama.cpp itself.
 
 Environment: VLMQ_BIN, the vlmq program (default: target/release/vlmq); VLMQ_LLAMA_CPP, a source tree of
 llama.cpp with its converter, and VLMQ_LLAMA_CPP_BIN, a folder with its programs llama-mtmd-cli and
-llama-quantize. Tests that need what is not named are skipped. `run` makes both, by llama_cpp.sh.
+llama-quantize. Tests that need what is not named are skipped, or fail if VLMQ_THIRD_PARTIES is "required".
+`run` makes both, by llama_cpp.sh.
 """
 
 import json
@@ -148,18 +149,63 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def convert(folder, path, *more):
-    """The converter's file of a folder, in the type that its tensors have."""
+def lacks(what):
+    """Skips a test of somebody else's program that is not here, unless all of them must be."""
+    (pytest.fail if os.environ.get("VLMQ_THIRD_PARTIES") == "required" else pytest.skip)(what)
+
+
+def run_converter(folder, path, dtype, *more):
     if not LLAMA_CPP:
-        pytest.skip("VLMQ_LLAMA_CPP names no source tree of llama.cpp")
-    with safe_open(next(folder.glob("*.safetensors")), "pt") as tensors:
-        dtype = next(t.get_dtype() for t in map(tensors.get_slice, tensors.keys()) if len(t.get_shape()) == 2)
-    dtype = {"BF16": "bf16", "F16": "f16", "F32": "f32"}[dtype]
+        lacks("VLMQ_LLAMA_CPP names no source tree of llama.cpp")
     command = [sys.executable, "-c", CONVERTER, LLAMA_CPP, "qwen2", str(folder), "--outfile", str(path),
                "--outtype", dtype, *more]
-    done = subprocess.run(command, capture_output=True, text=True)
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def convert(folder, path, *more):
+    """The converter's file of a folder, in the type that its tensors have."""
+    with safe_open(next(folder.glob("*.safetensors")), "pt") as tensors:
+        dtype = next(t.get_dtype() for t in map(tensors.get_slice, tensors.keys()) if len(t.get_shape()) == 2)
+    done = run_converter(folder, path, {"BF16": "bf16", "F16": "f16", "F32": "f32"}[dtype], *more)
     assert done.returncode == 0, done.stderr[-3000:]
     return GGUFReader(path)
+
+
+# Folders of codes that the converter makes numbers of, and what it says to those that it does not.
+CONVERTED = [("compressed-tensors", bits, 64, kind, None) for bits in (2, 4, 8)
+             for kind in ("symmetric", "asymmetric")]
+CONVERTED += [("gptq", bits, group, kind, None) for bits in (2, 4, 8)
+              for group, kind in ((64, "symmetric"), (64, "asymmetric"), (-1, "symmetric"))]
+CONVERTED += [("compressed-tensors", 3, 64, "symmetric", "RuntimeError"),
+              ("compressed-tensors", 4, -1, "symmetric", "AssertionError"),
+              ("compressed-tensors", "mixed", 64, "symmetric", "multiple config groups"),
+              ("gptq", 3, 64, "symmetric", "3-bit gptq dequantization is not yet implemented"),
+              ("gptq", "mixed", 64, "symmetric", "Error")]
+
+
+@pytest.mark.parametrize("form,bits,group,kind,refusal", CONVERTED)
+def test_the_converter_makes_our_numbers_of_our_codes(tmp_path, form, bits, group, kind, refusal):
+    folder, numbers = tmp_path / "quantized", tmp_path / "f32"
+    recipe, more = tmp_path / "recipe.toml", []
+    if bits == "mixed":
+        recipe.write_text("[[rule]]\npattern = 'down_proj'\nbits = 8\n")
+        bits, more = 4, ["--recipe", recipe]
+    vlmq("quantize", MODEL, "--method", "rtn", "--bits", bits, f"--group-size={group}", f"--{kind}",
+         "--format", form, "--output", folder, *more)
+    done = run_converter(folder, tmp_path / "model.gguf", "f32")
+    is_said = "its own converter takes this folder too" in (folder / "README.md").read_text()
+    if refusal:
+        print(done.stderr.strip().splitlines()[-1])
+        assert done.returncode and refusal in done.stderr and not is_said
+        return
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert is_said
+    vlmq("export", folder, "--format", "f32", "--output", numbers)
+    ours, theirs = load_file(numbers / "model.safetensors"), weights(GGUFReader(tmp_path / "model.gguf"))
+    for layer in range(json.loads((MODEL / "config.json").read_text())["num_hidden_layers"]):
+        for name, module in LINEARS.items():
+            expected = ours[f"model.layers.{layer}.{module}.weight"].numpy()
+            np.testing.assert_array_equal(theirs[f"blk.{layer}.{name}.weight"].data, expected)
 
 
 def compare(ours, theirs, ignored=(), class_last=False):
@@ -313,7 +359,7 @@ def llama_cpp(program):
     """A program of llama.cpp's own."""
     path = Path(LLAMA_CPP_BIN or "") / program
     if not LLAMA_CPP_BIN:
-        pytest.skip("VLMQ_LLAMA_CPP_BIN names no folder with programs of llama.cpp")
+        lacks("VLMQ_LLAMA_CPP_BIN names no folder with programs of llama.cpp")
     return path
 
 
@@ -378,6 +424,47 @@ def test_the_importance_matrix_has_an_entry_for_every_linear(tmp_path):
         sums, counts = found[f"{name}.in_sum2"], found[f"{name}.counts"]
         assert list(sums.shape) == [model[name].shape[0], 1] and list(counts.shape) == [1, 1]
         assert np.isfinite(sums.data).all() and (sums.data >= 0).all() and counts.data[0, 0] > 0
+
+
+def test_the_importance_matrix_has_the_means_of_squares(tmp_path, monkeypatch):
+    """Of plain GPTQ, whose tokens weigh alike, they are those of the inputs that transformers' linears see,
+    the diagonal of H: exactly in the first layer's attention, and nearly behind weights of 8 bits."""
+    monkeypatch.syspath_prepend(ROOT / "benches/rivals")
+    import torch
+    from samples import conversations, inputs_of, processor_of, write_folder
+    from transformers import AutoModelForImageTextToText
+    folder, samples = tmp_path / "quantized", tmp_path / "samples"
+    write_folder(CALIBRATION, samples, 0, 4)
+    vlmq("quantize", MODEL, "--calibration", samples, "--samples", 4, "--method", "gptq", "--bits", 8,
+         "--group-size", 32, "--imatrix", "--output", folder)
+    found = weights(GGUFReader(folder / "imatrix.gguf"))
+    model = AutoModelForImageTextToText.from_pretrained(MODEL, dtype=torch.float32).eval()
+    sums, n_tokens = {}, {}
+
+    def watch(name):
+        def hook(_, arguments):
+            seen = arguments[0].reshape(-1, arguments[0].shape[-1]).double()
+            sums[name] = sums.get(name, 0) + (seen ** 2).sum(0)
+            n_tokens[name] = n_tokens.get(name, 0) + len(seen)
+        return hook
+
+    layers = model.model.language_model.layers
+    for layer, block in enumerate(layers):
+        for name, module in LINEARS.items():
+            block.get_submodule(module).register_forward_pre_hook(watch(f"blk.{layer}.{name}.weight"))
+    processor = processor_of(MODEL)
+    with torch.no_grad():
+        for chat in conversations(samples):
+            model(**inputs_of(processor, chat))
+    assert sorted(f"{name}.in_sum2" for name in sums) == sorted(n for n in found if n.endswith(".in_sum2"))
+    worst = {}
+    for name, expected in sums.items():
+        assert found[f"{name}.counts"].data.item() == n_tokens[name], name
+        theirs, ours = expected.numpy(), found[f"{name}.in_sum2"].data.reshape(-1)
+        worst[name] = np.abs(ours - theirs).max() / theirs.max()
+    print({name: f"{value:.1e}" for name, value in worst.items()})
+    first = [worst[f"blk.0.attn_{part}.weight"] for part in "qkv"]
+    assert max(first) < 1e-5 and max(worst.values()) < 5e-3
 
 
 def test_llama_quantize_reads_the_importance_matrix(tmp_path):

@@ -90,9 +90,14 @@ impl CompressedTensors {
     /// The format of `module`: the group that names it, else one whose pattern matches, else the
     /// one for its class. A folder with one group has no choice to make.
     fn group_of(&self, module: &str) -> Option<&QuantizationGroup> {
-        if let [only] = self.groups.as_slice() {
-            return Some(only);
+        match self.groups.as_slice() {
+            [only] => Some(only),
+            _ => self.targeted(module),
         }
+    }
+
+    /// The group with a target that means `module`, as loaders look for it.
+    pub(crate) fn targeted(&self, module: &str) -> Option<&QuantizationGroup> {
         let in_memory = name_in_memory(module);
         self.group_named(module)
             .or_else(|| self.group_named(in_memory.as_deref()?))
@@ -113,7 +118,7 @@ impl CompressedTensors {
 
 /// What transformers 5 calls a linear of the decoder in memory, where its name in the file is another:
 /// other tools write their targets by that name.
-fn name_in_memory(module: &str) -> Option<String> {
+pub(crate) fn name_in_memory(module: &str) -> Option<String> {
     const IN_MEMORY: &str = "model.language_model.layers.";
     let rest = |prefix| module.strip_prefix(prefix);
     let rest = rest("model.layers.").or_else(|| rest("language_model.model.layers."))?;

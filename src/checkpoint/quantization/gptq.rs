@@ -148,6 +148,18 @@ impl Gptq {
     }
 }
 
+impl Checkpoint {
+    /// Zero points `[n_groups, rows]` of a GPTQ module with codes of so many bits, as they are
+    /// stored, whatever the configuration says of them.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::packed_module`] for its `scales` and `qzeros`.
+    pub(crate) fn stored_zero_points(&self, module: &str, bits: u8) -> Result<Vec<u8>> {
+        let [n_groups, rows] = self.matrix_shape(&format!("{module}.scales"))?;
+        self.codes_along_rows(&format!("{module}.qzeros"), [n_groups, rows], bits)
+    }
+}
+
 /// The columns of a linear.
 struct Groups {
     n: usize,

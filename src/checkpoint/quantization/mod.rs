@@ -26,6 +26,7 @@ pub use gptq::Gptq;
 pub use mlx::Mlx;
 
 pub(crate) use awq::NIBBLE_OF_OUTPUT;
+pub(crate) use compressed_tensors::name_in_memory;
 pub(super) use gguf::Blocks;
 pub(crate) use mlx::bias as mlx_bias;
 pub(crate) use words::turned;

@@ -7,9 +7,16 @@ use super::write_all;
 use crate::Result;
 use crate::checkpoint::{Checkpoint, DType, PendingFolder};
 use crate::export::verify::distance;
-use crate::gguf::{GgufFile, TensorSpec, TensorType, decode, gguf_files};
+use crate::gguf::{GgufFile, ORIGINS, TensorSpec, TensorType, Value, decode, gguf_files};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+
+/// Keys whose values are the file's own: the name of the folder that it was made of, the types
+/// that its weights are stored in, and who made codes of them.
+const OF_THE_FILE: [&str; 3] = ["general.name", "general.file_type", "general.quantized_by"];
+
+/// Characters of a value that are shown: vocabularies are long.
+const N_SHOWN: usize = 80;
 
 /// What was found in a folder of GGUF files.
 #[derive(Clone, Debug, Default)]
@@ -100,7 +107,26 @@ impl GgufVerified {
         Ok(())
     }
 
+    /// The keys that say what the model computes, and to whom.
+    fn compare_keys(&mut self, kind: &str, found: &GgufFile, expected: &GgufFile) {
+        let is_meant = |key: &str| key != ORIGINS && !OF_THE_FILE.contains(&key);
+        for (key, value) in expected.keys().iter().filter(|(key, _)| is_meant(key)) {
+            let problem = match found.key(key) {
+                Some(other) if other == value => continue,
+                Some(other) => format!("expected {}, found {}", shown(value), shown(other)),
+                None => format!("expected {}, is not there", shown(value)),
+            };
+            self.problems.push(format!("{kind}: {key}: {problem}"));
+        }
+        let added = found.keys().iter().filter(|(key, _)| is_meant(key));
+        let added = added.filter(|(key, _)| expected.key(key).is_none());
+        let added = added
+            .map(|(key, value)| format!("{kind}: {key}: not expected, found {}", shown(value)));
+        self.problems.extend(added);
+    }
+
     fn compare_file(&mut self, kind: &str, found: &GgufFile, expected: &GgufFile) -> Result<()> {
+        self.compare_keys(kind, found, expected);
         for spec in expected.tensors() {
             let name = &spec.name;
             let Some(other) = found.tensor(name).filter(|other| other.shape == spec.shape) else {
@@ -131,6 +157,14 @@ impl GgufVerified {
         let added = added.map(|spec| format!("{kind}: {}: is not in the source", spec.name));
         self.problems.extend(added.collect::<Vec<_>>());
         Ok(())
+    }
+}
+
+fn shown(value: &Value) -> String {
+    let text = format!("{value:?}");
+    match text.char_indices().nth(N_SHOWN) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text,
     }
 }
 

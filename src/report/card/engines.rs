@@ -1,7 +1,8 @@
 //! Which engine loads what, by what command, and how it may be shared out between devices.
 //!
 //! Sources: vLLM 0.33 (`compressed_tensors_wNa16.py`, `auto_gptq.py`, `auto_awq.py`), SGLang 0.5.23
-//! (`layers/quantization`), transformers 5.23 (`quantizers`), mlx-vlm 0.3.
+//! (`layers/quantization`), transformers 5.23 (`quantizers`), optimum 2.3, mlx-vlm 0.7.10, llama.cpp
+//! build 11434 (`conversion/base.py`).
 
 use crate::export::gguf::GgufExported;
 use crate::export::{Format, ModulePlan};
@@ -15,8 +16,16 @@ const DEVICES: [usize; 3] = [2, 4, 8];
 const GPTQ_CODES: usize = 32;
 
 /// Commands for every engine that loads such a folder, and a word on those that do not.
-pub(super) fn commands(name: &str, format: Format, plan: &[ModulePlan]) -> String {
-    let kinds = Kinds::of(plan);
+pub(super) fn commands(
+    name: &str,
+    format: Format,
+    plan: &[ModulePlan],
+    plain_among_coded: Option<&str>,
+) -> String {
+    let kinds = Kinds {
+        even: plain_among_coded.is_none(),
+        ..Kinds::of(plan)
+    };
     let mut lines = Vec::new();
     let mut engine = |engine: &str, answer: Answer| match answer {
         Answer::Command(command, note) => {
@@ -28,8 +37,7 @@ pub(super) fn commands(name: &str, format: Format, plan: &[ModulePlan]) -> Strin
     engine("SGLang", sglang(name, format, kinds));
     engine("transformers", transformers(name, format, kinds));
     engine("MLX", mlx(name, format));
-    let gguf = "`vlmq export --format gguf` makes what it reads";
-    engine("llama.cpp", Answer::No(gguf));
+    engine("llama.cpp", llama_cpp(format, kinds));
     lines.join("\n")
 }
 
@@ -49,6 +57,10 @@ struct Kinds {
     grouped: bool,
     /// One number format for all.
     uniform: bool,
+    /// Some are of 3 bits.
+    has_three: bool,
+    /// What has codes in one layer has them in all.
+    even: bool,
 }
 
 impl Kinds {
@@ -58,6 +70,8 @@ impl Kinds {
             wide: all(|s| s.bits() == 4 || s.bits() == 8),
             symmetric: all(Scheme::symmetric),
             grouped: all(|s| s.group_size().is_some()),
+            has_three: !all(|s| s.bits() != 3),
+            even: true,
             uniform: plan.windows(2).all(|pair| pair[0].scheme == pair[1].scheme),
         }
     }
@@ -117,6 +131,12 @@ fn transformers(name: &str, format: Format, kinds: Kinds) -> Answer {
         Format::Gptq if !kinds.uniform => {
             return Answer::No("optimum knows one number format for all modules of a GPTQ folder");
         }
+        Format::Gptq if !kinds.even => {
+            return Answer::No(
+                "optimum puts codes into every layer alike, and here some linears have them in \
+                 some layers only; `vlmq export --format compressed-tensors` makes what it reads",
+            );
+        }
         Format::Gptq => " with optimum and gptqmodel:",
         Format::Awq => " with gptqmodel:",
         Format::Dense(_) => ":",
@@ -138,6 +158,30 @@ fn mlx(name: &str, format: Format) -> Answer {
         ),
         _ => Answer::No("`vlmq export --format mlx` makes what it reads"),
     }
+}
+
+/// It reads GGUF files only, for which its converter takes some of our folders.
+fn llama_cpp(format: Format, kinds: Kinds) -> Answer {
+    let is_read = kinds.uniform && !kinds.has_three;
+    Answer::No(match format {
+        Format::CompressedTensors if is_read && kinds.grouped => {
+            "`vlmq export --format gguf` makes what it reads, with these codes; its own converter \
+             takes this folder too and makes plain numbers of it"
+        }
+        Format::Gptq if is_read => {
+            "`vlmq export --format gguf` makes what it reads, with these codes; its own converter \
+             takes this folder too and makes plain numbers of it"
+        }
+        Format::CompressedTensors => {
+            "`vlmq export --format gguf` makes what it reads; its own converter takes no 3 bits, \
+             nothing per channel and no mixed bits of compressed-tensors"
+        }
+        Format::Gptq => {
+            "`vlmq export --format gguf` makes what it reads; its own converter takes no 3 bits \
+             and no mixed bits of GPTQ"
+        }
+        _ => "`vlmq export --format gguf` makes what it reads",
+    })
 }
 
 /// What runs GGUF files.
@@ -240,7 +284,7 @@ mod tests {
 
     #[test]
     fn low_bits_get_the_flags_they_need() {
-        let text = |format, bits, symmetric| commands("m", format, &plan(bits, symmetric));
+        let text = |format, bits, symmetric| commands("m", format, &plan(bits, symmetric), None);
         assert!(text(Format::Gptq, 3, true).contains("--quantization humming"));
         assert!(text(Format::Gptq, 4, false).contains("--quantization humming"));
         assert!(!text(Format::Gptq, 4, true).contains("humming"));
@@ -252,6 +296,18 @@ mod tests {
         assert!(text(Format::Mlx, 4, true).contains("vLLM: no"));
         assert!(text(Format::CompressedTensors, 4, false).contains("transformers: no"));
         assert!(!text(Format::CompressedTensors, 4, true).contains("transformers: no"));
+        for format in [Format::CompressedTensors, Format::Gptq] {
+            assert!(text(format, 4, true).contains("converter takes this folder too"));
+            assert!(text(format, 3, true).contains("converter takes no 3 bits"));
+        }
+        assert!(!text(Format::Gptq, 4, true).contains("transformers: no"));
+        let uneven = commands(
+            "m",
+            Format::Gptq,
+            &plan(4, true),
+            Some("m.layers.1.up_proj"),
+        );
+        assert!(uneven.contains("transformers: no, optimum"), "{uneven}");
     }
 
     /// The shapes of Qwen2.5-VL-72B, whose MLPs no power of two shares out in groups of 128.
