@@ -6,6 +6,7 @@ Environment: as `folders.py` says.
 """
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -152,7 +153,7 @@ def quantized_kinds(model):
     for name, module in model.named_modules():
         kind = type(module).__name__
         if "Linear" in kind:
-            (decoder if ".layers." in name and "visual" not in name else others).add(kind)
+            (decoder if ".layers." in name and "vis" not in name else others).add(kind)
     return decoder, others
 
 
@@ -189,9 +190,11 @@ def test_transformers_does_not_run_gptq_of_some_layers_only(home, pattern, image
     told = vlmq("export", source, "--format", "gptq", "--output", folder)
     assert "note: transformers does not load it" in told
     assert "transformers: no, optimum puts codes into every layer" in (folder / "README.md").read_text()
-    with pytest.raises(Exception) as refusal:
-        loaded_logits(folder, image, torch.float32)
-    print(f"{pattern}: {refusal.type.__name__}: {str(refusal.value)[:200]}")
+    _, report = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=torch.float32, device_map="cpu", output_loading_info=True)
+    # It asks for codes where there are none, and goes on with whatever is in memory.
+    missing = [name for name in report["missing_keys"] if name.endswith(".qweight")]
+    assert missing and all(re.search(pattern, name) for name in missing), report["missing_keys"]
     # What the card offers instead.
     _, logits = loaded_logits(source, image, torch.float32)
     found = own_logits(source, image, tmp_path, len(logits))
@@ -199,7 +202,7 @@ def test_transformers_does_not_run_gptq_of_some_layers_only(home, pattern, image
 
 
 # Decoders with another name in memory than in the file, and one whose layers optimum has to be told.
-@pytest.mark.parametrize("family,variant", [("qwen2_5_vl", "untied"), ("llava", "clip"), ("idefics3", "tied")])
+@pytest.mark.parametrize("family,variant", [("qwen2_5_vl", "tied"), ("llava", "clip"), ("idefics3", "tied")])
 def test_transformers_runs_gptq_of_families(family, variant, tmp_path):
     from families import make
     make(tmp_path / "model", family, variant)

@@ -1,8 +1,8 @@
 //! Which engine loads what, by what command, and how it may be shared out between devices.
 //!
 //! Sources: vLLM 0.33 (`compressed_tensors_wNa16.py`, `auto_gptq.py`, `auto_awq.py`), SGLang 0.5.23
-//! (`layers/quantization`), transformers 5.23 (`quantizers`), optimum 2.3, mlx-vlm 0.7.10, llama.cpp
-//! build 11434 (`conversion/base.py`).
+//! (`layers/quantization`), transformers 5.23 (`quantizers`), optimum 2.3, mlx-vlm 0.7.10,
+//! llama.cpp build 11434 (`conversion/base.py`).
 
 use crate::export::gguf::GgufExported;
 use crate::export::{Format, ModulePlan};
