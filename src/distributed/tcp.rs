@@ -77,7 +77,7 @@ pub struct Tcp {
 }
 
 struct Peer {
-    stream: Mutex<TcpStream>,
+    stream: Arc<Mutex<TcpStream>>,
     messages: Mutex<Receiver<Vec<u8>>>,
 }
 
@@ -126,6 +126,8 @@ struct End {
     why: OnceLock<Why>,
     /// Whether this rank is through, and others may leave.
     is_done: AtomicBool,
+    /// By rank, for those who are to hear of a loss from here.
+    streams: OnceLock<Vec<Option<Arc<Mutex<TcpStream>>>>>,
     on_loss: Box<dyn Fn(&Error) + Send + Sync>,
 }
 
@@ -134,8 +136,25 @@ impl End {
         if self.is_done.load(Ordering::SeqCst) || self.why.set(why).is_err() {
             return;
         }
+        self.pass_on();
         if let Some(error) = self.error() {
             (self.on_loss)(&error);
+        }
+    }
+
+    /// Tells the others whom it began with: else they might notice this rank's end first. Who is
+    /// being sent something at this moment is left to find out.
+    fn pass_on(&self) {
+        let Some(why) = self.why.get() else {
+            return;
+        };
+        let frame = frame(ABORT, &Message::new(why).into_bytes());
+        let streams = self.streams.get().into_iter().flatten().enumerate();
+        for (_, stream) in streams.filter(|(rank, _)| *rank != why.rank) {
+            if let Some(Ok(mut stream)) = stream.as_ref().map(|stream| stream.try_lock()) {
+                // Whoever is gone himself needs no word.
+                let _ = stream.write_all(&frame);
+            }
         }
     }
 
@@ -163,14 +182,20 @@ impl Tcp {
         let end = Arc::new(End {
             why: OnceLock::new(),
             is_done: AtomicBool::new(false),
+            streams: OnceLock::new(),
             on_loss: Box::new(on_loss),
         });
         let peers = streams.into_iter().enumerate();
         let peers =
             peers.map(|(rank, stream)| stream.map(|s| Peer::new(rank, s, &end)).transpose());
+        let peers: Vec<Option<Peer>> = peers.collect::<Result<_>>()?;
+        let streams = peers
+            .iter()
+            .map(|p| p.as_ref().map(|p| Arc::clone(&p.stream)));
+        let _ = end.streams.set(streams.collect());
         Ok(Self {
             rank: at.rank,
-            peers: peers.collect::<Result<_>>()?,
+            peers,
             end,
             meter: Meter::default(),
         })
@@ -285,18 +310,26 @@ impl Peer {
         let end = Arc::clone(end);
         thread::spawn(move || listen(rank, reading, &sender, &end));
         Ok(Self {
-            stream: Mutex::new(stream),
+            stream: Arc::new(Mutex::new(stream)),
             messages: Mutex::new(messages),
         })
     }
 
     fn send(&self, kind: u8, bytes: &[u8]) -> io::Result<()> {
         let mut stream = self.stream.lock().unwrap_or_else(|e| e.into_inner());
-        let mut head = [kind, 0, 0, 0, 0, 0, 0, 0, 0];
-        head[1..].copy_from_slice(&(bytes.len() as u64).to_le_bytes());
-        stream.write_all(&head)?;
+        stream.write_all(&head_of(kind, bytes.len()))?;
         stream.write_all(bytes)
     }
+}
+
+fn head_of(kind: u8, length: usize) -> [u8; 9] {
+    let mut head = [kind, 0, 0, 0, 0, 0, 0, 0, 0];
+    head[1..].copy_from_slice(&(length as u64).to_le_bytes());
+    head
+}
+
+fn frame(kind: u8, bytes: &[u8]) -> Vec<u8> {
+    [&head_of(kind, bytes.len())[..], bytes].concat()
 }
 
 /// Takes what a rank sends until it is done or lost.
@@ -362,8 +395,7 @@ fn gather(at: &Rendezvous, deadline: Instant) -> Result<Vec<Option<TcpStream>>> 
             continue;
         };
         let message = Message::new(&addresses).into_bytes();
-        let length = (message.len() as u64).to_le_bytes();
-        let sent = stream.write_all(&[&[DATA][..], &length, &message].concat());
+        let sent = stream.write_all(&frame(DATA, &message));
         sent.map_err(|e| network("tell where the others are to", rank, e))?;
     }
     Ok(streams)
