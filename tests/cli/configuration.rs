@@ -461,3 +461,33 @@ fn a_link_to_a_folder_is_refused_before_any_work() {
     assert!(told.contains("more: links to a folder"), "{told}");
     assert!(!output.exists());
 }
+
+/// Columns whose groups are in an order of their own would be read as other weights.
+#[test]
+fn columns_in_groups_of_another_order_are_refused() {
+    use safetensors::tensor::{Dtype, SafeTensors, TensorView, serialize_to_file};
+    let folder = Folder::of_another_tool("compressed-tensors", &["--bits", "4"]);
+    let path = folder.path.join("model.safetensors");
+    let bytes = std::fs::read(&path).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let groups: Vec<u8> = (0..256i32).flat_map(|i| (i % 4).to_le_bytes()).collect();
+    let added = TensorView::new(Dtype::I32, vec![256], &groups).unwrap();
+    let name = "model.layers.0.self_attn.q_proj.weight_g_idx".to_owned();
+    let all = tensors.iter().map(|(name, view)| (name.to_owned(), view));
+    serialize_to_file(all.chain([(name, added)]), None, &path).unwrap();
+    let mut command = vlmq();
+    command
+        .arg("export")
+        .arg(&folder.path)
+        .args(["--format", "bf16", "--output"]);
+    let done = command
+        .arg(folder.path.with_file_name("out"))
+        .output()
+        .unwrap();
+    let said = text(&done.stderr);
+    assert_eq!(done.status.code(), Some(2), "{said}");
+    assert!(
+        said.contains("q_proj: columns in groups of their own order"),
+        "{said}"
+    );
+}

@@ -189,6 +189,11 @@ impl CompressedTensors {
             place: checkpoint.dir().join(CONFIG_FILE).display().to_string(),
         })?;
         let name = |suffix: &str| format!("{module}.{suffix}");
+        if checkpoint.contains(&name("weight_g_idx")) {
+            // Read in order its weights would be others, and nothing would tell.
+            let what = format!("{module}: columns in groups of their own order (weight_g_idx)");
+            return Err(Error::Unsupported { what });
+        }
         let scale_dtype = checkpoint.scale_dtype(&name("weight_scale"))?;
         let scheme = Scheme::new(group.bits, group.group_size, group.symmetric, scale_dtype)?;
         let bits = scheme.bits();
