@@ -93,7 +93,7 @@ impl dyn Communicator + '_ {
         Ok(all.swap_remove(0))
     }
 
-    /// [`Self::all_gather`] of a value.
+    /// `all_gather` of a value.
     ///
     /// # Errors
     /// As there; [`crate::Error::Rank`] if a rank sends another kind of value.
@@ -107,7 +107,7 @@ impl dyn Communicator + '_ {
     /// Rank 0's value at every rank; `own` is made there only.
     ///
     /// # Errors
-    /// As [`Self::all_gather_value`]; those of `own`.
+    /// As `all_gather_value`; those of `own`.
     pub fn broadcast_value<T: Serialize + DeserializeOwned>(
         &self,
         own: impl FnOnce() -> Result<T>,

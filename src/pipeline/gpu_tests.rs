@@ -81,7 +81,7 @@ fn methods_find_on_a_gpu_what_they_find_on_the_cpu() {
     let Some(gpu) = emulated::gpu() else { return };
     let engine = Engine::Gpu(OneGpu(gpu));
     let scheme = Scheme::new(3, Some(64), false, ScaleDtype::Bf16).unwrap();
-    for method in [Method::Gptq, Method::Gptaq, Method::VlmqV2, Method::Vlmq] {
+    for method in [Method::Gptq, Method::Vlmq] {
         let recipe = Recipe::new(method, scheme);
         let (expected, weights) = run(&Engine::Cpu, &recipe, Store::in_memory(&Device::Cpu));
         let on_device = Store::in_memory(&Device::Cpu).on_device(u64::MAX);
