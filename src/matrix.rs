@@ -78,6 +78,15 @@ impl Matrix {
         &mut self.data[row * self.cols..(row + 1) * self.cols]
     }
 
+    /// A copy of some rows.
+    pub(crate) fn copy_rows(&self, rows: std::ops::Range<usize>) -> Self {
+        Self {
+            rows: rows.len(),
+            cols: self.cols,
+            data: self.data[rows.start * self.cols..rows.end * self.cols].to_vec(),
+        }
+    }
+
     /// A borrowed view for faer's products and factorizations.
     pub fn as_faer(&self) -> faer::MatRef<'_, f32> {
         faer::MatRef::from_row_major_slice(&self.data, self.rows, self.cols)

@@ -337,16 +337,20 @@ fn preparation_seconds(checked: f64, prepared: f64, threads: [f64; 2]) -> BTreeM
     ])
 }
 
+/// Of method, formats and settings.
+fn settings_digest(recipe: &Recipe, plan: &[ModulePlan]) -> String {
+    blake3::hash(format!("{recipe:?} {plan:?}").as_bytes()).to_string()
+}
+
 fn fingerprint(
     recipe: &Recipe,
     plan: &[ModulePlan],
     set: &CalibrationSet,
     communicator: &dyn Communicator,
 ) -> Result<Fingerprint> {
-    let settings = blake3::hash(format!("{recipe:?} {plan:?}").as_bytes());
     Ok(Fingerprint {
         vlmq: env!("CARGO_PKG_VERSION").into(),
-        settings: settings.to_string(),
+        settings: settings_digest(recipe, plan),
         samples: set.digest(communicator)?,
         n_shards: set.shards.ranges().len().max(1),
     })

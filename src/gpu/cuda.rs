@@ -250,14 +250,7 @@ impl Gpu for Cuda {
     ) -> Result<()> {
         self.bind()?;
         let function = self.function(kernel)?;
-        // A word for each, of which the kernel reads as many bytes as it knows of.
-        let words = arguments.iter().map(|argument| match argument {
-            Argument::Place(place) => place.map_or(0, |place| place.0),
-            Argument::Size(size) => *size as u64,
-            Argument::Int(int) => u64::from(int.cast_unsigned()),
-            Argument::Float(float) => u64::from(float.to_bits()),
-            Argument::Double(double) => double.to_bits(),
-        });
+        let words = arguments.iter().map(|argument| argument.word());
         let mut words: Vec<u64> = words.collect();
         let words = words.iter_mut();
         let mut pointers: Vec<*mut c_void> =

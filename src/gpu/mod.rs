@@ -55,6 +55,20 @@ pub(crate) enum Argument {
     Double(f64),
 }
 
+impl Argument {
+    /// As it is handed to a kernel, which reads as many bytes of the word as it knows of.
+    #[cfg(any(test, feature = "cuda"))]
+    fn word(self) -> u64 {
+        match self {
+            Self::Place(place) => place.map_or(0, |place| place.0),
+            Self::Size(size) => size as u64,
+            Self::Int(int) => u64::from(int.cast_unsigned()),
+            Self::Float(float) => u64::from(float.to_bits()),
+            Self::Double(double) => double.to_bits(),
+        }
+    }
+}
+
 /// c ← `alpha` · op(a) op(b) + `beta` · c as BLAS means it: columns of a matrix lie one after the
 /// other, `c` is `[m, n]`, and op transposes where it is told to.
 #[derive(Clone, Copy, Debug)]

@@ -246,7 +246,7 @@ impl Run<'_> {
 fn rows_in(w: Matrix, rows: Range<usize>) -> Matrix {
     match rows.len() == w.rows() {
         true => w,
-        false => Matrix::from_fn(rows.len(), w.cols(), |row, col| w[(rows.start + row, col)]),
+        false => w.copy_rows(rows),
     }
 }
 

@@ -4,7 +4,7 @@
 use super::journaled::{Journaled, open_exporter};
 use super::ranks::samples_digest;
 use super::samples::{Part, SampleChoice, load_part};
-use super::{RunOptions, begun_report, check_copied, check_imatrix, module_plan};
+use super::{RunOptions, begun_report, check_copied, check_imatrix, module_plan, settings_digest};
 use crate::export::Exported;
 use crate::journal::{Fingerprint, Journal};
 use crate::model::{ModelSource, Module};
@@ -114,10 +114,9 @@ pub fn quantize_folder_from(
     let journal = Journal::open(output, options.resume)?;
     let exporter = open_exporter(model, &plan, &journal, options.format)?;
     check_copied(model, &plan)?;
-    let settings = blake3::hash(format!("{recipe:?} {plan:?}").as_bytes());
     journal.bind(&Fingerprint {
         vlmq: env!("CARGO_PKG_VERSION").into(),
-        settings: settings.to_string(),
+        settings: settings_digest(recipe, &plan),
         samples: statistics.digest(),
         n_shards: statistics.origin().n_shards,
     })?;

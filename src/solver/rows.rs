@@ -29,9 +29,7 @@ impl<'a> Rows<'a> {
         assert!(rows.start.is_multiple_of(ROW_UNIT) && rows.end <= w.rows());
         let own = match rows.len() == w.rows() {
             true => Cow::Borrowed(w),
-            false => Cow::Owned(Matrix::from_fn(rows.len(), w.cols(), |row, col| {
-                w[(rows.start + row, col)]
-            })),
+            false => Cow::Owned(w.copy_rows(rows.clone())),
         };
         Self {
             w: own,
