@@ -1,114 +1,188 @@
-"""What a run takes on a cluster: a model of one layer's work, its rates fitted to records of ranks.py.
+"""What a run takes on a cluster: a model of one layer's work, its rates fitted to a record of ranks.py.
 
-Usage: cluster.py RECORD MODEL [--tokens 8049]
+Usage: cluster.py RECORD MODEL [--group 128]
        cluster.py RECORD MODEL --shape 8192,29568,64,8,80 --tokens 262144 --ranks 64 --speed 500 --bytes 40e9
 
-The first form fits a rate to every stage of one rank, in multiply-adds a second, and one to the exchange of
-several, and says how well they foretell the runs in RECORD. The second also tells what a model of that
-hidden size, MLP width, heads, key-value heads and layers would take on ranks that compute `speed` times as
-fast in every stage and exchange so many bytes a second each. Speeds are what one assumes, not what was seen.
+The first form fits a rate to every stage of one rank, in multiply-adds a second, and one to the exchange, and
+says how well they foretell the seconds and bytes of several ranks. The second also tells what the method
+`vlmq` would take at that hidden size, MLP width, heads, key-value heads and layers, on ranks that compute
+`speed` times as fast in every stage and exchange so many bytes a second each. Speeds are what one assumes, not
+what was seen.
 
-Of a layer with tokens n, inputs i and outputs o of its linears: both streams 2·n·i·o, the importance pass one
-more of attention, H n·i²/2 for each group, the drift's moments n·i·o or n·i², factors 2·i³/3 at each rank of
-a team, rows 4·o·i² (target, columns, sweeps). Samples are divided by the ranks, rows by the team.
+Of a layer with n tokens, linears of i inputs and o outputs: two streams n·i·o each, the importance pass two
+more of attention; for each group of linears H n·i²/2, and the drift C n·i², or S 2·n·i·o where that is less;
+factors of all samples and of the part held out 2·i³/3 at each rank of a team; rows 4·o·i² (target, columns,
+α), shared by the team. Samples are divided by the ranks. Who solves what is as src/pipeline/teams.rs has it.
+A rank sends and receives all moments once to add them up, receives them again if it solves with them, and
+receives all codes.
 """
 
 import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 STAGES = ["forward", "importance", "statistics", "factor", "solve"]
+ROW_UNIT = 128
 
 
-def shape_of(model):
-    config = json.loads((Path(model) / "config.json").read_text())
-    config = {**config, **config.get("text_config", {})}
-    return (config["hidden_size"], config["intermediate_size"], config["num_attention_heads"],
-            config["num_key_value_heads"], config["num_hidden_layers"])
+@dataclass
+class Group:
+    """Linears that share statistics."""
+
+    inputs: int
+    outputs: list
+    is_attention: bool = False
+    to_stream: bool = False
+
+    @property
+    def factor(self):
+        return 2 * self.inputs**3 / 3
+
+    @property
+    def rows(self):
+        return 4 * self.inputs**2 * sum(self.outputs)
+
+    @property
+    def weights(self):
+        return self.inputs * sum(self.outputs)
+
+    @property
+    def is_at_output(self):
+        out = self.outputs[0]
+        return len(self.outputs) == 1 and 2 * out <= self.inputs + (out if self.to_stream else 0)
+
+    @property
+    def drift_macs(self):
+        return 2 * self.weights if self.is_at_output else self.inputs**2
+
+    @property
+    def moments(self):
+        """Numbers, of all samples but the part and of the part."""
+        drift = self.weights if self.is_at_output else self.inputs**2
+        return 2 * (self.inputs * (self.inputs + 1) // 2 + drift)
 
 
-def linears(shape):
-    """Groups of a layer: inputs, outputs of their linears, and whether they are attention's."""
-    hidden, mlp, heads, kv, _ = shape
-    kv = hidden // heads * kv
-    return [(hidden, [hidden], True), (hidden, [kv], True), (hidden, [kv], True), (hidden, [hidden], True),
-            (hidden, [mlp, mlp], False), (mlp, [hidden], False)]
+@dataclass
+class Shape:
+    hidden: int
+    mlp: int
+    heads: int
+    kv_heads: int
+    layers: int
+
+    @classmethod
+    def of(cls, model):
+        config = json.loads((Path(model) / "config.json").read_text())
+        config = {**config, **config.get("text_config", {})}
+        return cls(*(config[key] for key in ["hidden_size", "intermediate_size", "num_attention_heads",
+                                             "num_key_value_heads", "num_hidden_layers"]))
+
+    def stages(self, is_first):
+        """Groups that are solved at once; in the first layer q, k and v weigh tokens alike."""
+        hidden, kv = self.hidden, self.hidden // self.heads * self.kv_heads
+        qkv = [Group(hidden, [hidden, kv, kv], True)]
+        if not is_first:
+            qkv = [Group(hidden, [out], True) for out in (hidden, kv, kv)]
+        return [qkv, [Group(hidden, [hidden], True, True)], [Group(hidden, [self.mlp] * 2)],
+                [Group(self.mlp, [hidden], False, True)]]
 
 
-def counts(shape, n_tokens):
-    """Multiply-adds of a layer by stage, of one rank with all samples."""
-    groups = linears(shape)
-    weights = sum(i * sum(o) for i, o, _ in groups)
-    of_attention = sum(i * sum(o) for i, o, is_attention in groups if is_attention)
-    return {
-        "forward": 2 * n_tokens * weights,
-        "importance": 2 * n_tokens * of_attention,
-        "statistics": n_tokens * sum(i * i / 2 + min(i * i, 2 * i * sum(o)) for i, o, _ in groups),
-        "factor": sum(2 * i**3 / 3 for i, _, _ in groups),
-        "solve": sum(4 * sum(o) * i * i for i, o, _ in groups),
-    }
+def teams(groups, n_ranks):
+    """(factors, rows) in multiply-adds of every rank, and how many ranks solve each group."""
+    each = lambda group, size: group.factor + group.rows / min(size, -(-max(group.outputs) // ROW_UNIT))
+    ranks = [[0.0, 0.0] for _ in range(n_ranks)]
+    if len(groups) >= n_ranks:
+        for group in sorted(groups, key=lambda group: -each(group, 1)):
+            least = min(ranks, key=sum)
+            least[0] += group.factor
+            least[1] += group.rows
+        return ranks, [1] * len(groups)
+    sizes = [1] * len(groups)
+    for _ in range(len(groups), n_ranks):
+        can_grow = [i for i, g in enumerate(groups) if sizes[i] < -(-max(g.outputs) // ROW_UNIT)]
+        if not can_grow:
+            break
+        sizes[max(can_grow, key=lambda i: each(groups[i], sizes[i]))] += 1
+    work = [[group.factor, group.rows / size] for group, size in zip(groups, sizes)]
+    return [own for own, size in zip(work, sizes) for _ in range(size)], sizes
 
 
-def n_moments(shape):
-    """Numbers of the moments of a layer: H and what drift asks for, of the whole and of the held-out part."""
-    return sum(2 * (i * i / 2 + min(i * i, i * sum(o))) for i, o, _ in linears(shape))
+def layer(shape, is_first, n_tokens, n_ranks, bits, group_len):
+    """Multiply-adds of the slowest rank by stage; bytes that the busiest rank receives, that all send, and
+    that they would at least: moments to one rank who solves, codes to all."""
+    stages = shape.stages(is_first)
+    groups = sum(stages, [])
+    weights = sum(group.weights for group in groups)
+    attention = sum(group.weights for group in groups if group.is_attention)
+    statistics = sum(group.inputs**2 / 2 + group.drift_macs for group in groups)
+    work = dict(zip(STAGES, [2 * n_tokens * weights / n_ranks, 2 * n_tokens * attention / n_ranks,
+                             n_tokens * statistics / n_ranks, 0.0, 0.0]))
+    received, sent, least = 0.0, 0.0, 0.0
+    code_bytes = weights * (bits / 8 + 3 / group_len)
+    for groups in stages:
+        ranks, sizes = teams(groups, n_ranks)
+        slowest = max(ranks, key=sum)
+        work["factor"] += slowest[0]
+        work["solve"] += slowest[1]
+        moments = [4 * group.moments for group in groups]
+        received += (sum(moments) + max(moments)) * (n_ranks - 1) / n_ranks
+        least += (n_ranks - 1) * sum(moments)
+        sent += sum((n_ranks + size) * (n_ranks - 1) / n_ranks * m for m, size in zip(moments, sizes))
+    codes = code_bytes * (n_ranks - 1)
+    return work, received + codes / n_ranks, sent + codes, least + codes
 
 
-def n_bytes(shape, n_ranks, n_shards, bits):
-    """Bytes of a layer that all ranks send: moments to their bands and on to teams, codes to all."""
-    if n_ranks == 1:
-        return 0
-    weights = sum(i * sum(o) for i, o, _ in linears(shape))
-    team = max(1.0, n_ranks / 3)
-    moments = n_moments(shape) * 4 * (n_shards * (n_ranks - 1) / n_ranks + team * (n_ranks - 1) / n_ranks)
-    return moments + (n_ranks - 1) * weights * bits / 8
-
-
-def seconds(shape, n_tokens, n_ranks, rates, exchange, bits=3):
-    by = {stage: counts(shape, n_tokens)[stage] / rates[stage] for stage in STAGES}
-    for stage in ("forward", "importance", "statistics"):
-        by[stage] /= n_ranks
-    by["solve"] /= max(1.0, n_ranks / 3)
-    by["exchange"] = n_bytes(shape, n_ranks, n_ranks, bits) / n_ranks / exchange if n_ranks > 1 else 0.0
-    return by
+def whole(shape, n_tokens, n_ranks, bits, group_len):
+    """As [`layer`], of all layers."""
+    first, other = (layer(shape, is_first, n_tokens, n_ranks, bits, group_len) for is_first in (True, False))
+    total = lambda a, b: a + (shape.layers - 1) * b
+    work = {stage: total(first[0][stage], other[0][stage]) for stage in STAGES}
+    return work, *(total(a, b) for a, b in zip(first[1:], other[1:]))
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("record", type=Path)
     p.add_argument("model")
     p.add_argument("--shape", help="hidden, MLP width, heads, key-value heads, layers")
-    p.add_argument("--tokens", type=int, default=8049)
+    p.add_argument("--tokens", type=int, default=262144)
     p.add_argument("--ranks", type=int, default=64)
+    p.add_argument("--bits", type=int, default=3)
+    p.add_argument("--group", type=int, default=128)
     p.add_argument("--speed", type=float, default=1.0)
     p.add_argument("--bytes", type=float)
-    p.add_argument("--measured-tokens", type=int, default=8049)
     args = p.parse_args()
     rows = [json.loads(line) for line in args.record.read_text().splitlines()]
-    measured = shape_of(args.model)
+    rows = [row for row in rows if row["model"] == Path(args.model).name]
     middle = {}
     for n in sorted({row["n_ranks"] for row in rows}):
         own = [row for row in rows if row["n_ranks"] == n]
-        middle[n] = {key: median(row[key] for row in own) for key in [*STAGES, "exchange", "bytes", "layers"]}
-    work = {stage: count * measured[4] for stage, count in counts(measured, args.measured_tokens).items()}
+        middle[n] = {key: median(row[key] for row in own) for key in [*STAGES, "exchange", "bytes", "n_tokens"]}
+    measured, n_tokens = Shape.of(args.model), middle[1]["n_tokens"]
+    work, *_ = whole(measured, n_tokens, 1, args.bits, args.group)
     rates = {stage: work[stage] / middle[1][stage] for stage in STAGES}
-    told = ", ".join(f"{stage} {rate / 1e9:.1f}" for stage, rate in rates.items())
-    print(f"rates of one rank, 10⁹ multiply-adds a second: {told}")
-    several = [n for n in middle if n > 1]
-    exchange = median(middle[n]["bytes"] / n / middle[n]["exchange"] for n in several)
-    print(f"exchange: {exchange / 1e6:.0f} MB/s a rank, waiting included")
-    for n in several:
-        told = sum(seconds(measured, args.measured_tokens, n, rates, exchange).values()) * measured[4]
-        found = sum(middle[n][stage] for stage in [*STAGES, "exchange"])
-        print(f"{n} ranks: foretold {told:.1f} s, found {found:.1f} s")
+    print("rates of one rank, 10⁹ multiply-adds a second: "
+          + ", ".join(f"{stage} {rate / 1e9:.1f}" for stage, rate in rates.items()))
+    rate = None
+    for n in [n for n in middle if n > 1]:
+        work, received, sent, least = whole(measured, n_tokens, n, args.bits, args.group)
+        rate = received / middle[n]["exchange"]
+        print(f"{n} ranks: {rate / 1e6:.0f} MB/s received by a rank while exchanging, waiting included; all send "
+              f"{middle[n]['bytes'] / 1e6:.1f} MB, {sent / 1e6:.1f} foretold, {least / 1e6:.1f} the least")
+        found = sum(middle[n][stage] for stage in STAGES)
+        told = sum(work[stage] / rates[stage] for stage in STAGES)
+        each = ", ".join(f"{s} {work[s] / rates[s]:.2f} ({middle[n][s]:.2f})" for s in STAGES)
+        print(f"  foretold of one rank's rates {told:.2f} s of computing, found {found:.2f}: {each}")
     if args.shape:
-        shape = tuple(int(part) for part in args.shape.split(","))
-        faster = {stage: rate * args.speed for stage, rate in rates.items()}
-        by = seconds(shape, args.tokens, args.ranks, faster, args.bytes or exchange)
-        print(f"{args.ranks} ranks, {args.tokens} tokens, {shape[4]} layers, {args.speed:g} × the speed: "
-              f"{sum(by.values()) * shape[4] / 60:.1f} min; "
-              + ", ".join(f"{k} {v * shape[4]:.0f} s" for k, v in by.items()))
+        shape = Shape(*(int(part) for part in args.shape.split(",")))
+        work, received, *_ = whole(shape, args.tokens, args.ranks, args.bits, args.group)
+        by = {stage: work[stage] / (rates[stage] * args.speed) for stage in STAGES}
+        by["exchange"] = received / (args.bytes or rate)
+        print(f"{args.ranks} ranks, {args.tokens} tokens, {args.speed:g} × the speed, "
+              f"{(args.bytes or rate) / 1e9:.1f} GB/s: {sum(by.values()) / 60:.1f} min; "
+              + ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in by.items()))
 
 
 if __name__ == "__main__":

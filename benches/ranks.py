@@ -1,4 +1,4 @@
-"""How a run is shared by ranks: seconds and bytes by their number, and what a larger cluster would take.
+"""How a run is shared by ranks: seconds and bytes by their number.
 
 Usage: ranks.py MODEL VLMQ RECORD [--ranks 1 2] [--rounds 3] [--method vlmq] [--samples 128] [--bits 3]
                 [--group 128]
@@ -7,9 +7,7 @@ Every rank has one thread and a core of its own, so that one rank has the use of
 in turns. Of each layer rank 0 tells the seconds of every stage; `exchange` is the time that it waited for
 the others' bytes, and so holds what the ranks are uneven by.
 
-Prints medians, the speed-up, the bytes beside the least that could be sent, and a model that is fitted to
-them: what is done on a rank's own samples is divided by N, factors are made by each rank of a team, rows are
-divided among it, bytes go at the rate that was seen. Adds all numbers to RECORD.
+Prints medians and the speed-up, and adds all numbers to RECORD, which cluster.py foretells others from.
 """
 
 import argparse
@@ -22,11 +20,7 @@ import tempfile
 from pathlib import Path
 
 DATA = Path(__file__).resolve().parents[1] / "testbed/calibration"
-BY_SAMPLES = ["forward", "importance", "statistics"]
-BY_ROWS = ["solve"]
-BY_TEAM = ["factor"]
-BY_ALL = ["load", "write"]
-STAGES = BY_SAMPLES + BY_TEAM + BY_ROWS + BY_ALL + ["exchange"]
+STAGES = ["forward", "importance", "statistics", "factor", "solve", "load", "write", "exchange"]
 
 
 def free_port():
@@ -57,18 +51,12 @@ def run(args, n_ranks, folder):
     row |= {"layers": sum(row.values()), "total": report["seconds"]["total"]}
     row["bytes"] = sum((report.get("ranks") or {}).get("bytes_exchanged", []))
     row["peak_bytes"] = report["peak_memory_bytes"]
+    row["n_tokens"] = sum(report["calibration"]["n_tokens"].values())
     return row
 
 
 def medians(rows):
     return {key: statistics.median(row[key] for row in rows) for key in rows[0]}
-
-
-def predicted(one, rate, n_ranks, n_bytes):
-    """Seconds of the layers with N ranks, of those with one and the rate of bytes; each rank sends its part."""
-    by = lambda stages: sum(one[stage] for stage in stages)
-    compute = by(BY_SAMPLES) / n_ranks + by(BY_TEAM) + by(BY_ROWS) / n_ranks + by(BY_ALL)
-    return compute + (n_bytes / n_ranks / rate if n_ranks > 1 else 0.0)
 
 
 def main():
@@ -98,11 +86,6 @@ def main():
         cells += [f"{row['layers']:.2f}", f"{one['layers'] / row['layers']:.2f}", f"{row['bytes'] / 1e6:.1f}",
                   f"{row['peak_bytes'] / 1e6:.0f}"]
         print(f"| {n} | " + " | ".join(cells) + " |")
-    for n, row in middle.items():
-        if n > 1:
-            rate = row["bytes"] / n / max(row["exchange"], 1e-9)
-            print(f"{n} ranks: {rate / 1e6:.0f} MB/s a rank while exchanging (waiting included); layers predicted "
-                  f"{predicted(one, rate, n, row['bytes']):.2f} s, found {row['layers']:.2f} s")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ impl FromStr for DeviceName {
             (_, Some(Ok(number))) => Ok(Self::Cuda(number)),
             _ => Err(Error::Invalid {
                 what: "--device".into(),
-                why: format!("{text:?} given, cpu or cuda:N expected, as cuda:0"),
+                why: format!("{text:?} given, cpu, cuda or cuda:N expected, as cuda:0"),
             }),
         }
     }
@@ -109,16 +109,15 @@ impl Engine {
         Ok(gpu.map_or(Self::Cpu, |gpu| Self::Gpu(OneGpu(gpu))))
     }
 
-    /// Whether the recipe can be done here, by one of `n_ranks`.
+    /// Whether the recipe can be done here.
     ///
     /// # Errors
     /// [`Error::Unsupported`] naming the first thing that a GPU does not do.
-    pub fn check(&self, model: &ModelSource, recipe: &Recipe, n_ranks: usize) -> Result<()> {
+    pub fn check(&self, model: &ModelSource, recipe: &Recipe) -> Result<()> {
         if matches!(self, Self::Cpu) {
             return Ok(());
         }
         let missing = [
-            (n_ranks > 1, "one of several ranks"),
             (recipe.method.is_scaled(), "a search for scales (awq, mbq)"),
             (
                 !recipe.needs_calibration(),
@@ -136,6 +135,14 @@ impl Engine {
         let modules = model.modules().into_iter();
         let mut schemes = modules.filter_map(|module| recipe.scheme_of(&module.name));
         schemes.try_for_each(|scheme| gpu::check(&recipe.solver, scheme))
+    }
+
+    /// What its results depend on, whichever GPU it is: what ranks must have alike.
+    pub(crate) fn kind(&self) -> String {
+        match self {
+            Self::Cpu => "cpu".into(),
+            Self::Gpu(OneGpu(gpu)) => format!("gpu, products in {}", gpu.products()),
+        }
     }
 
     /// What runs where.
@@ -229,7 +236,8 @@ impl Factor {
         }
     }
 
-    /// As [`solver::gptq::solve_rows`]; a GPU solves all rows, whatever is asked for.
+    /// As [`solver::gptq::solve_rows`]; on a GPU rows have the bits that they have when all are solved
+    /// as far as its libraries' products do.
     ///
     /// # Errors
     /// As there; [`Error::Device`].
@@ -245,8 +253,7 @@ impl Factor {
             Self::Cpu(factor) => {
                 solver::gptq::solve_rows(module, w, rows, factor, scheme, settings)
             }
-            // Several ranks, which alone ask for some rows, are refused beforehand.
-            Self::Gpu(factor) => gpu::solve(module, w, factor, scheme, settings),
+            Self::Gpu(factor) => gpu::solve(module, w, rows, factor, scheme, settings),
         }
     }
 

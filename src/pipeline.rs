@@ -269,7 +269,7 @@ fn layers_on(
     (communicator, observer): (&dyn Communicator, &dyn Observer),
     sink: &mut dyn LayerSink,
 ) -> Result<Vec<LayerOutcome>> {
-    engine.check(model, recipe, communicator.n_ranks())?;
+    engine.check(model, recipe)?;
     if recipe.needs_calibration() && calibration.n_sequences() == 0 {
         return Err(Error::Invalid {
             what: "calibration".into(),

@@ -166,7 +166,7 @@ fn lead(
     let mut plan = module_plan(model, recipe)?;
     check_imatrix(recipe, &options)?;
     let engine = Engine::of(model.device())?;
-    engine.check(model, recipe, communicator.n_ranks())?;
+    engine.check(model, recipe)?;
     let journal = Journal::open(output, options.resume)?;
     let mut exporter = open_exporter(model, &plan, &journal, options.format)?;
     check_copied(model, &plan)?;

@@ -9,6 +9,7 @@
 
 use super::tell;
 use crate::distributed::{Alone, Communicator, Rendezvous, Tcp};
+use crate::engine::DeviceName;
 use crate::{Error, Result};
 use std::path::Path;
 use std::process::exit;
@@ -30,6 +31,14 @@ const LOCAL_SIZES: [&str; 4] = [
     "MPI_LOCALNRANKS",
     "LOCAL_WORLD_SIZE",
     "SLURM_NTASKS_PER_NODE",
+];
+
+/// Which of the ranks on its machine this one is.
+const LOCAL_RANKS: [&str; 4] = [
+    "OMPI_COMM_WORLD_LOCAL_RANK",
+    "MPI_LOCALRANKID",
+    "LOCAL_RANK",
+    "SLURM_LOCALID",
 ];
 
 /// The exit code of a rank whose run was ended.
@@ -215,6 +224,23 @@ pub fn n_local_ranks() -> usize {
     sizes.into_iter().next().unwrap_or(1).max(1)
 }
 
+/// The device that `text` names; `cuda` is the GPU with the number that this rank has on its machine.
+///
+/// # Errors
+/// [`Error::Invalid`] for what is no device.
+pub fn device(text: &str) -> Result<DeviceName> {
+    match text {
+        "cuda" => Ok(DeviceName::Cuda(local_rank(&variable))),
+        named => named.parse(),
+    }
+}
+
+/// 0 if nobody tells.
+fn local_rank(variable: &dyn Fn(&str) -> Option<String>) -> usize {
+    let told = LOCAL_RANKS.iter().find_map(|name| variable(name));
+    told.and_then(|rank| rank.parse().ok()).unwrap_or(0)
+}
+
 /// Threads for this process: the cores that it may use, and its part of them where ranks share a
 /// machine and were not given cores of their own.
 pub fn default_threads() -> Option<usize> {
@@ -273,6 +299,20 @@ mod tests {
             let error = meeting(&[&all[..], &[wrong]].concat()).unwrap_err();
             assert!(error.to_string().contains(wrong.0), "{error}");
         }
+    }
+
+    #[test]
+    fn each_rank_of_a_machine_has_a_gpu_of_its_own() {
+        let of = |variables: &[(&str, &str)]| {
+            let variables: BTreeMap<&str, &str> = variables.iter().copied().collect();
+            local_rank(&|name| variables.get(name).map(|value| (*value).to_owned()))
+        };
+        assert_eq!(of(&[]), 0);
+        assert_eq!(of(&[("RANK", "11"), ("LOCAL_RANK", "3")]), 3);
+        assert_eq!(of(&[("OMPI_COMM_WORLD_LOCAL_RANK", "2")]), 2);
+        assert_eq!(of(&[("SLURM_LOCALID", "7")]), 7);
+        assert_eq!(device("cuda:5").unwrap(), DeviceName::Cuda(5));
+        assert!(device("gpu").is_err());
     }
 
     #[test]

@@ -1,13 +1,12 @@
 //! `vlmq quantize`
 
-use super::launch::{Launch, n_local_ranks};
+use super::launch::{self, Launch, n_local_ranks};
 use super::progress::Progress;
 use super::summary::summary;
 use super::{Caller, Done, ModelArg, SCHEMA, open_model, open_model_on, tell};
 use crate::Error;
 use crate::checkpoint::DType;
 use crate::dataset::open_samples;
-use crate::engine::DeviceName;
 use crate::export::Format;
 use crate::families::open_processor;
 use crate::journal::{Journal, Resume};
@@ -74,7 +73,8 @@ pub struct Args {
     /// `vlmq report` makes the page again
     #[arg(long)]
     report: bool,
-    /// Where to work: cpu, or cuda:N, an NVIDIA GPU by its number
+    /// Where to work: cpu, cuda:N, an NVIDIA GPU by its number, or cuda, the one with the number that this
+    /// rank has on its machine
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     device: String,
     /// On a GPU: round the factors of the forward and backward passes' products to 10 bits of mantissa,
@@ -213,7 +213,7 @@ pub fn scale_dtype(model: &ModelSource) -> ScaleDtype {
 }
 
 pub fn run(args: &Args, caller: &Caller) -> anyhow::Result<Done> {
-    let device: DeviceName = args.device.parse()?;
+    let device = launch::device(&args.device)?;
     // What would be done is the same everywhere; a plan needs no GPU.
     let model = match args.dry_run {
         true => open_model(&args.model.model)?,

@@ -261,7 +261,6 @@ fn drift(
     [cross, output_cross]: [Option<Matrix>; 2],
 ) -> Result<Option<Drift>> {
     let gpu = &ordering.gpu;
-    let on_gpu = |m: Option<Matrix>| m.map(|m| Array::of_matrix(gpu, &m)).transpose();
     match (settings.target, cross, output_cross) {
         (_, None, None) | (Target::Pull, None, _) => Ok(None),
         (Target::Pull, Some(cross), _) => {
@@ -269,8 +268,8 @@ fn drift(
             Ok(Some(Drift::Pull(pull(ordering, triangle, cross)?)))
         }
         (_, cross, output_cross) => Ok(Some(Drift::Target(DriftMoments {
-            cross: on_gpu(cross)?,
-            output_cross: on_gpu(output_cross)?,
+            cross: cross.map(|c| Array::of_matrix(gpu, &c)).transpose()?,
+            output_cross,
             pivots: Array::of(gpu, &triangle.pivots)?,
             mean: ordering.columns.mean,
         }))),

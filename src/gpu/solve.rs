@@ -13,7 +13,7 @@ use super::kernels::{
     solve_block,
 };
 use super::products::{View, product, solve_unit};
-use super::target::{self, Moved};
+use super::target::{self, Moved, Rows};
 use crate::plan::{ScaleDtype, Scheme};
 use crate::solver::gptq::{MAX_LOSS_ERROR, check_fit, no_cross_moments};
 use crate::solver::{Clip, ClipNorm, Solved, SolverSettings, Target, check_scales, column_weights};
@@ -41,13 +41,14 @@ pub(crate) fn check(settings: &SolverSettings, scheme: Scheme) -> Result<()> {
     }
 }
 
-/// As [`crate::solver::gptq::solve`], on the factor's GPU.
+/// As [`crate::solver::gptq::solve_rows`], on the factor's GPU.
 ///
 /// # Errors
 /// As there; [`Error::Unsupported`] of [`check`]; [`Error::Device`].
 pub(crate) fn solve(
     module: &str,
     w: &Matrix,
+    rows: Range<usize>,
     factor: &Factor,
     scheme: Scheme,
     settings: &SolverSettings,
@@ -60,13 +61,18 @@ pub(crate) fn solve(
     if settings.alpha > 0.0 && pull.is_none() && drift.is_none() {
         return Err(no_cross_moments(module));
     }
-    let (gpu, rows) = (&factor.gpu, w.rows());
-    let w_on_gpu = Array::of_matrix(gpu, w)?;
-    let moved = drift.map(|drift| target::target(&w_on_gpu, rows, factor, drift, settings.alpha));
+    let own = &w.data()[rows.start * w.cols()..rows.end * w.cols()];
+    let w_on_gpu = Array::of(&factor.gpu, own)?;
+    let own = Rows {
+        w: &w_on_gpu,
+        first: rows.start,
+        len: rows.len(),
+    };
+    let moved = drift.map(|drift| target::target(own, factor, drift, settings.alpha));
     let moved = moved.transpose()?;
     let first_values = drift.filter(|_| settings.target == Target::Qronos);
     let first_values = first_values
-        .map(|drift| target::first_values(&w_on_gpu, rows, factor, drift, settings.alpha))
+        .map(|drift| target::first_values(own, factor, drift, settings.alpha))
         .transpose()?;
     let problem = Problem {
         target: moved.as_ref().map_or(&w_on_gpu, |moved| &moved.target),
@@ -75,15 +81,15 @@ pub(crate) fn solve(
         pull,
         settings,
         scheme,
-        shape: [rows, w.cols(), group_len],
+        shape: [rows.len(), w.cols(), group_len],
     };
     let outcome = problem.solve(module)?;
     let loss = problem.loss(&outcome, &w_on_gpu, moved.as_ref())?;
-    let energy = factor.quadratic_forms(&w_on_gpu, rows)?.iter().sum();
+    let energy = factor.quadratic_forms(&w_on_gpu, rows.len())?;
     Ok(Solved {
         weight: problem.weight(module, &outcome)?,
         loss,
-        energy,
+        energy: energy.iter().sum(),
         alpha: moved.map_or(settings.alpha, |moved| moved.alpha),
         dampening_frac: factor.dampening_frac,
         dampening_steps: factor.dampening_steps.clone(),

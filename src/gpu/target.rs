@@ -4,16 +4,17 @@ use super::array::Array;
 use super::factor::Factor;
 use super::kernels::{add_rows, divide_columns, order_columns, restore_columns, row_dots};
 use super::products::{View, product, solve_unit};
-use crate::Result;
 use crate::solver::row_alpha;
+use crate::{Matrix, Result};
 
 /// C and S, and what is needed to solve with H.
 #[derive(Debug)]
 pub(super) struct DriftMoments {
     /// C `[in, in]`, original order; absent where S holds all.
     pub(super) cross: Option<Array<f32>>,
-    /// S `[out, in]`, original order; absent where C holds all.
-    pub(super) output_cross: Option<Array<f32>>,
+    /// S `[out, in]`, original order; absent where C holds all. In the CPU's memory, since of its rows
+    /// only those that are solved are wanted, and each is once.
+    pub(super) output_cross: Option<Matrix>,
     /// D in solving order, in units of H's mean.
     pub(super) pivots: Array<f32>,
     pub(super) mean: f64,
@@ -27,57 +28,62 @@ pub(super) struct Moved {
     pub(super) alpha: f32,
 }
 
-/// W + α E H⁻¹, α given or found on the samples held out.
+/// Some rows of W.
+#[derive(Clone, Copy)]
+pub(super) struct Rows<'a> {
+    /// `[len, in]`.
+    pub(super) w: &'a Array<f32>,
+    /// The first of them in W.
+    pub(super) first: usize,
+    pub(super) len: usize,
+}
+
+/// W + α E H⁻¹ of some rows, α given or found on the samples held out.
 ///
-/// Shapes: `w [rows, in]`.
 /// # Errors
 /// [`crate::Error::Device`].
 pub(super) fn target(
-    w: &Array<f32>,
-    rows: usize,
+    rows: Rows<'_>,
     factor: &Factor,
     drift: &DriftMoments,
     alpha: f32,
 ) -> Result<Moved> {
     let (gpu, n) = (&factor.gpu, factor.in_features());
-    let in_whole = drift.of_rows(w, rows, factor)?;
+    let in_whole = drift.of_rows(rows, factor)?;
     let part = factor.part.as_deref();
     let part = part.and_then(|part| Some((part, part.drift_moments()?)));
     let alphas = match part {
-        Some((part, part_drift)) => {
-            held_out_alphas(w, rows, &in_whole, factor, (part, part_drift))?
-        }
-        None => vec![alpha; rows],
+        Some((part, part_drift)) => held_out_alphas(rows, &in_whole, factor, (part, part_drift))?,
+        None => vec![alpha; rows.len],
     };
-    let correction = drift.solve(factor, &in_whole, rows)?;
-    let mut target = Array::zeros(gpu, rows * n)?;
+    let correction = drift.solve(factor, &in_whole, rows.len)?;
+    let mut target = Array::zeros(gpu, rows.len * n)?;
     let on_gpu = Array::of(gpu, &alphas)?;
-    add_rows(&**gpu, &mut target, w, &correction, &on_gpu, n)?;
+    add_rows(&**gpu, &mut target, rows.w, &correction, &on_gpu, n)?;
     let alpha = alphas.iter().sum::<f32>() / alphas.len().max(1) as f32;
     Ok(Moved { target, alpha })
 }
 
 /// α of each row; `in_whole` is E of all samples.
 fn held_out_alphas(
-    w: &Array<f32>,
-    rows: usize,
+    rows: Rows<'_>,
     in_whole: &Array<f32>,
     factor: &Factor,
     (part, part_drift): (&Factor, &DriftMoments),
 ) -> Result<Vec<f32>> {
     let (gpu, n) = (&factor.gpu, factor.in_features());
-    let in_part = part_drift.of_rows(w, rows, part)?;
-    let correction = part_drift.solve(part, &in_part, rows)?;
-    let shape = [rows, n];
+    let in_part = part_drift.of_rows(rows, part)?;
+    let correction = part_drift.solve(part, &in_part, rows.len)?;
+    let shape = [rows.len, n];
     let of_part = row_dots(gpu, &correction, &in_part, shape)?;
     let of_whole = row_dots(gpu, &correction, in_whole, shape)?;
     let squares = row_dots(gpu, &correction, &correction, shape)?;
-    let in_all = factor.quadratic_forms(&correction, rows)?;
+    let in_all = factor.quadratic_forms(&correction, rows.len)?;
     let alpha = |row: usize| {
         let in_own = of_part[row] - part.damping * squares[row];
         row_alpha(of_whole[row] - of_part[row], in_all[row] - in_own)
     };
-    Ok((0..rows).map(alpha).collect())
+    Ok((0..rows.len).map(alpha).collect())
 }
 
 /// Where the first column in solving order alone would make up for the drift, by row.
@@ -85,25 +91,24 @@ fn held_out_alphas(
 /// # Errors
 /// [`crate::Error::Device`].
 pub(super) fn first_values(
-    w: &Array<f32>,
-    rows: usize,
+    rows: Rows<'_>,
     factor: &Factor,
     drift: &DriftMoments,
     alpha: f32,
 ) -> Result<Array<f32>> {
     let (gpu, n) = (&factor.gpu, factor.in_features());
     let Some(first) = factor.order.first().copied() else {
-        return Array::zeros(gpu, rows);
+        return Array::zeros(gpu, rows.len);
     };
     let first_alone = Array::of(gpu, &[first as i32])?;
     let column = |x: &Array<f32>| -> Result<Vec<f32>> {
-        let mut out = Array::zeros(gpu, rows)?;
-        order_columns(&**gpu, &mut out, x, &first_alone, [rows, n], 1.0)?;
+        let mut out = Array::zeros(gpu, rows.len)?;
+        order_columns(&**gpu, &mut out, x, &first_alone, [rows.len, n], 1.0)?;
         out.values()
     };
     let energy = f64::from(super::kernels::diagonal(gpu, &factor.hessian, n)?[first]);
-    let drift = drift.of_rows(w, rows, factor)?;
-    let (drift, w) = (column(&drift)?, column(w)?);
+    let drift = drift.of_rows(rows, factor)?;
+    let (drift, w) = (column(&drift)?, column(rows.w)?);
     let value = |(w, drift): (&f32, &f32)| {
         let gain = match energy > 0.0 {
             true => f64::from(*drift) / energy,
@@ -115,44 +120,27 @@ pub(super) fn first_values(
     Array::of(gpu, &values)
 }
 
-/// E: S itself where that is all.
-enum Rows<'a> {
-    Kept(&'a Array<f32>),
-    Made(Array<f32>),
-}
-
-impl std::ops::Deref for Rows<'_> {
-    type Target = Array<f32>;
-
-    fn deref(&self) -> &Array<f32> {
-        match self {
-            Self::Kept(rows) => rows,
-            Self::Made(rows) => rows,
-        }
-    }
-}
-
 impl DriftMoments {
-    /// E = W C + S `[rows, in]`.
-    fn of_rows(&self, w: &Array<f32>, rows: usize, factor: &Factor) -> Result<Rows<'_>> {
+    /// E = W C + S of some rows `[len, in]`.
+    fn of_rows(&self, rows: Rows<'_>, factor: &Factor) -> Result<Array<f32>> {
         let (gpu, n) = (&factor.gpu, factor.in_features());
+        let (first, end) = (rows.first * n, (rows.first + rows.len) * n);
+        let output = self.output_cross.as_ref().map(|s| &s.data()[first..end]);
+        let output = output.map(|s| Array::of(gpu, s)).transpose()?;
         let Some(cross) = &self.cross else {
-            return match &self.output_cross {
-                Some(output) => Ok(Rows::Kept(output)),
-                None => Array::zeros(gpu, rows * n).map(Rows::Made),
-            };
+            return output.map_or_else(|| Array::zeros(gpu, rows.len * n), Ok);
         };
-        let drift = Array::zeros(gpu, rows * n)?;
-        let left = (View::all(w, rows, n), false);
-        let (out, right) = (View::all(&drift, rows, n), View::all(cross, n, n));
+        let drift = Array::zeros(gpu, rows.len * n)?;
+        let left = (View::all(rows.w, rows.len, n), false);
+        let (out, right) = (View::all(&drift, rows.len, n), View::all(cross, n, n));
         product(&**gpu, out, left, right, (1.0, 0.0))?;
-        let Some(output) = &self.output_cross else {
-            return Ok(Rows::Made(drift));
+        let Some(output) = output else {
+            return Ok(drift);
         };
-        let mut sum = Array::zeros(gpu, rows * n)?;
-        let ones = Array::of(gpu, &vec![1.0; rows])?;
-        add_rows(&**gpu, &mut sum, output, &drift, &ones, n)?;
-        Ok(Rows::Made(sum))
+        let mut sum = Array::zeros(gpu, rows.len * n)?;
+        let ones = Array::of(gpu, &vec![1.0; rows.len])?;
+        add_rows(&**gpu, &mut sum, &output, &drift, &ones, n)?;
+        Ok(sum)
     }
 
     /// E H⁻¹ of E `[rows, in]`.

@@ -5,7 +5,7 @@ use super::{Factor, Gpu, Kept, Sums, TensorBatch, emulated, solve};
 use crate::plan::{ScaleDtype, Scheme};
 use crate::solver::{self, Clip, ClipNorm, DampeningUnit, Solved, SolverSettings, Target};
 use crate::statistics::{Batch, Statistics, StatisticsDtype};
-use crate::{Error, Matrix, QuantizedWeight};
+use crate::{Error, Matrix, QuantizedWeight, Result};
 use candle_core::{Device, Tensor};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -139,6 +139,15 @@ fn assert_agree(found: &Solved, expected: &Solved, what: &str) {
     assert_eq!(found.n_dead_columns, expected.n_dead_columns, "{what}");
 }
 
+fn solve_all(
+    w: &Matrix,
+    factor: &Factor,
+    scheme: Scheme,
+    settings: &SolverSettings,
+) -> Result<Solved> {
+    solve::solve("case", w, 0..w.rows(), factor, scheme, settings)
+}
+
 /// Solves on both sides.
 fn both(
     gpu: &Arc<dyn Gpu>,
@@ -156,7 +165,7 @@ fn both(
         on_gpu = on_gpu.with_part("case", part(), settings).unwrap();
         on_cpu = on_cpu.with_part("case", part(), settings).unwrap();
     }
-    let found = solve::solve("case", &case.w, &on_gpu, scheme, settings).unwrap();
+    let found = solve_all(&case.w, &on_gpu, scheme, settings).unwrap();
     let loss = solve::loss_of(&case.w, &found.weight, &on_gpu).unwrap();
     assert!(
         (loss - found.loss).abs() <= 3e-4 * loss,
@@ -331,11 +340,70 @@ fn singular_and_infinite_are_errors() {
         unit_gain: true,
         ..settings.clone()
     };
-    let error = solve::solve("case", &case.w, &factor, scheme, &unit_gain).unwrap_err();
+    let error = solve_all(&case.w, &factor, scheme, &unit_gain).unwrap_err();
     assert!(matches!(error, Error::Unsupported { .. }));
     case.w[(3, 3)] = 1e30;
-    let error = solve::solve("case", &case.w, &factor, scheme, &settings).unwrap_err();
+    let error = solve_all(&case.w, &factor, scheme, &settings).unwrap_err();
     assert!(matches!(error, Error::NotFinite { .. }), "{error}");
+}
+
+/// As on the CPU: a rank solves rows of its own.
+#[test]
+fn shares_of_rows_are_those_of_all_rows() {
+    const N_ROWS: usize = 150;
+    let Some(gpu) = emulated::gpu() else { return };
+    let base = SolverSettings::default();
+    let ways = [
+        (Moments::None, base.clone()),
+        (
+            Moments::Cross,
+            SolverSettings {
+                act_order: true,
+                alpha: 0.25,
+                ..base.clone()
+            },
+        ),
+        (
+            Moments::Cross,
+            SolverSettings {
+                target: Target::Qronos,
+                alpha: 1.0,
+                ..base.clone()
+            },
+        ),
+        (
+            Moments::Both,
+            SolverSettings {
+                target: Target::ResidualStream,
+                alpha: 1.0,
+                clip: Clip::Weighted,
+                held_out_alpha: true,
+                ..base
+            },
+        ),
+    ];
+    let case = case([N_ROWS, 64, 160], 21);
+    let scheme = scheme(3, Some(32), false, ScaleDtype::Bf16);
+    for (moments, settings) in ways {
+        let mut factor =
+            Factor::new(&gpu, "case", statistics(&case, moments, 160), &settings).unwrap();
+        if settings.held_out_alpha {
+            let part = statistics(&case, moments, 80);
+            factor = factor.with_part("case", part, &settings).unwrap();
+        }
+        let whole = solve_all(&case.w, &factor, scheme, &settings).unwrap();
+        let mut loss = 0.0;
+        for rows in [0..128, 128..N_ROWS] {
+            let share = solve::solve("case", &case.w, rows.clone(), &factor, scheme, &settings);
+            let share = share.unwrap();
+            loss += share.loss;
+            let codes = &whole.weight.codes()[rows.start * 64..rows.end * 64];
+            assert!(share.weight.codes() == codes, "{settings:?} {rows:?}");
+            let scales = &whole.weight.scales().data()[rows.start * 2..rows.end * 2];
+            assert_eq!(share.weight.scales().data(), scales, "{settings:?}");
+        }
+        assert!((loss / whole.loss - 1.0).abs() < SAME_LOSS, "{settings:?}");
+    }
 }
 
 fn tensor(m: &Matrix) -> Tensor {

@@ -3,12 +3,13 @@
 use super::*;
 use crate::checkpoint::Checkpoint;
 use crate::dataset::open_samples;
+use crate::distributed::Local;
 use crate::engine::OneGpu;
 use crate::gpu::emulated;
 use crate::hidden_states::Store;
 use crate::plan::ScaleDtype;
 use crate::recipe::Method;
-use crate::run::{SampleChoice, load_samples};
+use crate::run::{Division, SampleChoice, load_share};
 use candle_core::Device;
 use std::path::Path;
 
@@ -43,7 +44,12 @@ impl LayerSink for Kept {
     }
 }
 
-fn samples(model: &ModelSource, recipe: &Recipe, store: Store) -> CalibrationSet {
+fn samples(
+    model: &ModelSource,
+    recipe: &Recipe,
+    division: Division<'_>,
+    store: Store,
+) -> CalibrationSet {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("testbed/calibration");
     let choice = SampleChoice {
         set: open_samples(&path).unwrap(),
@@ -51,18 +57,27 @@ fn samples(model: &ModelSource, recipe: &Recipe, store: Store) -> CalibrationSet
         seed: 0,
         max_tokens: 512,
     };
-    let dir = std::env::temp_dir();
-    let set = load_samples(model, recipe, Some(&choice), u64::MAX, &dir, &Unobserved).unwrap();
+    let room = (u64::MAX, &*std::env::temp_dir());
+    let set = load_share(model, recipe, Some(&choice), division, room, &Unobserved).unwrap();
     set.moved_to(store).unwrap()
 }
 
 fn run(engine: &Engine, recipe: &Recipe, store: Store) -> (Vec<LayerOutcome>, Kept) {
+    run_share(engine, recipe, Division::none(), store)
+}
+
+fn run_share(
+    engine: &Engine,
+    recipe: &Recipe,
+    division: Division<'_>,
+    store: Store,
+) -> (Vec<LayerOutcome>, Kept) {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("testbed/model");
     let checkpoint = Checkpoint::open(&folder).unwrap();
     let model = crate::families::open_model(checkpoint, Device::Cpu).unwrap();
-    let set = samples(&model, recipe, store);
+    let set = samples(&model, recipe, division, store);
     let mut kept = Kept::default();
-    let among = (&Alone as &dyn Communicator, &Unobserved as &dyn Observer);
+    let among = (division.communicator, &Unobserved as &dyn Observer);
     let outcomes = layers_on(engine, &model, set, recipe, None, among, &mut kept).unwrap();
     (outcomes, kept)
 }
@@ -133,6 +148,38 @@ fn methods_find_on_a_gpu_what_they_find_on_the_cpu() {
     }
 }
 
+/// Each rank with a GPU of its own: bands of sums, rows and codes go between them as between CPUs.
+#[test]
+fn ranks_with_gpus_find_what_one_does() {
+    let Some(gpu) = emulated::gpu() else { return };
+    let engine = Engine::Gpu(OneGpu(gpu));
+    let scheme = Scheme::new(3, Some(64), false, ScaleDtype::Bf16).unwrap();
+    let recipe = Recipe::new(Method::Vlmq, scheme);
+    let share = |communicator: &dyn Communicator| {
+        let division = Division {
+            communicator,
+            n_shards: 2,
+        };
+        let store = Store::in_memory(&Device::Cpu).on_device(u64::MAX);
+        run_share(&engine, &recipe, division, store).1
+    };
+    let expected = share(&Alone);
+    let ranks = Local::ranks(2);
+    let found: Vec<Kept> = std::thread::scope(|scope| {
+        let ranks = ranks.iter();
+        let running: Vec<_> = ranks.map(|rank| scope.spawn(|| share(rank))).collect();
+        let done = running.into_iter().map(|rank| rank.join().unwrap());
+        done.collect()
+    });
+    for (rank, found) in found.iter().enumerate() {
+        assert_eq!(found.0.len(), expected.0.len());
+        for (found, expected) in found.0.iter().zip(&expected.0) {
+            assert!(found.codes() == expected.codes(), "rank {rank}");
+            assert!(found.scales().data() == expected.scales().data());
+        }
+    }
+}
+
 #[test]
 fn what_a_gpu_does_not_do_is_refused() {
     let Some(gpu) = emulated::gpu() else { return };
@@ -156,15 +203,13 @@ fn what_a_gpu_does_not_do_is_refused() {
     ];
     for (method, setting) in refused {
         let recipe = recipe(method, setting);
-        let error = engine.check(&model, &recipe, 1).unwrap_err();
+        let error = engine.check(&model, &recipe).unwrap_err();
         assert!(
             matches!(error, Error::Unsupported { .. }),
             "{method:?} {setting}"
         );
-        Engine::Cpu.check(&model, &recipe, 3).unwrap();
+        Engine::Cpu.check(&model, &recipe).unwrap();
     }
     let allowed = recipe(Method::Vlmq, "clip=mse");
-    engine.check(&model, &allowed, 1).unwrap();
-    let error = engine.check(&model, &allowed, 2).unwrap_err();
-    assert!(error.to_string().contains("several ranks"), "{error}");
+    engine.check(&model, &allowed).unwrap();
 }

@@ -42,7 +42,7 @@ pub(crate) fn measure(
     let of_end = |settings| end_loss::importance(model, &calibration, settings, &Alone, observer);
     let end_loss = end_loss.map(of_end).transpose()?;
     let engine = Engine::of(model.device())?;
-    engine.check(model, recipe, 1)?;
+    engine.check(model, recipe)?;
     let mut streams = Streams::new(calibration, model.decoder(), false, &Alone)?;
     let n_layers = model.decoder().n_layers;
     for layer_idx in 0..n_layers {
@@ -92,7 +92,7 @@ pub(crate) fn quantize_from(
     recipe.check()?;
     recipe.check_shared(&model.modules())?;
     let engine = Engine::of(model.device())?;
-    engine.check(model, recipe, 1)?;
+    engine.check(model, recipe)?;
     let n_layers = model.decoder().n_layers;
     let mut outcomes = Vec::new();
     for layer_idx in 0..n_layers {

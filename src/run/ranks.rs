@@ -2,6 +2,7 @@
 
 use crate::dataset::Sample;
 use crate::distributed::Communicator;
+use crate::engine::Engine;
 use crate::export::ModulePlan;
 use crate::model::ModelSource;
 use crate::recipe::Recipe;
@@ -14,6 +15,7 @@ use serde::{Deserialize, Serialize};
 struct Agreement {
     version: String,
     settings: String,
+    engine: String,
     model: String,
     samples: String,
 }
@@ -35,6 +37,7 @@ pub(super) fn agree(
     let own = Agreement {
         version: env!("CARGO_PKG_VERSION").into(),
         settings: digest([format!("{recipe:?} {plan:?}")]),
+        engine: Engine::of(model.device())?.kind(),
         model: model_digest(model)?,
         samples: match choice {
             Some(choice) => samples_digest(choice)?,
@@ -46,6 +49,7 @@ pub(super) fn agree(
         let parts = [
             (&other.version, &all[0].version, "version of vlmq"),
             (&other.settings, &all[0].settings, "settings"),
+            (&other.engine, &all[0].engine, "kind of device"),
             (&other.model, &all[0].model, "model"),
             (&other.samples, &all[0].samples, "samples"),
         ];
