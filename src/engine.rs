@@ -82,6 +82,9 @@ pub struct EngineReport {
     /// What a GPU's products of tensors round their factors to: `f32`, which is not at all, or `tf32`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub products: Option<String>,
+    /// Whether inputs of `down_proj` were made again whenever they were wanted, rather than kept.
+    #[serde(default)]
+    pub remakes_inputs: bool,
     /// Stages on the GPU; empty without one.
     pub on_gpu: Vec<String>,
     /// Stages on the CPU beside it; empty without a GPU, where all are.
@@ -152,12 +155,14 @@ impl Engine {
             Self::Cpu => EngineReport {
                 device: "cpu".into(),
                 products: None,
+                remakes_inputs: false,
                 on_gpu: Vec::new(),
                 on_cpu: Vec::new(),
             },
             Self::Gpu(OneGpu(gpu)) => EngineReport {
                 device: gpu.name().into(),
                 products: Some(gpu.products().into()),
+                remakes_inputs: false,
                 on_gpu: names(&[
                     "vision",
                     "forward",
@@ -172,11 +177,23 @@ impl Engine {
         }
     }
 
-    /// Bytes of hidden states that fit beside a run's work on the GPU; none without one.
+    /// Whether it is a GPU's.
+    pub fn is_gpu(&self) -> bool {
+        matches!(self, Self::Gpu(_))
+    }
+
+    /// Bytes of hidden states that fit beside a run's work into the GPU's memory, of which `limit` bytes are
+    /// to be used at most; none without a GPU. What inputs of `down_proj` are made with takes room where they
+    /// are not kept.
     ///
     /// # Errors
     /// [`Error::Device`].
-    pub fn state_bytes(&self, model: &ModelSource) -> Result<u64> {
+    pub fn state_bytes(
+        &self,
+        model: &ModelSource,
+        keeps_down_inputs: bool,
+        limit: Option<u64>,
+    ) -> Result<u64> {
         let Self::Gpu(OneGpu(gpu)) = self else {
             return Ok(0);
         };
@@ -184,8 +201,14 @@ impl Engine {
         let widest = shapes.iter().map(|[_, n]| *n as u64).max().unwrap_or(0);
         let largest = shapes.iter().map(|[out, n]| (out * n) as u64).max();
         let square = widest * widest;
-        let work = 4 * (N_SQUARES * square + N_WEIGHTS * largest.unwrap_or(0));
-        Ok(gpu.free_bytes()?.saturating_sub(work + RESERVE_BYTES))
+        let n_weights = match keeps_down_inputs {
+            true => N_WEIGHTS,
+            // gate and up of both streams.
+            false => N_WEIGHTS + 4,
+        };
+        let work = 4 * (N_SQUARES * square + n_weights * largest.unwrap_or(0));
+        let room = limit.unwrap_or(u64::MAX).min(gpu.free_bytes()?);
+        Ok(room.saturating_sub(work + RESERVE_BYTES))
     }
 }
 

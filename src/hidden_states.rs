@@ -23,6 +23,7 @@ pub struct Store {
     left: AtomicU64,
     dir: PathBuf,
     device: Device,
+    keeps_down_inputs: bool,
     file: OnceLock<File>,
     /// Bytes of the file that are given away.
     end: Mutex<u64>,
@@ -36,6 +37,7 @@ impl Store {
             left: AtomicU64::new(budget),
             dir: dir.to_path_buf(),
             device: device.clone(),
+            keeps_down_inputs: true,
             file: OnceLock::new(),
             end: Mutex::new(0),
         }
@@ -46,6 +48,19 @@ impl Store {
     pub fn on_device(mut self, budget: u64) -> Self {
         self.left_on_device = AtomicU64::new(budget);
         self
+    }
+
+    /// The same, for runs that make the inputs of `down_proj`, the widest states there are, again
+    /// whenever they are wanted.
+    #[must_use]
+    pub fn without_down_inputs(mut self) -> Self {
+        self.keeps_down_inputs = false;
+        self
+    }
+
+    /// Whether inputs of `down_proj` are among what is kept.
+    pub fn keeps_down_inputs(&self) -> bool {
+        self.keeps_down_inputs
     }
 
     /// Everything in memory.

@@ -68,9 +68,15 @@ impl MemoryPlan {
     }
 }
 
-/// Plans a run over samples of these many tokens, all in memory.
-pub fn plan_memory(model: &ModelSource, recipe: &Recipe, n_tokens: &[usize]) -> MemoryPlan {
-    plan_memory_among(1, model, recipe, n_tokens)
+/// Plans a run over samples of these many tokens, all in memory; inputs of `down_proj` are among the
+/// hidden states if they are kept, else made again.
+pub fn plan_memory(
+    model: &ModelSource,
+    recipe: &Recipe,
+    n_tokens: &[usize],
+    keeps_down_inputs: bool,
+) -> MemoryPlan {
+    plan_memory_among(1, model, recipe, n_tokens, keeps_down_inputs)
 }
 
 /// As [`plan_memory`], for one of `n_ranks` with samples of these many tokens of its own.
@@ -79,6 +85,7 @@ pub fn plan_memory_among(
     model: &ModelSource,
     recipe: &Recipe,
     n_tokens: &[usize],
+    keeps_down_inputs: bool,
 ) -> MemoryPlan {
     let process = peak_memory_bytes().unwrap_or(32 << 20);
     let config = model.decoder();
@@ -106,6 +113,7 @@ pub fn plan_memory_among(
         .collect();
     let step = Step {
         config,
+        keeps_down_inputs,
         with_full: recipe.needs_full_stream(&schemes),
         with_cross: schemes.iter().any(|s| recipe.alpha(*s) != 0.0),
         with_target: recipe.solver.target != Target::Pull,
@@ -155,6 +163,7 @@ fn allowance(streams: u64) -> u64 {
 /// What the steps of a layer hold, beside the hidden states.
 struct Step<'a> {
     config: &'a DecoderConfig,
+    keeps_down_inputs: bool,
     with_full: bool,
     with_cross: bool,
     /// Whether a target is made, for which drift may be summed up at the output.
@@ -214,7 +223,10 @@ impl Step<'_> {
     fn stream_width(&self) -> u64 {
         let hidden = self.config.hidden_size;
         let heads = self.config.n_heads * self.config.head_dim;
-        let widest = hidden.max(heads).max(self.config.widest_mlp());
+        let widest = match self.keeps_down_inputs {
+            true => hidden.max(heads).max(self.config.widest_mlp()),
+            false => hidden.max(heads),
+        };
         let n_tables = 2 + 2 * usize::from(self.config.local.is_some());
         let own = hidden + widest + n_tables * self.config.head_dim + self.n_deepstack * hidden;
         let full = if self.with_full {
@@ -328,16 +340,29 @@ impl Step<'_> {
             let rows = 6 * self.batch * self.config.widest_mlp() as u64 * F32;
             return 3 * linears + down + self.n_threads * rows;
         }
-        let copies = if self.with_full { 2 } else { 1 };
-        let activations = 4 * self.batch * self.config.widest_mlp() as u64 * F32;
-        copies * linears + self.n_threads * activations
+        let activations = self.n_threads * self.activations();
+        self.n_streams() * linears + activations
+    }
+
+    /// gate and up of both streams, and what they make of a batch.
+    fn mlp_of_one_thread(&self) -> u64 {
+        let linears = self.worst(|mlp| self.of_mlp(mlp, &[Projection::Gate, Projection::Up]));
+        self.n_streams() * linears + self.activations()
+    }
+
+    fn n_streams(&self) -> u64 {
+        if self.with_full { 2 } else { 1 }
+    }
+
+    fn activations(&self) -> u64 {
+        4 * self.batch * self.config.widest_mlp() as u64 * F32
     }
 
     fn wide(&self) -> u64 {
         if self.with_scales {
             return 0;
         }
-        self.worst(|mlp| {
+        let wide = self.worst(|mlp| {
             let down = self.weights(&[Projection::Down], mlp.expert);
             let solved = self.of_mlp(mlp, &[Projection::Down]) - down;
             // Weight and codes; then the same as f32 again.
@@ -347,7 +372,12 @@ impl Step<'_> {
                 None => self.own_moments([self.config.hidden_size, mlp.width], self.with_stream),
             };
             mlp.n_groups() * moments + solved + inputs
-        })
+        });
+        match self.keeps_down_inputs {
+            true => wide,
+            // With a batch of both streams' inputs, and what they are made with.
+            false => wide + self.mlp_of_one_thread(),
+        }
     }
 }
 

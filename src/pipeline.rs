@@ -12,6 +12,7 @@
 //! stage's weights and its statistics, never a whole layer.
 //! Source: arXiv:2508.03351 §3; the order of stages is GPTQ's true-sequential one.
 
+mod down_inputs;
 mod following;
 #[cfg(test)]
 mod gpu_tests;
@@ -55,7 +56,7 @@ use stage::Stage;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use streams::{Streams, Weighing};
+use streams::{BothLayers, Streams, Weighing};
 
 /// What happens around a run.
 pub trait Observer: Sync {
@@ -332,6 +333,15 @@ struct Pair {
     quantized: DecoderLayer,
 }
 
+impl Pair {
+    fn both(&self) -> BothLayers<'_> {
+        BothLayers {
+            full: &self.full,
+            quantized: &self.quantized,
+        }
+    }
+}
+
 /// Statistics that are summed up in one walk over the samples: all of a dense layer's, some of a
 /// mixture's, whose experts may be more than memory has room for.
 pub(crate) const GROUPS_AT_ONCE: usize = 16;
@@ -432,7 +442,7 @@ impl Run<'_> {
                 self.timed("load", |run| run.load_outputs(some))?;
                 let teams = self.teams(some);
                 let sums = self.timed("statistics", |_| {
-                    streams.accumulate(engine, stage, &pair.full, (some, &teams), summing)
+                    streams.accumulate(engine, stage, pair.both(), (some, &teams), summing)
                 })?;
                 some.iter_mut().for_each(|group| group.at_output = None);
                 let of_group = some.iter().zip(&sums);
@@ -542,9 +552,11 @@ impl Run<'_> {
                 false => Ok(()),
             }
         })?;
-        self.timed("forward", |_| {
-            streams.enter(stage, &pair.full, &pair.quantized)
-        })?;
+        if stage == Stage::Down && !streams.store.keeps_down_inputs() {
+            // Gate and up are needed as long as its inputs are.
+            return Ok(());
+        }
+        self.timed("forward", |_| streams.enter(stage, pair.both()))?;
         pair.full.release(&crossed);
         pair.quantized.release(&crossed);
         Ok(())
@@ -560,9 +572,7 @@ impl Run<'_> {
                 false => Ok(()),
             }
         })?;
-        self.timed("forward", |_| {
-            streams.end_layer(layer_idx, &pair.full, &pair.quantized)
-        })
+        self.timed("forward", |_| streams.end_layer(layer_idx, pair.both()))
     }
 
     /// RTN needs neither streams nor a forward.

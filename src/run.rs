@@ -9,13 +9,13 @@ mod ranks;
 mod samples;
 
 pub use offline::{Calibrated, calibrate_folder, quantize_folder_from};
-pub use samples::{Division, SampleChoice, load_samples, load_share};
+pub use samples::{Division, Room, SampleChoice, check_remaking, load_samples, load_share};
 
 use crate::allocation::allocate;
 use crate::calibration::{CalibrationSample, CalibrationSet};
 use crate::conversion::folder_name;
 use crate::distributed::{Alone, Communicator};
-use crate::engine::Engine;
+use crate::engine::{Engine, EngineReport};
 use crate::export::{Exported, Format, ModulePlan};
 use crate::families::open_processor;
 use crate::journal::{Fingerprint, Journal, Resume};
@@ -43,8 +43,8 @@ pub struct RunOptions {
     /// In how many shards samples are summed up ([`crate::shards`]). As many as an earlier run has
     /// finished layers with, else as there are ranks, if absent.
     pub n_shards: Option<usize>,
-    /// Bytes of memory to stay below, as far as it can be: hidden states that do not fit go to disk.
-    pub memory_bytes: u64,
+    /// What hidden states may take.
+    pub room: Room,
     /// Whether to leave the importance matrix for llama.cpp beside the model.
     pub imatrix: bool,
     /// Whether to leave the report as a page beside the model, and what its pictures are made of.
@@ -146,8 +146,8 @@ pub fn quantize_folder_among(
         )
         .map(Some),
         _ => {
-            let memory_bytes = options.memory_bytes;
-            follow(communicator, model, recipe, choice, memory_bytes, observer).map(|()| None)
+            let room = options.room;
+            follow(communicator, model, recipe, choice, room, observer).map(|()| None)
         }
     }
 }
@@ -167,6 +167,9 @@ fn lead(
     check_imatrix(recipe, &options)?;
     let engine = Engine::of(model.device())?;
     engine.check(model, recipe)?;
+    if options.room.remakes_inputs {
+        check_remaking(model, recipe)?;
+    }
     let journal = Journal::open(output, options.resume)?;
     let mut exporter = open_exporter(model, &plan, &journal, options.format)?;
     check_copied(model, &plan)?;
@@ -177,7 +180,7 @@ fn lead(
         communicator,
     };
     let checked = began.elapsed().as_secs_f64();
-    let room = (options.memory_bytes, journal.dir());
+    let room = (options.room, journal.dir());
     let set = load_share(model, recipe, choice, division, room, observer)?;
     let prepared = began.elapsed().as_secs_f64();
     let allocated = allocate(model, recipe, &set, (communicator, observer))?;
@@ -196,7 +199,10 @@ fn lead(
     report.allocation = allocated.report;
     report.seconds = preparation_seconds(checked, prepared, set.seconds);
     report.ranks = division.report();
-    report.engine = Some(engine.report());
+    report.engine = Some(EngineReport {
+        remakes_inputs: !set.store.keeps_down_inputs(),
+        ..engine.report()
+    });
     let mut sink = Journaled {
         model,
         exporter,
@@ -217,7 +223,7 @@ fn lead(
         }
         report.add_layer(layer);
     }
-    report.add_tuning(sink.tune(recipe, choice, options.memory_bytes, observer)?);
+    report.add_tuning(sink.tune(recipe, choice, options.room.memory_bytes, observer)?);
     let total = began.elapsed().as_secs_f64();
     report.seconds.insert("total".into(), total);
     report.peak_memory_bytes = peak_memory_bytes();
@@ -232,7 +238,7 @@ fn follow(
     model: &ModelSource,
     recipe: &Recipe,
     choice: Option<&SampleChoice>,
-    memory_bytes: u64,
+    room: Room,
     observer: &dyn Observer,
 ) -> Result<()> {
     let plan = module_plan(model, recipe)?;
@@ -242,14 +248,7 @@ fn follow(
         communicator,
     };
     let dir = std::env::temp_dir();
-    let set = load_share(
-        model,
-        recipe,
-        choice,
-        division,
-        (memory_bytes, &dir),
-        observer,
-    )?;
+    let set = load_share(model, recipe, choice, division, (room, &dir), observer)?;
     let allocated = allocate(model, recipe, &set, (communicator, observer))?;
     let recipe = allocated.recipe.as_ref();
     let plan = module_plan(model, recipe)?;

@@ -37,6 +37,7 @@ def quantize(
     format: Format = "compressed-tensors",
     resume: Literal["auto", "required", "never"] = "auto",
     memory: str | int | None = None,
+    remake_inputs: bool = False,
     imatrix: bool = False,
     report: bool = False,
     threads: int | None = None,
@@ -58,6 +59,7 @@ def quantize(
     shards: in how many parts samples are summed up, one after the other; 1 if absent.
     resume: what to do with the layers that an earlier run for the same output finished.
     memory: what to stay below, as "8GiB" or in bytes.
+    remake_inputs: make the widest hidden states again whenever they are wanted, rather than keep them.
     imatrix, report: what is written beside the model, llama.cpp's importance matrix and report.html.
     threads: all cores if absent.
     progress: called with each `Progress`; True for a bar of tqdm.
@@ -67,7 +69,7 @@ def quantize(
     words = _recipe_flags(method, bits, group_size, symmetric, recipe, settings)
     words += _flags(seed=seed, max_tokens=max_tokens, format=format, memory=memory)
     words += _flags(output=output, resume=resume, imatrix=imatrix, report=report)
-    words += _flags(statistics=statistics, shards=shards)
+    words += _flags(statistics=statistics, shards=shards, remake_inputs=remake_inputs)
     with _calibration_flags(calibration, samples, seed, settings) as data:
         return _done(["quantize", _path(model), *words, *data], threads, progress)
 
@@ -121,13 +123,15 @@ def plan(
     max_tokens: int | None = None,
     format: Format = "compressed-tensors",
     memory: str | int | None = None,
+    remake_inputs: bool = False,
     threads: int | None = None,
     progress: Callback = None,
 ) -> dict[str, Any]:
     """Says what `quantize` with the same arguments would do and what it would cost, in memory and on
     disk, and does nothing."""
     words = _recipe_flags(method, bits, group_size, symmetric, recipe, settings)
-    words += _flags(seed=seed, max_tokens=max_tokens, format=format, memory=memory, dry_run=True)
+    words += _flags(seed=seed, max_tokens=max_tokens, format=format, memory=memory)
+    words += _flags(remake_inputs=remake_inputs, dry_run=True)
     with _calibration_flags(calibration, samples, seed, settings) as data:
         return _done(["quantize", _path(model), *words, *data], threads, progress)
 

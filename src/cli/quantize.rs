@@ -17,7 +17,8 @@ use crate::processor::MAX_TEXT_TOKENS;
 use crate::recipe::{Method, Recipe};
 use crate::report::free_memory_bytes;
 use crate::run::{
-    RunOptions, SampleChoice, module_plan, quantize_folder_among, quantize_folder_from,
+    Room, RunOptions, SampleChoice, check_remaking, module_plan, quantize_folder_among,
+    quantize_folder_from,
 };
 use crate::statistics::folder::StatisticsFolder;
 use anyhow::Context;
@@ -64,6 +65,14 @@ pub struct Args {
     /// Three quarters of what the system has free, shared by the ranks of a machine, if absent
     #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
     memory: Option<u64>,
+    /// The same of a GPU's memory: hidden states that do not fit stay in memory. All that is free if absent
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
+    device_memory: Option<u64>,
+    /// Make the inputs of down_proj, the widest hidden states, again whenever they are wanted, rather than
+    /// keep them: for less than half the room gate and up are walked through three times instead of once.
+    /// What comes out is the same. A GPU without room for them does so by itself
+    #[arg(long)]
+    remake_inputs: bool,
     /// Also write imatrix.gguf, the importance of each linear's input columns as the samples have
     /// it, which `llama-quantize --imatrix` reads
     #[arg(long)]
@@ -165,8 +174,12 @@ impl RecipeArgs {
 }
 
 impl Args {
-    fn memory_bytes(&self) -> u64 {
-        memory_bytes(self.memory)
+    fn room(&self) -> Room {
+        Room {
+            memory_bytes: memory_bytes(self.memory),
+            device_bytes: self.device_memory,
+            remakes_inputs: self.remake_inputs,
+        }
     }
 }
 
@@ -245,7 +258,7 @@ pub fn run(args: &Args, caller: &Caller) -> anyhow::Result<Done> {
     let options = RunOptions {
         format: args.format,
         resume: args.resume.into(),
-        memory_bytes: args.memory_bytes(),
+        room: args.room(),
         imatrix: args.imatrix,
         report: args.report,
         n_shards: args.shards.map(|n| n as usize),
@@ -374,7 +387,12 @@ fn dry_run(
         .into());
     }
     let n_tokens = choice.map_or(Ok(Vec::new()), |choice| count(args, choice))?;
-    let memory = plan_memory(model, recipe, &n_tokens).within(args.memory_bytes());
+    let room = args.room();
+    if room.remakes_inputs {
+        check_remaking(model, recipe)?;
+    }
+    let memory = plan_memory(model, recipe, &n_tokens, !room.remakes_inputs);
+    let memory = memory.within(room.memory_bytes);
     let disk = plan_disk(model, recipe);
     let shared = shared_modules(model, recipe);
     let tokens: usize = n_tokens.iter().sum();

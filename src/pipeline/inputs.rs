@@ -4,9 +4,12 @@
 //! full-precision stream sends a token elsewhere, there is nothing that this expert should have
 //! given instead: f is then u, and the token asks for no correction.
 
+use super::down_inputs::DownInputs;
 use super::reduction::Reduction;
 use super::stage::Stage;
-use super::streams::{Piece, Sample, Streams, gather, gather_full, gather_tensor, pieces_of};
+use super::streams::{
+    BothLayers, Piece, Sample, Streams, gather, gather_full, gather_tensor, pieces_of,
+};
 use crate::engine::Engine;
 use crate::gpu::Kept;
 use crate::hidden_states::Store;
@@ -23,6 +26,7 @@ use faer::{Accum, Par};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// Linears whose statistics are the same; at least one.
@@ -173,7 +177,7 @@ impl Streams<'_> {
         &self,
         engine: &Engine,
         stage: Stage,
-        norms: &DecoderLayer,
+        layers: BothLayers<'_>,
         (shared, teams): (&[Shared], &[Vec<usize>]),
         summing: Summing,
     ) -> Result<Vec<Option<Summed>>> {
@@ -182,8 +186,8 @@ impl Streams<'_> {
             let own = (!round.is_empty()).then(|| {
                 let batches = &self.batches[round.clone()];
                 match engine {
-                    Engine::Cpu => self.sum(batches, stage, norms, shared, summing),
-                    Engine::Gpu(gpu) => self.sum_on(gpu, batches, (stage, norms), shared, summing),
+                    Engine::Cpu => self.sum(batches, stage, layers, shared, summing),
+                    Engine::Gpu(gpu) => self.sum_on(gpu, batches, (stage, layers), shared, summing),
                 }
             });
             reduction.add(own.transpose()?)?;
@@ -196,7 +200,7 @@ impl Streams<'_> {
         &self,
         batches: &[Vec<Sample>],
         stage: Stage,
-        norms: &DecoderLayer,
+        layers: BothLayers<'_>,
         shared: &[Shared],
         summing: Summing,
     ) -> Result<Vec<Summed>> {
@@ -208,9 +212,13 @@ impl Streams<'_> {
             full: shared.iter().any(|group| group.with_cross),
             stream: shared.iter().any(|group| group.with_stream),
         };
-        for (samples, is_part) in portions(batches, summing.with_part) {
-            for piece in pieces_of(samples) {
-                let inputs = Inputs::new(samples, &piece, &self.store, (stage, norms), wanted)?;
+        for (batch, piece) in with_pieces(batches) {
+            let down = self.down_inputs(batch, &piece, (stage, layers))?;
+            for portion in portions(batch, &piece, summing.with_part) {
+                let samples = portion.samples;
+                let down = portion.of(down.as_ref())?;
+                let stage = (stage, layers.full);
+                let inputs = Inputs::new(samples, &piece, &self.store, stage, (wanted, down))?;
                 let named = |error| name_sample(error, samples, &piece, &inputs);
                 if inputs.routing.is_some() {
                     // Of an expert's rows nobody could say which tokens they are.
@@ -220,30 +228,75 @@ impl Streams<'_> {
                     let weights = group.weights.as_ref();
                     let weights = weights.map(|w| weights_of(samples, &piece, w));
                     inputs
-                        .add_to(summed, group, is_part, weights)
+                        .add_to(summed, group, portion.is_part, weights)
                         .map_err(named)?;
                 }
             }
         }
         Ok(all)
     }
+
+    /// Inputs of down for a piece, where they are seen and not kept: made once for all its portions.
+    pub(super) fn down_inputs(
+        &self,
+        batch: &[Sample],
+        piece: &Piece,
+        (stage, layers): (Stage, BothLayers<'_>),
+    ) -> Result<Option<DownInputs>> {
+        let made = || DownInputs::made(batch, piece, &self.store, layers);
+        let is_wanted = stage == Stage::Down && !self.store.keeps_down_inputs();
+        is_wanted.then(made).transpose()
+    }
 }
 
-/// Samples that are summed up together, and whether they are of the part: whole batches, or with
-/// a part the halves of each, so that one without the other has samples of every kind.
-pub(super) fn portions(batches: &[Vec<Sample>], with_part: bool) -> Vec<(&[Sample], bool)> {
-    let batches = batches.iter().map(Vec::as_slice);
-    if !with_part {
-        return batches.map(|batch| (batch, false)).collect();
+/// Batches and their pieces, in order.
+pub(super) fn with_pieces(batches: &[Vec<Sample>]) -> impl Iterator<Item = (&[Sample], Piece)> {
+    let pieces = |batch| pieces_of(batch).into_iter().map(move |piece| (batch, piece));
+    batches.iter().map(Vec::as_slice).flat_map(pieces)
+}
+
+/// Samples of a batch that are summed up together.
+pub(super) struct Portion<'a> {
+    pub(super) samples: &'a [Sample],
+    /// Whether they are of the part that is kept apart.
+    pub(super) is_part: bool,
+    /// Their rows among those of the batch's piece.
+    rows: Range<usize>,
+}
+
+impl Portion<'_> {
+    /// Its part of what there is of the piece.
+    pub(super) fn of(&self, piece: Option<&DownInputs>) -> Result<Option<DownInputs>> {
+        piece.map(|piece| piece.rows(&self.rows)).transpose()
     }
-    let halves = batches.flat_map(|batch| {
-        // Of an odd number the one more goes to either in turn.
-        let n_before = batch.first().map_or(0, |sample| sample.index);
-        let middle = (n_before + batch.len()).div_ceil(2) - usize::div_ceil(n_before, 2);
-        let (part, rest) = batch.split_at(middle);
-        [(part, true), (rest, false)]
+}
+
+/// All samples of a batch, or with a part two halves, so that one without the other has samples of every
+/// kind.
+pub(super) fn portions<'a>(
+    batch: &'a [Sample],
+    piece: &Piece,
+    with_part: bool,
+) -> Vec<Portion<'a>> {
+    // Of an odd number the one more goes to either in turn.
+    let n_before = batch.first().map_or(0, |sample| sample.index);
+    let middle = match with_part {
+        true => (n_before + batch.len()).div_ceil(2) - usize::div_ceil(n_before, 2),
+        false => 0,
+    };
+    let (part, rest) = batch.split_at(middle);
+    let mut end = 0;
+    let portions = [(part, true), (rest, false)].map(|(samples, is_part)| {
+        let start = end;
+        end += samples.iter().map(|s| piece.rows(s).len()).sum::<usize>();
+        Portion {
+            samples,
+            is_part,
+            rows: start..end,
+        }
     });
-    halves.filter(|(samples, _)| !samples.is_empty()).collect()
+    let portions = portions.into_iter();
+    portions.filter(|p| !p.samples.is_empty()).collect()
 }
 
 /// What is wanted beside the inputs of the quantized stream.
@@ -277,7 +330,7 @@ impl Inputs {
         piece: &Piece,
         store: &Store,
         (stage, norms): (Stage, &DecoderLayer),
-        wanted: Wanted,
+        (wanted, down): (Wanted, Option<DownInputs>),
     ) -> Result<Self> {
         let with_full = wanted.full && batch[0].full.is_some();
         let residual = || gather_tensor(batch, piece, store, |s| &s.residual);
@@ -301,8 +354,6 @@ impl Inputs {
                 (matrix_from_tensor(&n2)?, f, routing)
             }
             Stage::O | Stage::Down => {
-                let f = || matrix_from_tensor(&gather_full(batch, piece, store, |f| &f.input)?);
-                let f = with_full.then(f).transpose()?;
                 let routing = match stage == Stage::Down && norms.router().is_some() {
                     true => {
                         let (n2, full_n2) = both_n2()?;
@@ -310,7 +361,16 @@ impl Inputs {
                     }
                     false => None,
                 };
-                (gather(batch, piece, store, |s| &s.input)?, f, routing)
+                let (u, f) = match down {
+                    Some(DownInputs { quantized, full }) => (matrix_from_tensor(&quantized)?, full),
+                    None => {
+                        let f = || gather_full(batch, piece, store, |f| &f.input);
+                        let f = with_full.then(f).transpose()?;
+                        (gather(batch, piece, store, |s| &s.input)?, f)
+                    }
+                };
+                let f = f.filter(|_| with_full);
+                (u, f.as_ref().map(matrix_from_tensor).transpose()?, routing)
             }
         };
         let stream_drift = (wanted.stream && with_full)

@@ -3,12 +3,15 @@
 //! Samples are taken in the same portions and order as on the CPU. A mixture's are not: an engine
 //! on a GPU refuses it.
 
-use super::inputs::{Shared, Summed, Summing, WeightShare, portions, stream_drift, weights_of};
+use super::down_inputs::DownInputs;
+use super::inputs::{
+    Shared, Summed, Summing, WeightShare, portions, stream_drift, weights_of, with_pieces,
+};
 use super::stage::Stage;
-use super::streams::{Piece, Sample, Streams, gather_full, gather_tensor, pieces_of};
+use super::streams::{FullStream, BothLayers, Piece, Sample, Streams, gather_full, gather_tensor};
 use crate::engine::OneGpu;
 use crate::gpu::{Sums, TensorBatch};
-use crate::hidden_states::Store;
+use crate::hidden_states::{HiddenState, Store};
 use crate::model::decoder::DecoderLayer;
 use crate::model::linear::tensor_from_matrix;
 use crate::{Error, Result};
@@ -37,7 +40,7 @@ impl Streams<'_> {
         &self,
         gpu: &OneGpu,
         batches: &[Vec<Sample>],
-        (stage, norms): (Stage, &DecoderLayer),
+        (stage, layers): (Stage, BothLayers<'_>),
         shared: &[Shared],
         summing: Summing,
     ) -> Result<Vec<Summed>> {
@@ -46,12 +49,15 @@ impl Streams<'_> {
         let mut growing: Vec<Growing<'_>> = growing.collect::<Result<_>>()?;
         let with_full = shared.iter().any(|group| group.with_cross);
         let with_stream = shared.iter().any(|group| group.with_stream);
-        for (samples, is_part) in portions(batches, summing.with_part) {
-            for piece in pieces_of(samples) {
-                let wanted = [with_full, with_stream];
-                let inputs = Inputs::new(samples, &piece, &self.store, (stage, norms), wanted)?;
+        for (batch, piece) in with_pieces(batches) {
+            let down = self.down_inputs(batch, &piece, (stage, layers))?;
+            for portion in portions(batch, &piece, summing.with_part) {
+                let samples = portion.samples;
+                let wanted = ([with_full, with_stream], portion.of(down.as_ref())?);
+                let stage = (stage, layers.full);
+                let inputs = Inputs::new(samples, &piece, &self.store, stage, wanted)?;
                 for group in &mut growing {
-                    let added = group.add(samples, &piece, &inputs, is_part);
+                    let added = group.add(samples, &piece, &inputs, portion.is_part);
                     added.map_err(|error| name_samples(error, samples))?;
                 }
             }
@@ -66,28 +72,40 @@ impl Inputs {
         piece: &Piece,
         store: &Store,
         (stage, norms): (Stage, &DecoderLayer),
-        [with_full, with_stream]: [bool; 2],
+        ([with_full, with_stream], down): ([bool; 2], Option<DownInputs>),
     ) -> Result<Self> {
         let with_full = with_full && batch[0].full.is_some();
-        let residual = || gather_tensor(batch, piece, store, |s| &s.residual);
-        let u = match stage {
-            Stage::Qkv => norms.qkv_input(&residual()?)?,
-            Stage::GateUp => norms.gate_up_input(&residual()?)?,
-            Stage::O | Stage::Down => gather_tensor(batch, piece, store, |s| &s.input)?,
+        let of_u = || gather_tensor(batch, piece, store, |s| &s.residual);
+        let of_f = |state: fn(&FullStream) -> &HiddenState| {
+            let state = || gather_full(batch, piece, store, state);
+            with_full.then(state).transpose()
         };
-        let f = || -> Result<Tensor> {
-            match stage {
-                Stage::Qkv => norms.qkv_input(&gather_full(batch, piece, store, |f| &f.residual)?),
-                Stage::GateUp => norms.gate_up_input(&gather_full(batch, piece, store, |f| &f.y)?),
-                Stage::O | Stage::Down => gather_full(batch, piece, store, |f| &f.input),
+        let norm = |x: Option<Tensor>, norm: &dyn Fn(&Tensor) -> Result<Tensor>| {
+            x.as_ref().map(norm).transpose()
+        };
+        let (u, f) = match stage {
+            Stage::Qkv => {
+                let f = norm(of_f(|f| &f.residual)?, &|x| norms.qkv_input(x))?;
+                (norms.qkv_input(&of_u()?)?, f)
             }
+            Stage::GateUp => {
+                let f = norm(of_f(|f| &f.y)?, &|y| norms.gate_up_input(y))?;
+                (norms.gate_up_input(&of_u()?)?, f)
+            }
+            Stage::O | Stage::Down => match down {
+                Some(DownInputs { quantized, full }) => (quantized, full.filter(|_| with_full)),
+                None => {
+                    let u = gather_tensor(batch, piece, store, |s| &s.input)?;
+                    (u, of_f(|f| &f.input)?)
+                }
+            },
         };
         let stream_drift = (with_stream && with_full)
             .then(|| stream_drift(batch, piece, store, stage))
             .transpose()?;
         Ok(Self {
             u,
-            f: with_full.then(f).transpose()?,
+            f,
             stream_drift,
         })
     }

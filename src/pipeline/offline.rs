@@ -140,7 +140,7 @@ impl Run<'_> {
             let teams = vec![vec![0]; some.len()];
             let engine = self.engine;
             let sums = self.timed("statistics", |_| {
-                streams.accumulate(engine, stage, &pair.full, (some, &teams), summing)
+                streams.accumulate(engine, stage, pair.both(), (some, &teams), summing)
             })?;
             for (group, summed) in some.iter().zip(sums) {
                 let Some(summed) = summed else {

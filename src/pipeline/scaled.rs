@@ -17,7 +17,7 @@
 
 use super::outputs::OutputLoss;
 use super::stage::Stage;
-use super::streams::Streams;
+use super::streams::{BothLayers, Streams};
 use super::{LayerSink, Observer, Run, blank_report};
 use crate::calibration::CalibrationSet;
 use crate::distributed::Communicator;
@@ -200,17 +200,17 @@ impl Run<'_> {
     ) -> Result<()> {
         self.check_cancelled()?;
         let [first, last] = half.stages();
-        self.timed("forward", |_| streams.enter(first, layer, layer))?;
+        self.timed("forward", |_| streams.enter(first, BothLayers::same(layer)))?;
         layer.release_all();
         let own = [first, last].map(|stage| stage.modules(&self.modules).map(|m| m.slot).collect());
         let own: Vec<Slot> = own.into_iter().flat_map(|slots: Vec<Slot>| slots).collect();
         self.timed("load", |run| run.source.complete(layer, &own))?;
-        self.timed("forward", |_| streams.enter(last, layer, layer))
+        self.timed("forward", |_| streams.enter(last, BothLayers::same(layer)))
     }
 
     fn leave(&mut self, layer: &DecoderLayer, streams: &mut Streams<'_>) -> Result<()> {
         let layer_idx = self.layer_idx;
-        self.timed("forward", |_| streams.end_layer(layer_idx, layer, layer))
+        self.timed("forward", |_| streams.end_layer(layer_idx, BothLayers::same(layer)))
     }
 
     /// The best scales of a stage's inputs, `[in]`.

@@ -4,6 +4,7 @@
 //! piece by piece; attention takes a sample at a time. How batches are cut depends on the samples
 //! only, so the same bits come out for any number of threads and any place of the states.
 
+use super::down_inputs::DownInputs;
 use super::stage::Stage;
 use crate::calibration::{CalibrationSample, CalibrationSet};
 use crate::distributed::Communicator;
@@ -45,7 +46,7 @@ pub(super) struct Sample {
     deepstack: Vec<HiddenState>,
     /// U: the residual stream that the next addition goes to, `[n_tokens, hidden]`.
     pub(super) residual: HiddenState,
-    /// U: the input of `o_proj`, later of `down_proj`; the other stages' are a norm away.
+    /// U: the input of `o_proj`, later of `down_proj` if that is kept; the other stages' are a norm away.
     pub(super) input: HiddenState,
     pub(super) full: Option<FullStream>,
 }
@@ -53,10 +54,29 @@ pub(super) struct Sample {
 /// F, which runs ahead: its layer is known from the start.
 pub(super) struct FullStream {
     pub(super) residual: HiddenState,
-    /// Input of `o_proj`, later of `down_proj`.
+    /// Input of `o_proj`, later of `down_proj` if that is kept.
     pub(super) input: HiddenState,
     /// Residual stream after attention.
     pub(super) y: HiddenState,
+}
+
+/// The layer that each stream goes through, with the linears that the present step needs.
+#[derive(Clone, Copy)]
+pub(super) struct BothLayers<'a> {
+    /// F's.
+    pub(super) full: &'a DecoderLayer,
+    /// U's.
+    pub(super) quantized: &'a DecoderLayer,
+}
+
+impl<'a> BothLayers<'a> {
+    /// One layer for both streams.
+    pub(super) fn same(layer: &'a DecoderLayer) -> Self {
+        Self {
+            full: layer,
+            quantized: layer,
+        }
+    }
 }
 
 /// How tokens are weighed in one layer.
@@ -114,9 +134,11 @@ impl<'a> Streams<'a> {
 
     fn begin(&self, sample: CalibrationSample, config: &DecoderConfig) -> Result<Sample> {
         let (n, hidden) = (sample.classes.len(), config.hidden_size);
-        let widest = hidden
-            .max(config.n_heads * config.head_dim)
-            .max(config.widest_mlp());
+        let widest = hidden.max(config.n_heads * config.head_dim);
+        let widest = match self.store.keeps_down_inputs() {
+            true => widest.max(config.widest_mlp()),
+            false => widest,
+        };
         let full = self.with_full.then(|| {
             let mut stream = FullStream {
                 residual: self.store.place(n, hidden)?,
@@ -175,10 +197,9 @@ impl<'a> Streams<'a> {
     pub(super) fn enter(
         &mut self,
         stage: Stage,
-        full: &DecoderLayer,
-        quantized: &DecoderLayer,
+        layers: BothLayers<'_>,
     ) -> Result<()> {
-        let store = &self.store;
+        let (store, quantized) = (&self.store, layers.quantized);
         self.batches.par_iter_mut().try_for_each(|batch| {
             if stage == Stage::O {
                 return batch.iter_mut().try_for_each(|sample| {
@@ -188,7 +209,7 @@ impl<'a> Streams<'a> {
                 });
             }
             for piece in pieces_of(batch) {
-                enter_piece(batch, &piece, store, stage, full, quantized)?;
+                enter_piece(batch, &piece, store, stage, layers)?;
             }
             Ok(())
         })
@@ -196,12 +217,7 @@ impl<'a> Streams<'a> {
 
     /// Leaves the layer: U through its quantized `down_proj`, F through the original one. What the
     /// tower adds after this layer is added to both.
-    pub(super) fn end_layer(
-        &mut self,
-        layer_idx: usize,
-        full: &DecoderLayer,
-        quantized: &DecoderLayer,
-    ) -> Result<()> {
+    pub(super) fn end_layer(&mut self, layer_idx: usize, layers: BothLayers<'_>) -> Result<()> {
         let store = &self.store;
         self.batches.par_iter_mut().try_for_each(|batch| {
             for piece in pieces_of(batch) {
@@ -218,14 +234,13 @@ impl<'a> Streams<'a> {
                         None => x,
                     })
                 };
+                let inputs = DownInputs::of(batch, &piece, store, layers)?;
                 let y = gather_tensor(batch, &piece, store, |s| &s.residual)?;
-                let h = gather_tensor(batch, &piece, store, |s| &s.input)?;
-                let x = leave(quantized, &y, &h)?;
+                let x = leave(layers.quantized, &y, &inputs.quantized)?;
                 scatter(batch, &piece, store, &x, |s| Some(&mut s.residual))?;
-                if batch[0].full.is_some() {
+                if let Some(h) = inputs.full {
                     let y = gather_full(batch, &piece, store, |f| &f.y)?;
-                    let h = gather_full(batch, &piece, store, |f| &f.input)?;
-                    let x = leave(full, &y, &h)?;
+                    let x = leave(layers.full, &y, &h)?;
                     scatter(batch, &piece, store, &x, |s| {
                         full_state(s, |f| &mut f.residual)
                     })?;
@@ -288,27 +303,25 @@ fn enter_piece(
     piece: &Piece,
     store: &Store,
     stage: Stage,
-    full: &DecoderLayer,
-    quantized: &DecoderLayer,
+    layers: BothLayers<'_>,
 ) -> Result<()> {
     match stage {
         Stage::Qkv | Stage::O => Ok(()),
         Stage::GateUp => {
             let x = gather_tensor(batch, piece, store, |s| &s.residual)?;
             let a = gather_tensor(batch, piece, store, |s| &s.input)?;
-            let y = quantized.after_attention(&x, &a)?;
+            let y = layers.quantized.after_attention(&x, &a)?;
             scatter(batch, piece, store, &y, |s| Some(&mut s.residual))
         }
         Stage::Down => {
-            let y = gather_tensor(batch, piece, store, |s| &s.residual)?;
-            let h = quantized.down_input(&quantized.gate_up_input(&y)?)?;
-            scatter(batch, piece, store, &h, |s| Some(&mut s.input))?;
-            if batch[0].full.is_none() {
-                return Ok(());
+            let made = DownInputs::made(batch, piece, store, layers)?;
+            scatter(batch, piece, store, &made.quantized, |s| {
+                Some(&mut s.input)
+            })?;
+            match made.full {
+                Some(h) => scatter(batch, piece, store, &h, |s| full_state(s, |f| &mut f.input)),
+                None => Ok(()),
             }
-            let y = gather_full(batch, piece, store, |f| &f.y)?;
-            let h = full.down_input(&full.gate_up_input(&y)?)?;
-            scatter(batch, piece, store, &h, |s| full_state(s, |f| &mut f.input))
         }
     }
 }

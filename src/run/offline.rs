@@ -3,7 +3,7 @@
 
 use super::journaled::{Journaled, open_exporter};
 use super::ranks::samples_digest;
-use super::samples::{Part, SampleChoice, load_part};
+use super::samples::{Part, Room, SampleChoice, load_part};
 use super::{RunOptions, begun_report, check_copied, check_imatrix, module_plan, settings_digest};
 use crate::export::Exported;
 use crate::journal::{Fingerprint, Journal};
@@ -58,7 +58,7 @@ pub fn calibrate_folder(
         n_ranks: n_shards,
         n_shards,
     };
-    let room = (memory_bytes, writer.dir());
+    let room = (Room::of_memory(memory_bytes), writer.dir());
     let set = load_part(model, recipe, Some(choice), part, room, observer)?.by_itself();
     let n_sequences = set.n_sequences();
     if n_sequences == 0 {

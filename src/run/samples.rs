@@ -28,6 +28,30 @@ pub struct SampleChoice {
     pub max_tokens: usize,
 }
 
+/// What hidden states may take. How much it is changes no bit of what comes out.
+#[derive(Clone, Copy, Debug)]
+pub struct Room {
+    /// Bytes of memory to stay below, as far as it can be: hidden states that do not fit go to disk.
+    pub memory_bytes: u64,
+    /// The same of a GPU's memory, where those that do not fit go to memory; all that is free if
+    /// absent.
+    pub device_bytes: Option<u64>,
+    /// Whether the inputs of `down_proj` are made again whenever they are wanted, rather than kept. Done in
+    /// any case on a GPU whose memory has no room to keep them, where it can be done.
+    pub remakes_inputs: bool,
+}
+
+impl Room {
+    /// So many bytes of memory.
+    pub fn of_memory(memory_bytes: u64) -> Self {
+        Self {
+            memory_bytes,
+            device_bytes: None,
+            remakes_inputs: false,
+        }
+    }
+}
+
 /// Who takes part in a run, and in how many shards samples are summed up.
 #[derive(Clone, Copy)]
 pub struct Division<'a> {
@@ -72,7 +96,7 @@ pub fn load_samples(
     dir: &Path,
     observer: &dyn Observer,
 ) -> Result<CalibrationSet> {
-    let room = (memory_bytes, dir);
+    let room = (Room::of_memory(memory_bytes), dir);
     load_share(model, recipe, choice, Division::none(), room, observer)
 }
 
@@ -85,7 +109,7 @@ pub fn load_share(
     recipe: &Recipe,
     choice: Option<&SampleChoice>,
     division: Division<'_>,
-    room: (u64, &Path),
+    room: (Room, &Path),
     observer: &dyn Observer,
 ) -> Result<CalibrationSet> {
     let part = Part {
@@ -110,7 +134,7 @@ pub(super) fn load_part(
     recipe: &Recipe,
     choice: Option<&SampleChoice>,
     part: Part,
-    (memory_bytes, dir): (u64, &Path),
+    (room, dir): (Room, &Path),
     observer: &dyn Observer,
 ) -> Result<CalibrationSet> {
     if !recipe.needs_calibration() {
@@ -130,9 +154,7 @@ pub(super) fn load_part(
     let max_tokens = choice.max_tokens;
     let n_tokens = calibration::count_tokens(&processor, &chosen, max_tokens)?;
     let share = Share::of(chosen, &n_tokens, part);
-    let plan = plan_memory_among(part.n_ranks, model, recipe, &share.n_tokens());
-    let on_device = Engine::of(model.device())?.state_bytes(model)?;
-    let store = Store::new(plan.room(memory_bytes), dir, model.device()).on_device(on_device);
+    let store = store(model, recipe, &share.n_tokens(), part.n_ranks, (room, dir))?;
     let tower = model.load_tower()?;
     let tower = tower.as_ref();
     let set = calibration::prepare(
@@ -145,6 +167,46 @@ pub(super) fn load_part(
         observer,
     )?;
     Ok(share.number(set))
+}
+
+/// Where hidden states of samples of these many tokens are kept, and whether all of them are.
+fn store(
+    model: &ModelSource,
+    recipe: &Recipe,
+    n_tokens: &[usize],
+    n_ranks: usize,
+    (room, dir): (Room, &Path),
+) -> Result<Store> {
+    if room.remakes_inputs {
+        check_remaking(model, recipe)?;
+    }
+    let plan = |keeps| plan_memory_among(n_ranks, model, recipe, n_tokens, keeps);
+    let engine = Engine::of(model.device())?;
+    let on_device = |keeps| engine.state_bytes(model, keeps, room.device_bytes);
+    let fits_device = || Ok::<_, Error>(plan(true).streams <= on_device(true)?);
+    let is_cheaper = engine.is_gpu() && check_remaking(model, recipe).is_ok();
+    let remakes = room.remakes_inputs || is_cheaper && !fits_device()?;
+    let in_memory = plan(!remakes).room(room.memory_bytes);
+    let store = Store::new(in_memory, dir, model.device()).on_device(on_device(!remakes)?);
+    Ok(match remakes {
+        true => store.without_down_inputs(),
+        false => store,
+    })
+}
+
+/// Whether inputs of `down_proj` can be made again whenever they are wanted.
+///
+/// # Errors
+/// [`Error::Unsupported`] naming what they are kept for.
+pub fn check_remaking(model: &ModelSource, recipe: &Recipe) -> Result<()> {
+    let what = match model.decoder().experts {
+        Some(_) => "a mixture of experts, whose experts see tokens of their own",
+        None if recipe.method.is_scaled() => "a search for scales (awq, mbq)",
+        None => return Ok(()),
+    };
+    Err(Error::Unsupported {
+        what: format!("making inputs again (--remake-inputs) for {what}; leave it out"),
+    })
 }
 
 /// What a rank reads: all samples of which a sequence is in one of its shards.

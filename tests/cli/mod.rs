@@ -10,6 +10,7 @@ mod padding;
 mod ranks;
 mod report;
 mod resume;
+mod room;
 mod rotation;
 mod scales;
 mod small_flow;

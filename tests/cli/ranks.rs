@@ -20,7 +20,7 @@ use vlmq::pipeline::Unobserved;
 use vlmq::plan::{Bits, ScaleDtype, Scheme};
 use vlmq::processor::MAX_TEXT_TOKENS;
 use vlmq::recipe::{Method, Recipe};
-use vlmq::run::{RunOptions, SampleChoice, quantize_folder_among};
+use vlmq::run::{Room, RunOptions, SampleChoice, quantize_folder_among};
 use vlmq::{Error, Result};
 
 /// Long enough for a rank that is lost to be noticed, far shorter than the run.
@@ -36,7 +36,7 @@ fn options(n_shards: Option<usize>, report: bool) -> RunOptions {
         format: Format::CompressedTensors,
         resume: Resume::Auto,
         n_shards,
-        memory_bytes: u64::MAX,
+        room: Room::of_memory(u64::MAX),
         imatrix: false,
         report,
         command: None,
