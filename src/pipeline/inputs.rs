@@ -251,7 +251,11 @@ impl Streams<'_> {
 
 /// Batches and their pieces, in order.
 pub(super) fn with_pieces(batches: &[Vec<Sample>]) -> impl Iterator<Item = (&[Sample], Piece)> {
-    let pieces = |batch| pieces_of(batch).into_iter().map(move |piece| (batch, piece));
+    let pieces = |batch| {
+        pieces_of(batch)
+            .into_iter()
+            .map(move |piece| (batch, piece))
+    };
     batches.iter().map(Vec::as_slice).flat_map(pieces)
 }
 

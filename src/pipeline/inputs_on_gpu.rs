@@ -8,7 +8,7 @@ use super::inputs::{
     Shared, Summed, Summing, WeightShare, portions, stream_drift, weights_of, with_pieces,
 };
 use super::stage::Stage;
-use super::streams::{FullStream, BothLayers, Piece, Sample, Streams, gather_full, gather_tensor};
+use super::streams::{BothLayers, FullStream, Piece, Sample, Streams, gather_full, gather_tensor};
 use crate::engine::OneGpu;
 use crate::gpu::{Sums, TensorBatch};
 use crate::hidden_states::{HiddenState, Store};
@@ -103,11 +103,7 @@ impl Inputs {
         let stream_drift = (with_stream && with_full)
             .then(|| stream_drift(batch, piece, store, stage))
             .transpose()?;
-        Ok(Self {
-            u,
-            f,
-            stream_drift,
-        })
+        Ok(Self { u, f, stream_drift })
     }
 }
 

@@ -210,7 +210,9 @@ impl Run<'_> {
 
     fn leave(&mut self, layer: &DecoderLayer, streams: &mut Streams<'_>) -> Result<()> {
         let layer_idx = self.layer_idx;
-        self.timed("forward", |_| streams.end_layer(layer_idx, BothLayers::same(layer)))
+        self.timed("forward", |_| {
+            streams.end_layer(layer_idx, BothLayers::same(layer))
+        })
     }
 
     /// The best scales of a stage's inputs, `[in]`.

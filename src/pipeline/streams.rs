@@ -194,11 +194,7 @@ impl<'a> Streams<'a> {
 
     /// Walks U to a stage through the quantized linears before it, and F to the last one through
     /// the original ones. Both layers hold the linears of [`Stage::crossed`].
-    pub(super) fn enter(
-        &mut self,
-        stage: Stage,
-        layers: BothLayers<'_>,
-    ) -> Result<()> {
+    pub(super) fn enter(&mut self, stage: Stage, layers: BothLayers<'_>) -> Result<()> {
         let (store, quantized) = (&self.store, layers.quantized);
         self.batches.par_iter_mut().try_for_each(|batch| {
             if stage == Stage::O {
@@ -315,9 +311,7 @@ fn enter_piece(
         }
         Stage::Down => {
             let made = DownInputs::made(batch, piece, store, layers)?;
-            scatter(batch, piece, store, &made.quantized, |s| {
-                Some(&mut s.input)
-            })?;
+            scatter(batch, piece, store, &made.quantized, |s| Some(&mut s.input))?;
             match made.full {
                 Some(h) => scatter(batch, piece, store, &h, |s| full_state(s, |f| &mut f.input)),
                 None => Ok(()),
