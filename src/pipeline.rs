@@ -19,155 +19,47 @@ mod gpu_tests;
 mod group;
 mod inputs;
 mod inputs_on_gpu;
+mod observer;
 mod offline;
 mod outputs;
 mod prefetch;
 mod reduction;
 mod scaled;
 mod share;
+mod sink;
 mod stage;
 mod streams;
 mod teams;
+mod walk;
 
 use crate::calibration::CalibrationSet;
 use crate::distributed::{Alone, Communicator};
 use crate::engine::Engine;
 use crate::importance::{ImportanceSettings, LayerImportance, end_loss};
-use crate::model::changed::ChangedTensor;
 use crate::model::decoder::DecoderLayer;
 use crate::model::layer_source::LayerSource;
-use crate::model::linear::matrix_from_tensor;
 use crate::model::projection::{Projection, Slot};
 use crate::model::source::{ModelSource, Module};
 use crate::plan::Scheme;
 use crate::recipe::Recipe;
 use crate::report::importance::KeptWeights;
-use crate::report::{ChangeReport, Deviation, ModuleReport, ScaleReport, log};
+use crate::report::{Deviation, ModuleReport, log};
 use crate::solver::{Target, rtn};
-use crate::statistics::{InputSquares, Statistics, is_output_cheaper};
+use crate::statistics::{Statistics, is_output_cheaper};
 use crate::{Error, QuantizedWeight, Result};
 use following::{Following, Leading};
 use inputs::{Shared, Summing};
+pub use observer::{GroupStatistics, Observer, Unobserved};
 pub(crate) use offline::{measure, quantize_from};
 use prefetch::Prefetch;
 pub use scaled::ScaleSearch;
-use serde::{Deserialize, Serialize};
+pub use sink::{FinishedLayer, LayerOutcome, LayerSink};
 use stage::Stage;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use streams::{BothLayers, Streams, Weighing};
-
-/// What happens around a run.
-pub trait Observer: Sync {
-    /// A layer is about to be done.
-    fn on_layer(&self, layer_idx: usize, n_layers: usize);
-    /// A stage of it begins: one of the keys of [`LayerOutcome::seconds`]. They come in turns, some
-    /// of them several times a layer.
-    fn on_stage(&self, _name: &str) {}
-    /// What some linears see was summed up; they are solved next.
-    fn on_statistics(&self, _found: &GroupStatistics<'_>) {}
-    /// Whether the user asked to stop.
-    fn is_cancelled(&self) -> bool;
-}
-
-/// What linears see that share their inputs and their token weights.
-pub struct GroupStatistics<'a> {
-    /// Their layer.
-    pub layer_idx: usize,
-    /// They themselves; at least one.
-    pub modules: &'a [Module],
-    /// H, and C where a correction for drift is asked for.
-    pub statistics: &'a Statistics,
-    /// ω, `[sample][token]`; `None` where all tokens weigh alike.
-    pub weights: Option<&'a [Vec<f32>]>,
-    /// g, `[sample][token]`, that ω is made of; `None` where there is no importance.
-    pub factors: Option<&'a [Vec<f32>]>,
-}
-
-/// An observer that looks away.
-pub struct Unobserved;
-
-impl Observer for Unobserved {
-    fn on_layer(&self, _: usize, _: usize) {}
-
-    fn is_cancelled(&self) -> bool {
-        false
-    }
-}
-
-/// What a layer has to tell besides its weights.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-pub struct LayerOutcome {
-    /// One entry per module, in solving order.
-    pub modules: Vec<ModuleReport>,
-    /// Scales that were searched for.
-    #[serde(default)]
-    pub scales: Vec<ScaleReport>,
-    /// Plain tensors that are not the source's.
-    #[serde(default)]
-    pub changed: Vec<ChangeReport>,
-    /// Everything that went another way than planned.
-    pub deviations: Vec<Deviation>,
-    /// How large the inputs of its linears are, where statistics of them were kept.
-    #[serde(default)]
-    pub input_squares: Vec<InputSquares>,
-    /// Token weights of a few samples, where the sink wants them.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub kept_weights: Vec<KeptWeights>,
-    /// What ranks sent each other for it, all together.
-    #[serde(default)]
-    pub bytes_exchanged: u64,
-    /// Wall time per stage in seconds; `exchange` is what ranks waited for each other's bytes.
-    pub seconds: BTreeMap<String, f64>,
-}
-
-/// A layer that an earlier run finished.
-pub struct FinishedLayer {
-    /// Modules by name, in solving order.
-    pub weights: Vec<(String, QuantizedWeight)>,
-    /// Plain tensors that are not the source's, by name.
-    pub tensors: Vec<(String, Vec<f32>)>,
-    /// What it had to tell.
-    pub outcome: LayerOutcome,
-}
-
-/// Who takes the layers as they are finished, and may have some of them already.
-pub trait LayerSink {
-    /// The layer, if an earlier run finished it; its modules are then not handed over again.
-    ///
-    /// # Errors
-    /// The sink's own, which end the run.
-    fn finished(&mut self, _layer_idx: usize) -> Result<Option<FinishedLayer>> {
-        Ok(None)
-    }
-
-    /// The samples whose token weights are to be kept for the report, for which the loss of rounding
-    /// to nearest is measured as well; `None` where there will be no report.
-    fn kept_samples(&self) -> Option<Vec<usize>> {
-        None
-    }
-
-    /// Takes a module as soon as it is solved.
-    ///
-    /// # Errors
-    /// The sink's own, which end the run.
-    fn module(&mut self, module: &Module, weight: &QuantizedWeight) -> Result<()>;
-
-    /// Takes a plain tensor that is not the source's.
-    ///
-    /// # Errors
-    /// The sink's own, which end the run.
-    fn tensor(&mut self, tensor: &ChangedTensor) -> Result<()>;
-
-    /// All modules of a layer were taken.
-    ///
-    /// # Errors
-    /// The sink's own, which end the run.
-    fn layer(&mut self, _layer_idx: usize, _outcome: &LayerOutcome) -> Result<()> {
-        Ok(())
-    }
-}
+use streams::Streams;
+use walk::Pair;
 
 /// Quantizes every linear of the decoder, hands each to `sink` as soon as it is solved, and says
 /// what each layer has to tell.
@@ -326,22 +218,6 @@ struct Run<'a> {
     outcome: LayerOutcome,
 }
 
-/// A layer twice: as it was, and as far as it is quantized. Each holds only the linears that the
-/// present step needs.
-struct Pair {
-    full: DecoderLayer,
-    quantized: DecoderLayer,
-}
-
-impl Pair {
-    fn both(&self) -> BothLayers<'_> {
-        BothLayers {
-            full: &self.full,
-            quantized: &self.quantized,
-        }
-    }
-}
-
 /// Statistics that are summed up in one walk over the samples: all of a dense layer's, some of a
 /// mixture's, whose experts may be more than memory has room for.
 pub(crate) const GROUPS_AT_ONCE: usize = 16;
@@ -483,96 +359,6 @@ impl Run<'_> {
             weights: group.weights.as_ref().map(|weights| weights.as_slice()),
             factors: factors.and_then(|(importance, of)| importance.factors(of)),
         }
-    }
-
-    /// Takes F through attention, and gives the importance of tokens.
-    fn begin(
-        &mut self,
-        streams: &mut Streams<'_>,
-        importance: Option<ImportanceSettings>,
-    ) -> Result<(Pair, Option<LayerImportance>)> {
-        let needed = match importance {
-            Some(settings) if settings.needs_mlp() => self.modules.iter().map(|m| m.slot).collect(),
-            None if !streams.with_full() => Vec::new(),
-            _ => Projection::ATTENTION.map(Slot::from).to_vec(),
-        };
-        let mut full = self.timed("load", |run| {
-            let mut full = run.source.norms()?;
-            run.source.complete(&mut full, &needed)?;
-            Ok(full)
-        })?;
-        let stage = if importance.is_some() {
-            "importance"
-        } else {
-            "forward"
-        };
-        let importance = self.timed(stage, |run| {
-            let weighing = importance.map(|settings| run.weighing(settings, &full, &needed));
-            streams.begin_layer(&full, weighing.transpose()?.as_ref())
-        })?;
-        full.release_all();
-        let quantized = full.clone();
-        Ok((Pair { full, quantized }, importance))
-    }
-
-    /// What weighing tokens takes beside the streams and the layer.
-    fn weighing(
-        &self,
-        settings: ImportanceSettings,
-        full: &DecoderLayer,
-        linears: &[Slot],
-    ) -> Result<Weighing> {
-        let rounded = settings.needs_rounded().then(|| {
-            let mut rounded = full.clone();
-            for module in self.modules.iter().filter(|m| linears.contains(&m.slot)) {
-                if let Some(scheme) = self.recipe.scheme_of(&module.name) {
-                    let linear = full.linear(module.slot)?;
-                    let w = matrix_from_tensor(linear.weight())?;
-                    let w = rtn(&module.name, &w, scheme, self.recipe.solver.clip)?;
-                    rounded.replace(module.slot, linear.with_weight(w.dequantize())?);
-                }
-            }
-            Ok::<_, Error>(rounded)
-        });
-        Ok(Weighing {
-            settings,
-            layer_idx: self.layer_idx,
-            rounded: rounded.transpose()?,
-        })
-    }
-
-    /// Walks both streams to a stage. What was not quantized goes as it was.
-    fn enter(&mut self, stage: Stage, pair: &mut Pair, streams: &mut Streams<'_>) -> Result<()> {
-        self.check_cancelled()?;
-        let crossed = stage.crossed(&self.modules);
-        self.timed("load", |run| {
-            run.source.complete(&mut pair.quantized, &crossed)?;
-            match stage == Stage::Down && streams.with_full() {
-                true => run.source.complete(&mut pair.full, &crossed),
-                false => Ok(()),
-            }
-        })?;
-        if stage == Stage::Down && !streams.store.keeps_down_inputs() {
-            // Gate and up are needed as long as its inputs are.
-            return Ok(());
-        }
-        self.timed("forward", |_| streams.enter(stage, pair.both()))?;
-        pair.full.release(&crossed);
-        pair.quantized.release(&crossed);
-        Ok(())
-    }
-
-    fn end(&mut self, mut pair: Pair, streams: &mut Streams<'_>) -> Result<()> {
-        let down: Vec<Slot> = Stage::Down.modules(&self.modules).map(|m| m.slot).collect();
-        let layer_idx = self.layer_idx;
-        self.timed("load", |run| {
-            run.source.complete(&mut pair.quantized, &down)?;
-            match streams.with_full() {
-                true => run.source.complete(&mut pair.full, &down),
-                false => Ok(()),
-            }
-        })?;
-        self.timed("forward", |_| streams.end_layer(layer_idx, pair.both()))
     }
 
     /// RTN needs neither streams nor a forward.

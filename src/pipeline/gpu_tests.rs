@@ -7,6 +7,7 @@ use crate::distributed::Local;
 use crate::engine::OneGpu;
 use crate::gpu::emulated;
 use crate::hidden_states::Store;
+use crate::model::changed::ChangedTensor;
 use crate::plan::ScaleDtype;
 use crate::recipe::Method;
 use crate::run::{Division, Room, SampleChoice, load_share};
