@@ -148,21 +148,21 @@ impl Engine {
         }
     }
 
-    /// What runs where.
-    pub fn report(&self) -> EngineReport {
+    /// What runs where; whether inputs of `down_proj` are made again, the caller knows.
+    pub fn report(&self, remakes_inputs: bool) -> EngineReport {
         let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
         match self {
             Self::Cpu => EngineReport {
                 device: "cpu".into(),
                 products: None,
-                remakes_inputs: false,
+                remakes_inputs,
                 on_gpu: Vec::new(),
                 on_cpu: Vec::new(),
             },
             Self::Gpu(OneGpu(gpu)) => EngineReport {
                 device: gpu.name().into(),
                 products: Some(gpu.products().into()),
-                remakes_inputs: false,
+                remakes_inputs,
                 on_gpu: names(&[
                     "vision",
                     "forward",

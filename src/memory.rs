@@ -333,29 +333,22 @@ impl Step<'_> {
     }
 
     fn mlp(&self) -> u64 {
-        let linears = self.worst(|mlp| self.of_mlp(mlp, &[Projection::Gate, Projection::Up]));
         if self.with_scales {
+            let linears = self.worst(|mlp| self.of_mlp(mlp, &[Projection::Gate, Projection::Up]));
             // All three as they were; gate and up as they are tried, one of them on its way.
             let down = self.worst(|mlp| self.of_mlp(mlp, &[Projection::Down]));
             let rows = 6 * self.batch * self.config.widest_mlp() as u64 * F32;
             return 3 * linears + down + self.n_threads * rows;
         }
-        let activations = self.n_threads * self.activations();
-        self.n_streams() * linears + activations
+        self.making_down_inputs(self.n_threads)
     }
 
-    /// gate and up of both streams, and what they make of a batch.
-    fn mlp_of_one_thread(&self) -> u64 {
+    /// gate and up of both streams, and what they make of so many batches.
+    fn making_down_inputs(&self, n_batches: u64) -> u64 {
         let linears = self.worst(|mlp| self.of_mlp(mlp, &[Projection::Gate, Projection::Up]));
-        self.n_streams() * linears + self.activations()
-    }
-
-    fn n_streams(&self) -> u64 {
-        if self.with_full { 2 } else { 1 }
-    }
-
-    fn activations(&self) -> u64 {
-        4 * self.batch * self.config.widest_mlp() as u64 * F32
+        let copies = if self.with_full { 2 } else { 1 };
+        let activations = 4 * self.batch * self.config.widest_mlp() as u64 * F32;
+        copies * linears + n_batches * activations
     }
 
     fn wide(&self) -> u64 {
@@ -376,7 +369,7 @@ impl Step<'_> {
         match self.keeps_down_inputs {
             true => wide,
             // With a batch of both streams' inputs, and what they are made with.
-            false => wide + self.mlp_of_one_thread(),
+            false => wide + self.making_down_inputs(1),
         }
     }
 }

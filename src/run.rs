@@ -15,7 +15,7 @@ use crate::allocation::allocate;
 use crate::calibration::{CalibrationSample, CalibrationSet};
 use crate::conversion::folder_name;
 use crate::distributed::{Alone, Communicator};
-use crate::engine::{Engine, EngineReport};
+use crate::engine::Engine;
 use crate::export::{Exported, Format, ModulePlan};
 use crate::families::open_processor;
 use crate::journal::{Fingerprint, Journal, Resume};
@@ -199,10 +199,7 @@ fn lead(
     report.allocation = allocated.report;
     report.seconds = preparation_seconds(checked, prepared, set.seconds);
     report.ranks = division.report();
-    report.engine = Some(EngineReport {
-        remakes_inputs: !set.store.keeps_down_inputs(),
-        ..engine.report()
-    });
+    report.engine = Some(engine.report(!set.store.keeps_down_inputs()));
     let mut sink = Journaled {
         model,
         exporter,

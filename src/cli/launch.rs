@@ -219,9 +219,13 @@ fn variable(name: &str) -> Option<String> {
 
 /// How many ranks share this machine, 1 if nobody tells.
 pub fn n_local_ranks() -> usize {
-    let sizes = LOCAL_SIZES.iter().filter_map(|name| variable(name));
-    let sizes = sizes.filter_map(|size| size.parse().ok());
-    sizes.into_iter().next().unwrap_or(1).max(1)
+    first_number(&LOCAL_SIZES, &variable).unwrap_or(1).max(1)
+}
+
+/// The first of some variables that is a number.
+fn first_number(names: &[&str], variable: &dyn Fn(&str) -> Option<String>) -> Option<usize> {
+    let told = names.iter().filter_map(|name| variable(name));
+    told.filter_map(|text| text.parse().ok()).next()
 }
 
 /// The device that `text` names; `cuda` is the GPU with the number that this rank has on its machine.
@@ -237,8 +241,7 @@ pub fn device(text: &str) -> Result<DeviceName> {
 
 /// 0 if nobody tells.
 fn local_rank(variable: &dyn Fn(&str) -> Option<String>) -> usize {
-    let told = LOCAL_RANKS.iter().find_map(|name| variable(name));
-    told.and_then(|rank| rank.parse().ok()).unwrap_or(0)
+    first_number(&LOCAL_RANKS, variable).unwrap_or(0)
 }
 
 /// Threads for this process: the cores that it may use, and its part of them where ranks share a

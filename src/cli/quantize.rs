@@ -69,7 +69,7 @@ pub struct Args {
     #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
     device_memory: Option<u64>,
     /// Make the inputs of down_proj, the widest hidden states, again whenever they are wanted, rather than
-    /// keep them: for less than half the room gate and up are walked through three times instead of once.
+    /// keep them: for less than half the room gate and up are walked through twice instead of once.
     /// What comes out is the same. A GPU without room for them does so by itself
     #[arg(long)]
     remake_inputs: bool,

@@ -6,7 +6,7 @@ use crate::engine::Engine;
 use crate::export::ModulePlan;
 use crate::model::ModelSource;
 use crate::recipe::Recipe;
-use crate::run::SampleChoice;
+use crate::run::{SampleChoice, settings_digest};
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 
@@ -36,7 +36,7 @@ pub(super) fn agree(
     }
     let own = Agreement {
         version: env!("CARGO_PKG_VERSION").into(),
-        settings: digest([format!("{recipe:?} {plan:?}")]),
+        settings: settings_digest(recipe, plan),
         engine: Engine::of(model.device())?.kind(),
         model: model_digest(model)?,
         samples: match choice {

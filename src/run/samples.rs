@@ -183,9 +183,10 @@ fn store(
     let plan = |keeps| plan_memory_among(n_ranks, model, recipe, n_tokens, keeps);
     let engine = Engine::of(model.device())?;
     let on_device = |keeps| engine.state_bytes(model, keeps, room.device_bytes);
-    let fits_device = || Ok::<_, Error>(plan(true).streams <= on_device(true)?);
-    let is_cheaper = engine.is_gpu() && check_remaking(model, recipe).is_ok();
-    let remakes = room.remakes_inputs || is_cheaper && !fits_device()?;
+    let remakes = room.remakes_inputs
+        || engine.is_gpu()
+            && check_remaking(model, recipe).is_ok()
+            && plan(true).streams > on_device(true)?;
     let in_memory = plan(!remakes).room(room.memory_bytes);
     let store = Store::new(in_memory, dir, model.device()).on_device(on_device(!remakes)?);
     Ok(match remakes {
