@@ -2,10 +2,13 @@
 //!
 //! | started by | told in |
 //! |---|---|
-//! | `mpirun`, `srun --mpi=…` | what their MPI library reads (feature `mpi`) |
 //! | `torchrun --no-python`, or by hand | `RANK`, `WORLD_SIZE`, `MASTER_ADDR`, `MASTER_PORT` |
+//! | `mpirun`, `srun --mpi=pmix` | what their MPI library reads (feature `mpi`) |
+//! | `srun` | what Slurm says of a step ([`slurm`]) |
 //!
-//! Without any of them a process is alone.
+//! The first of them that is there counts; without any a process is alone.
+
+mod slurm;
 
 use super::tell;
 use crate::distributed::{Alone, Communicator, Rendezvous, Tcp};
@@ -25,12 +28,14 @@ const MPI_SIZES: [&str; 3] = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORL
 /// Set by Slurm for programs that use MPI.
 const PMIX_RANK: &str = "PMIX_RANK";
 
+/// A variable of the environment by its name.
+type Lookup<'a> = &'a dyn Fn(&str) -> Option<String>;
+
 /// How many ranks share this machine.
-const LOCAL_SIZES: [&str; 4] = [
+const LOCAL_SIZES: [&str; 3] = [
     "OMPI_COMM_WORLD_LOCAL_SIZE",
     "MPI_LOCALNRANKS",
     "LOCAL_WORLD_SIZE",
-    "SLURM_NTASKS_PER_NODE",
 ];
 
 /// Which of the ranks on its machine this one is.
@@ -69,11 +74,12 @@ impl Launch {
         if let Some(at) = rendezvous(&variable)? {
             return Self::by_tcp(&at);
         }
-        let of_mpi = MPI_SIZES.iter().find_map(|name| variable(name));
-        let of_slurm = variable(PMIX_RANK).and_then(|_| variable("SLURM_NTASKS"));
-        match of_mpi.or(of_slurm) {
-            Some(size) if size != "1" => Self::by_mpi(),
-            _ => Ok(Self::alone()),
+        if is_of_mpi(&variable) {
+            return Self::by_mpi();
+        }
+        match slurm::rendezvous(&variable)? {
+            Some(at) => Self::by_tcp(&at),
+            None => Ok(Self::alone()),
         }
     }
 
@@ -112,7 +118,7 @@ impl Launch {
     #[cfg(not(feature = "mpi"))]
     fn by_mpi() -> Result<Self> {
         let what = "ranks of MPI in a vlmq that was built without it; build it with --features mpi, or \
-                    start ranks with torchrun --no-python";
+                    start ranks with torchrun --no-python or srun --mpi=none";
         Err(Error::Unsupported { what: what.into() })
     }
 
@@ -168,20 +174,20 @@ impl Teller {
     }
 }
 
+/// Whether an MPI library has the ranks. Slurm's own variables for one are there by many a cluster's
+/// default, whoever is started: without the library they say nothing.
+fn is_of_mpi(variable: Lookup) -> bool {
+    let of_launcher = MPI_SIZES.iter().find_map(|name| variable(name));
+    let of_slurm = || variable(PMIX_RANK).and_then(|_| variable(slurm::N_TASKS));
+    let of_slurm = cfg!(feature = "mpi").then(of_slurm).flatten();
+    of_launcher.or(of_slurm).is_some_and(|size| size != "1")
+}
+
 /// Where ranks meet that are started one by one; `None` for a process alone.
-fn rendezvous(variable: &dyn Fn(&str) -> Option<String>) -> Result<Option<Rendezvous>> {
-    let number = |name: &str| -> Result<Option<usize>> {
-        let parsed = variable(name).map(|text| {
-            text.parse().map_err(|_| Error::Invalid {
-                what: name.into(),
-                why: format!("{text:?} given, a number expected"),
-            })
-        });
-        parsed.transpose()
-    };
-    let host = variable("MASTER_ADDR");
-    let (Some(n_ranks), Some(rank), Some(host)) = (number("WORLD_SIZE")?, number("RANK")?, host)
-    else {
+fn rendezvous(variable: Lookup) -> Result<Option<Rendezvous>> {
+    let n_ranks = number(variable, "WORLD_SIZE")?;
+    let rank = number(variable, "RANK")?;
+    let (Some(n_ranks), Some(rank), Some(host)) = (n_ranks, rank, variable("MASTER_ADDR")) else {
         return Ok(None);
     };
     if n_ranks <= 1 {
@@ -193,24 +199,42 @@ fn rendezvous(variable: &dyn Fn(&str) -> Option<String>) -> Result<Option<Rendez
             why: format!("{rank} given, less than WORLD_SIZE ({n_ranks}) expected"),
         });
     }
-    // torchrun itself listens at the port that it tells: the next one is taken.
-    let next = usize::from(variable("TORCHELASTIC_RUN_ID").is_some());
-    let port = match number("VLMQ_PORT")? {
-        Some(port) => Some(port),
-        None => number("MASTER_PORT")?.map(|port| port + next),
-    };
-    let port = port.and_then(|port| u16::try_from(port).ok());
-    let port = port.ok_or_else(|| Error::Invalid {
-        what: "MASTER_PORT".into(),
-        why: "a port of MASTER_ADDR expected, the same for all ranks".into(),
-    })?;
     Ok(Some(Rendezvous {
         rank,
         n_ranks,
         host,
-        port,
+        port: port(variable, None)?,
         patience: PATIENCE,
     }))
+}
+
+/// The port at which rank 0 listens, `otherwise` where nobody says.
+fn port(variable: Lookup, otherwise: Option<u16>) -> Result<u16> {
+    // torchrun itself listens at the port that it tells: the next one is taken.
+    let next = usize::from(variable("TORCHELASTIC_RUN_ID").is_some());
+    let said = match number(variable, "VLMQ_PORT")? {
+        Some(port) => Some(port),
+        None => number(variable, "MASTER_PORT")?.map(|port| port + next),
+    };
+    let port = match said {
+        Some(port) => u16::try_from(port).ok(),
+        None => otherwise,
+    };
+    port.ok_or_else(|| Error::Invalid {
+        what: "MASTER_PORT".into(),
+        why: "a port of MASTER_ADDR expected, the same for all ranks".into(),
+    })
+}
+
+/// A variable that is to be a number.
+fn number(variable: Lookup, name: &str) -> Result<Option<usize>> {
+    let parsed = variable(name).map(|text| {
+        text.parse().map_err(|_| Error::Invalid {
+            what: name.into(),
+            why: format!("{text:?} given, a number expected"),
+        })
+    });
+    parsed.transpose()
 }
 
 fn variable(name: &str) -> Option<String> {
@@ -219,11 +243,13 @@ fn variable(name: &str) -> Option<String> {
 
 /// How many ranks share this machine, 1 if nobody tells.
 pub fn n_local_ranks() -> usize {
-    first_number(&LOCAL_SIZES, &variable).unwrap_or(1).max(1)
+    let told = first_number(&LOCAL_SIZES, &variable);
+    let told = told.or_else(|| slurm::n_local_tasks(&variable));
+    told.unwrap_or(1).max(1)
 }
 
 /// The first of some variables that is a number.
-fn first_number(names: &[&str], variable: &dyn Fn(&str) -> Option<String>) -> Option<usize> {
+fn first_number(names: &[&str], variable: Lookup) -> Option<usize> {
     let told = names.iter().filter_map(|name| variable(name));
     told.filter_map(|text| text.parse().ok()).next()
 }
@@ -240,7 +266,7 @@ pub fn device(text: &str) -> Result<DeviceName> {
 }
 
 /// 0 if nobody tells.
-fn local_rank(variable: &dyn Fn(&str) -> Option<String>) -> usize {
+fn local_rank(variable: Lookup) -> usize {
     first_number(&LOCAL_RANKS, variable).unwrap_or(0)
 }
 
