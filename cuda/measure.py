@@ -1,7 +1,7 @@
 """What vlmq takes on a GPU at the widths of a 7B model: time, memory, and shares of the card's ceilings.
 
 Usage: measure.py VLMQ WORK [--device 0] [--layers 28] [--samples 512] [--tokens 512]
-       [--methods gptq,gptaq,vlmq] [--record FILE]
+       [--methods gptq,gptaq,vlmq] [--products f32,bf16] [--record FILE]
 
 VLMQ is a program with the feature `cuda`. Needs torch with CUDA, for random weights, for the ceilings
 and for the loop that vlmq is compared with, which runs on the same card in the same run: GPTQ as its
@@ -12,6 +12,7 @@ first thing it does is to compare the codes of a small model on the GPU with the
 """
 
 import argparse
+import itertools
 import json
 import random
 import subprocess
@@ -73,15 +74,15 @@ def quantize(vlmq, model, texts, method, output, device, extra=()):
                 loss=sum(m["loss"] or 0.0 for m in report["modules"]))
 
 
-def same_as_cpu(vlmq, work, device):
+def same_as_cpu(vlmq, work, device, products):
     """Relative difference of the summed losses of the bundled model, GPU against CPU, by method."""
     data = ROOT / "testbed/calibration"
     found = {}
     for method in ["gptq", "gptaq", "vlmq-v2", "vlmq"]:
         runs = []
-        for where in ["cpu", device]:
+        for where, kind in [("cpu", "f32"), (device, products)]:
             with tempfile.TemporaryDirectory(dir=work) as folder:
-                extra = ["--samples", "32", "--group-size", "64"]
+                extra = ["--samples", "32", "--group-size", "64", "--products", kind]
                 runs.append(quantize(vlmq, ROOT / "testbed/model", data, method, Path(folder) / "out",
                                      where, extra)["loss"])
         found[method] = runs[1] / runs[0] - 1
@@ -105,11 +106,12 @@ def timed(work, n=5):
 def ceilings():
     """Operations a second of products of 8192-square matrices, and bytes a second of a copy."""
     import torch
-    torch.backends.cuda.matmul.allow_tf32 = False
     n, found = 8192, {}
-    for name, dtype in [("f32", torch.float32), ("bf16", torch.bfloat16)]:
+    for name, dtype in [("f32", torch.float32), ("tf32", torch.float32), ("bf16", torch.bfloat16)]:
+        torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
         a, b = (torch.randn(n, n, device="cuda", dtype=dtype) for _ in range(2))
         found[name] = 2 * n**3 / timed(lambda: a @ b)
+    torch.backends.cuda.matmul.allow_tf32 = False
     a = torch.empty(1 << 28, device="cuda")
     found["bytes"] = 2 * 4 * (1 << 28) / timed(lambda: a.clone())
     return found
@@ -159,6 +161,14 @@ def operations(n_tokens, n_layers):
                 solve=sum(out * n * n for out, n in MODULES) * n_layers)
 
 
+def print_shares(run, n_layers, products, ceilings):
+    """Each stage's rate beside that of the products it is made of."""
+    for stage, n in operations(run["n_tokens"], n_layers).items():
+        kind = products if stage == "forward" else "f32"
+        share = n / run["seconds"][stage] / ceilings[kind]
+        print(f"gptq {stage}: {100 * share:.0f} % of the {kind} product's rate", flush=True)
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("vlmq")
@@ -166,11 +176,12 @@ def main():
     for name, default in [("device", 0), ("layers", 28), ("samples", 512), ("tokens", 512)]:
         p.add_argument(f"--{name}", type=int, default=default)
     p.add_argument("--methods", default="gptq,gptaq,vlmq")
+    p.add_argument("--products", default="f32,bf16")
     p.add_argument("--record", type=Path)
     args = p.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    device, record = f"cuda:{args.device}", {}
-    record["loss_against_cpu"] = same_as_cpu(args.vlmq, args.work, device)
+    device, record, all_products = f"cuda:{args.device}", {}, args.products.split(",")
+    record["loss_against_cpu"] = {p: same_as_cpu(args.vlmq, args.work, device, p) for p in all_products}
     print("loss on the GPU against the CPU's, less one:", record["loss_against_cpu"], flush=True)
     record["ceilings"] = ceilings()
     print("ceilings, operations and bytes a second:", record["ceilings"], flush=True)
@@ -179,19 +190,17 @@ def main():
         subprocess.run([sys.executable, ROOT / "benches/rivals/make_model.py", model, "--size", "7B",
                         "--layers", str(args.layers)], check=True)
     write_texts(texts, args.samples, args.tokens)
-    extra = ["--samples", args.samples, "--max-tokens", args.tokens]
     record["runs"] = {}
-    for method in args.methods.split(","):
+    for products, method in itertools.product(all_products, args.methods.split(",")):
+        extra = ["--samples", args.samples, "--max-tokens", args.tokens, "--products", products]
         with tempfile.TemporaryDirectory(dir=args.work) as folder:
             run = quantize(args.vlmq, model, texts, method, Path(folder) / "out", device, extra)
-        record["runs"][method] = run
+        name = f"{method} {products}"
+        record["runs"][name] = run
         stages = "  ".join(f"{s} {run['seconds'].get(s, 0.0):.1f}" for s in STAGES)
-        print(f"{method}: {run['wall']:.1f} s, {run['peak_mib']} MiB on the GPU; {stages}", flush=True)
-    if "gptq" in record["runs"]:
-        run = record["runs"]["gptq"]
-        for stage, n in operations(run["n_tokens"], args.layers).items():
-            share = n / run["seconds"][stage] / record["ceilings"]["f32"]
-            print(f"gptq {stage}: {100 * share:.0f} % of the f32 product's rate", flush=True)
+        print(f"{name}: {run['wall']:.1f} s, {run['peak_mib']} MiB on the GPU; {stages}", flush=True)
+        if method == "gptq":
+            print_shares(run, args.layers, products, record["ceilings"])
     record["reference_seconds"] = {f"{out}x{n}": reference(out, n) for out, n in dict.fromkeys(MODULES)}
     print("the authors' loop, seconds by weight:", record["reference_seconds"])
     if args.record:

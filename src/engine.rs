@@ -3,7 +3,7 @@
 //! any work, and what stays with the CPU is told by [`EngineReport`].
 
 use crate::gpu::{self, Gpu};
-use crate::model::ModelSource;
+use crate::model::{ModelDevice, ModelSource, Products};
 use crate::plan::{Bits, Scheme};
 use crate::recipe::Recipe;
 use crate::solver::{self, Solved, SolverSettings};
@@ -42,22 +42,24 @@ impl FromStr for DeviceName {
 }
 
 impl DeviceName {
-    /// The device that tensors are made on. With `tf32` a GPU's products of tensors, those of the
-    /// forward and backward passes, round their factors to 10 bits of mantissa; sums and solutions
-    /// are not concerned. That holds for the whole process.
+    /// The device that tensors are made on, and what its products are made of. Where these are not
+    /// [`Products::F32`], all products of the tensor library are in TF32 for the whole process.
     ///
     /// # Errors
     /// [`Error::Device`] if there is no such GPU; [`Error::Unsupported`] for one in a program without
-    /// the feature `cuda`; [`Error::Invalid`] for `tf32` on the CPU.
-    pub fn open(self, tf32: bool) -> Result<Device> {
-        match self {
-            Self::Cpu if tf32 => Err(Error::Invalid {
-                what: "--tf32".into(),
-                why: "the CPU has no such products; --device cuda:N has".into(),
-            }),
-            Self::Cpu => Ok(Device::Cpu),
-            Self::Cuda(ordinal) => gpu::cuda_device(ordinal, tf32),
-        }
+    /// the feature `cuda`; [`Error::Invalid`] for products that the CPU does not have.
+    pub fn open(self, products: Products) -> Result<ModelDevice> {
+        let device = match (self, products) {
+            (Self::Cpu, Products::F32) => Device::Cpu,
+            (Self::Cpu, other) => {
+                return Err(Error::Invalid {
+                    what: "--products".into(),
+                    why: format!("the CPU has none of {other}; --device cuda:N has"),
+                });
+            }
+            (Self::Cuda(ordinal), _) => gpu::cuda_device(ordinal, products != Products::F32)?,
+        };
+        Ok(ModelDevice::new(device, products))
     }
 }
 
@@ -72,14 +74,18 @@ pub enum Engine {
 
 /// A GPU that is open.
 #[derive(Clone, Debug)]
-pub struct OneGpu(pub(crate) Arc<dyn Gpu>);
+pub struct OneGpu {
+    pub(crate) gpu: Arc<dyn Gpu>,
+    /// Of the model's tensors there.
+    pub(crate) products: Products,
+}
 
 /// What ran where, by the names under which the report tells seconds.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EngineReport {
     /// The device: `cpu`, or `cuda:N` with the product's name.
     pub device: String,
-    /// What a GPU's products of tensors round their factors to: `f32`, which is not at all, or `tf32`.
+    /// What a GPU's products of tensors round their factors to: `f32`, which is not at all, `tf32` or `bf16`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub products: Option<String>,
     /// Whether inputs of `down_proj` were made again whenever they were wanted, rather than kept.
@@ -107,9 +113,10 @@ impl Engine {
     /// # Errors
     /// [`Error::Device`] if the GPU cannot be used; [`Error::Unsupported`] for a device of a kind
     /// that none is for.
-    pub fn of(device: &Device) -> Result<Self> {
+    pub fn of(device: &ModelDevice) -> Result<Self> {
+        let products = device.products();
         let gpu = gpu::of_device(device)?;
-        Ok(gpu.map_or(Self::Cpu, |gpu| Self::Gpu(OneGpu(gpu))))
+        Ok(gpu.map_or(Self::Cpu, |gpu| Self::Gpu(OneGpu { gpu, products })))
     }
 
     /// Whether the recipe can be done here.
@@ -144,7 +151,7 @@ impl Engine {
     pub(crate) fn kind(&self) -> String {
         match self {
             Self::Cpu => "cpu".into(),
-            Self::Gpu(OneGpu(gpu)) => format!("gpu, products in {}", gpu.products()),
+            Self::Gpu(own) => format!("gpu, products in {}", own.products),
         }
     }
 
@@ -159,9 +166,9 @@ impl Engine {
                 on_gpu: Vec::new(),
                 on_cpu: Vec::new(),
             },
-            Self::Gpu(OneGpu(gpu)) => EngineReport {
+            Self::Gpu(OneGpu { gpu, products }) => EngineReport {
                 device: gpu.name().into(),
-                products: Some(gpu.products().into()),
+                products: Some(products.to_string()),
                 remakes_inputs,
                 on_gpu: names(&[
                     "vision",
@@ -194,7 +201,7 @@ impl Engine {
         keeps_down_inputs: bool,
         limit: Option<u64>,
     ) -> Result<u64> {
-        let Self::Gpu(OneGpu(gpu)) = self else {
+        let Self::Gpu(OneGpu { gpu, .. }) = self else {
             return Ok(0);
         };
         let shapes: Vec<[usize; 2]> = model.modules().iter().map(|m| m.shape).collect();
@@ -249,7 +256,7 @@ impl Factor {
                     None => factor,
                 })))
             }
-            Engine::Gpu(OneGpu(gpu)) => {
+            Engine::Gpu(OneGpu { gpu, .. }) => {
                 let factor = gpu::Factor::new(gpu, module, statistics, settings)?;
                 Ok(Self::Gpu(Box::new(match part {
                     Some(part) => factor.with_part(module, part, settings)?,

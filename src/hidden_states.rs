@@ -3,8 +3,11 @@
 //! Where a state lies changes no bit of it: all places keep f32. The file is gone with the process,
 //! however that ends.
 
+mod host_memory;
+
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
+use host_memory::HostMemory;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -81,7 +84,7 @@ impl Store {
     /// Room for `n_rows` rows of at most `max_width` values.
     ///
     /// # Errors
-    /// [`Error::Io`] if the file cannot be made.
+    /// [`Error::Io`] if the file cannot be made; [`Error::Device`] if a GPU's driver does not lock the memory.
     pub fn place(&self, n_rows: usize, max_width: usize) -> Result<HiddenState> {
         let n_bytes = n_rows as u64 * max_width as u64 * F32;
         let take = |left: u64| left.checked_sub(n_bytes);
@@ -92,7 +95,7 @@ impl Store {
         let place = if fits(&self.left_on_device) {
             Place::Device(None)
         } else if fits(&self.left) {
-            Place::Memory(Vec::new())
+            Place::Memory(HostMemory::new(&self.device, n_rows * max_width)?)
         } else {
             Place::File(self.reserve(n_bytes)?)
         };
@@ -137,7 +140,7 @@ pub struct HiddenState {
 
 #[derive(Debug)]
 enum Place {
-    Memory(Vec<f32>),
+    Memory(HostMemory),
     /// Once it is set.
     Device(Option<Tensor>),
     /// Where its bytes begin.
@@ -162,7 +165,7 @@ impl HiddenState {
     pub fn read(&self, store: &Store, rows: Range<usize>, target: &mut [f32]) -> Result<()> {
         let values = rows.start * self.width..rows.end * self.width;
         match &self.place {
-            Place::Memory(data) => target.copy_from_slice(&data[values]),
+            Place::Memory(data) => data.read(values, target)?,
             Place::Device(Some(tensor)) => {
                 let rows = tensor.narrow(0, rows.start, rows.len())?;
                 target.copy_from_slice(&rows.flatten_all()?.to_vec1::<f32>()?);
@@ -188,10 +191,15 @@ impl HiddenState {
     /// # Errors
     /// As [`HiddenState::read`].
     pub fn rows(&self, store: &Store, rows: Range<usize>) -> Result<Tensor> {
-        if let Place::Device(Some(tensor)) = &self.place {
-            return Ok(tensor.narrow(0, rows.start, rows.len())?);
-        }
         let shape = (rows.len(), self.width);
+        match &self.place {
+            Place::Device(Some(tensor)) => return Ok(tensor.narrow(0, rows.start, rows.len())?),
+            Place::Memory(data) => {
+                let values = rows.start * self.width..rows.end * self.width;
+                return data.tensor(values, shape, &store.device);
+            }
+            Place::Device(None) | Place::File(_) => {}
+        }
         let mut values = vec![0.0; rows.len() * self.width];
         self.read(store, rows, &mut values)?;
         Ok(Tensor::from_vec(values, shape, &store.device)?)
@@ -211,8 +219,13 @@ impl HiddenState {
     /// [`Error::Io`], on a full disk too; a tensor error.
     pub fn set(&mut self, store: &Store, start: usize, rows: &Tensor) -> Result<()> {
         let (_, width) = rows.dims2()?;
-        if matches!(self.place, Place::Device(_)) {
-            return self.set_on_device(start, rows);
+        match &mut self.place {
+            Place::Device(_) => return self.set_on_device(start, rows),
+            Place::Memory(data) => {
+                self.width = width;
+                return data.set(self.n_rows * width, start * width, rows);
+            }
+            Place::File(_) => {}
         }
         let values: Vec<f32> = rows.flatten_all()?.to_vec1()?;
         self.write(store, start, width, &values)
@@ -237,10 +250,7 @@ impl HiddenState {
         self.width = width;
         match &mut self.place {
             Place::Device(_) => {}
-            Place::Memory(data) => {
-                data.resize(self.n_rows * width, 0.0);
-                data[start * width..][..values.len()].copy_from_slice(values);
-            }
+            Place::Memory(data) => data.write(self.n_rows * width, start * width, values)?,
             Place::File(place) => {
                 let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
                 let at = *place + (start * width) as u64 * F32;

@@ -134,12 +134,12 @@ fn measured(
 }
 
 fn errors(recipe: &Recipe, module: &Module, layer: &DecoderLayer) -> Result<Errors> {
-    let weight = layer.linear(module.slot)?.weight();
-    let w = matrix_from_tensor(weight)?;
+    let weight = layer.linear(module.slot)?.weight_f32()?;
+    let w = matrix_from_tensor(&weight)?;
     let of_width = |scheme| {
         let rounded = rtn(&module.name, &w, scheme, recipe.solver.clip)?;
         let rounded = tensor_from_matrix(rounded.dequantize(), weight.device())?;
-        Ok((rounded - weight)?)
+        Ok((rounded - &weight)?)
     };
     let by_width = schemes(recipe, module)?.into_iter().map(of_width);
     Ok(Errors {

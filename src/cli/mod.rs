@@ -33,7 +33,7 @@ use self::caller::Ear;
 use crate::Error;
 use crate::checkpoint::Checkpoint;
 use crate::families;
-use crate::model::ModelSource;
+use crate::model::{ModelDevice, ModelSource};
 use anyhow::Context;
 use clap::{Parser, Subcommand};
 use std::ffi::OsString;
@@ -230,7 +230,7 @@ fn open_model(dir: &Path) -> anyhow::Result<ModelSource> {
     open_model_on(dir, candle_core::Device::Cpu)
 }
 
-fn open_model_on(dir: &Path, device: candle_core::Device) -> anyhow::Result<ModelSource> {
+fn open_model_on(dir: &Path, device: impl Into<ModelDevice>) -> anyhow::Result<ModelSource> {
     let checkpoint = Checkpoint::open(dir)?;
     Ok(families::open_model(checkpoint, device)?)
 }

@@ -19,10 +19,10 @@ mod smolvlm;
 
 use crate::checkpoint::Checkpoint;
 use crate::model::architecture::Architecture;
+use crate::model::device::ModelDevice;
 use crate::model::source::ModelSource;
 use crate::processor::{ImageProcessor, ImageSettings, Processor};
 use crate::{Error, Result};
-use candle_core::Device;
 use serde_json::Value;
 use std::path::Path;
 
@@ -61,7 +61,7 @@ pub const FAMILIES: &[Family] = &[
 /// # Errors
 /// [`Error::Unsupported`] for an unknown family; else the family's, and those of
 /// [`ModelSource::new`].
-pub fn open_model(checkpoint: Checkpoint, device: Device) -> Result<ModelSource> {
+pub fn open_model(checkpoint: Checkpoint, device: impl Into<ModelDevice>) -> Result<ModelSource> {
     let architecture = architecture_of(&checkpoint)?;
     ModelSource::new(checkpoint, architecture, device)
 }

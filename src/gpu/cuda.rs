@@ -3,12 +3,16 @@
 //!
 //! Kernels are compiled by NVRTC when the first is launched, for what the GPU is.
 
+mod page_locked;
+
+pub(crate) use page_locked::PageLocked;
+
 use super::array::{Memory, Place};
 use super::kernels::{NAMES, SOURCE};
 use super::{Argument, Gemm, Gpu, Trsm};
 use crate::{Error, Result};
 use candle_core::cuda_backend::CudaDevice;
-use candle_core::cuda_backend::{gemm_reduced_precision_f32, set_gemm_reduced_precision_f32};
+use candle_core::cuda_backend::set_gemm_reduced_precision_f32;
 use candle_core::{Device, Storage, Tensor};
 use cudarc::cublas::sys::{
     cublasComputeType_t, cublasDiagType_t, cublasFillMode_t, cublasGemmAlgo_t, cublasGemmEx,
@@ -183,16 +187,64 @@ fn operation(is_transposed: bool) -> cublasOperation_t {
     }
 }
 
+/// Where a tensor's numbers lie; `None` for one that is not as [`NO_PLACE`] says.
+fn place_of(tensor: &Tensor, stream: &CudaStream) -> Option<Place> {
+    let (storage, layout) = tensor.storage_and_layout();
+    let Storage::Cuda(storage) = &*storage else {
+        return None;
+    };
+    let (start, _) = layout.contiguous_offsets()?;
+    let (place, _) = storage.as_cuda_slice::<f32>().ok()?.device_ptr(stream);
+    Some(Place(place + (start * size_of::<f32>()) as u64))
+}
+
+/// Why a tensor has no place.
+const NO_PLACE: &str = "not one of contiguous f32 on it";
+
+/// The product by this handle, or why there is none.
+///
+/// # Safety
+/// The matrices are there, on the handle's device.
+pub(super) unsafe fn gemm_on(
+    blas: &cudarc::cublas::CudaBlas,
+    call: Gemm,
+) -> std::result::Result<(), String> {
+    let kind = match call.is_bf16 {
+        true => cudaDataType::CUDA_R_16BF,
+        false => cudaDataType::CUDA_R_32F,
+    };
+    let index = |n: usize| c_int::try_from(n).map_err(|_| format!("{n} is too many"));
+    let pointer = |place: Place| place.0 as *mut c_void;
+    // SAFETY: the caller says that the matrices are there; the factors are read at once.
+    let status = unsafe {
+        cublasGemmEx(
+            *blas.handle(),
+            operation(call.is_transposed[0]),
+            operation(call.is_transposed[1]),
+            index(call.m)?,
+            index(call.n)?,
+            index(call.k)?,
+            std::ptr::from_ref(&call.alpha).cast(),
+            pointer(call.a.0),
+            kind,
+            index(call.a.1)?,
+            pointer(call.b.0),
+            kind,
+            index(call.b.1)?,
+            std::ptr::from_ref(&call.beta).cast(),
+            pointer(call.c.0),
+            cudaDataType::CUDA_R_32F,
+            index(call.c.1)?,
+            cublasComputeType_t::CUBLAS_COMPUTE_32F,
+            cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
+        )
+    };
+    status.result().map_err(|e| format!("{:?}", e.0))
+}
+
 impl Gpu for Cuda {
     fn name(&self) -> &str {
         &self.name
-    }
-
-    fn products(&self) -> &'static str {
-        match gemm_reduced_precision_f32() {
-            true => "tf32",
-            false => "f32",
-        }
     }
 
     fn free_bytes(&self) -> Result<u64> {
@@ -230,15 +282,8 @@ impl Gpu for Cuda {
     }
 
     fn place(&self, tensor: &Tensor) -> Result<Place> {
-        let (storage, layout) = tensor.storage_and_layout();
-        let wrong = || self.failed("use a tensor", "not one of contiguous f32 on it".into());
-        let (Storage::Cuda(storage), Some((start, _))) = (&*storage, layout.contiguous_offsets())
-        else {
-            return Err(wrong());
-        };
-        let values = storage.as_cuda_slice::<f32>().map_err(|_| wrong())?;
-        let (place, _) = values.device_ptr(&self.stream);
-        Ok(Place(place + (start * size_of::<f32>()) as u64))
+        let place = place_of(tensor, &self.stream);
+        place.ok_or_else(|| self.failed("use a tensor", NO_PLACE.into()))
     }
 
     unsafe fn launch(
@@ -273,36 +318,9 @@ impl Gpu for Cuda {
 
     unsafe fn gemm(&self, call: Gemm) -> Result<()> {
         self.bind()?;
-        let kind = match call.is_bf16 {
-            true => cudaDataType::CUDA_R_16BF,
-            false => cudaDataType::CUDA_R_32F,
-        };
-        let pointer = |place: Place| place.0 as *mut c_void;
-        // SAFETY: the caller says that the matrices are there; the factors are read at once.
-        let status = unsafe {
-            cublasGemmEx(
-                *self.blas.handle(),
-                operation(call.is_transposed[0]),
-                operation(call.is_transposed[1]),
-                self.index(call.m)?,
-                self.index(call.n)?,
-                self.index(call.k)?,
-                std::ptr::from_ref(&call.alpha).cast(),
-                pointer(call.a.0),
-                kind,
-                self.index(call.a.1)?,
-                pointer(call.b.0),
-                kind,
-                self.index(call.b.1)?,
-                std::ptr::from_ref(&call.beta).cast(),
-                pointer(call.c.0),
-                cudaDataType::CUDA_R_32F,
-                self.index(call.c.1)?,
-                cublasComputeType_t::CUBLAS_COMPUTE_32F,
-                cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
-            )
-        };
-        self.blas_done("multiply matrices", status)
+        // SAFETY: the caller says that the matrices are there.
+        let done = unsafe { gemm_on(&self.blas, call) };
+        done.map_err(|why| self.failed("multiply matrices", why))
     }
 
     unsafe fn syrk_upper(&self, n: usize, k: usize, a: Place, c: Place) -> Result<()> {

@@ -114,10 +114,6 @@ impl Gpu for Emulated {
         "emulation"
     }
 
-    fn products(&self) -> &'static str {
-        "f32"
-    }
-
     fn free_bytes(&self) -> Result<u64> {
         Ok(u64::MAX)
     }

@@ -17,6 +17,8 @@
 //! over the bus cost less than a twentieth of summing them up.
 
 pub(crate) mod array;
+#[cfg(any(test, feature = "cuda"))]
+mod bf16_product;
 #[cfg(feature = "cuda")]
 mod cuda;
 #[cfg(test)]
@@ -30,6 +32,10 @@ mod target;
 #[cfg(test)]
 mod tests;
 
+#[cfg(feature = "cuda")]
+pub(crate) use bf16_product::Bf16Product;
+#[cfg(feature = "cuda")]
+pub(crate) use cuda::PageLocked;
 pub(crate) use factor::Factor;
 pub(crate) use solve::{check, loss_of, solve};
 pub(crate) use sums::{Kept, Sums, TensorBatch};
@@ -100,9 +106,6 @@ pub(crate) struct Trsm {
 pub(crate) trait Gpu: Debug + Send + Sync {
     /// What it is, for the report.
     fn name(&self) -> &str;
-
-    /// What products of tensors round their factors to.
-    fn products(&self) -> &'static str;
 
     /// Bytes of its memory that nobody has.
     ///
@@ -208,7 +211,7 @@ pub(crate) fn of_device(device: &Device) -> Result<Option<Arc<dyn Gpu>>> {
     }
 }
 
-/// The CUDA device of this number, with products of tensors in TF32 if `tf32`.
+/// The CUDA device of this number; with `tf32` the tensor library rounds the factors of its products.
 ///
 /// # Errors
 /// [`Error::Device`] if there is none; [`Error::Unsupported`] in a program without CUDA.

@@ -134,9 +134,7 @@ pub fn layer(pass: &AttentionPass, d_out: &Tensor) -> Result<LayerGradients> {
 /// A tensor error if shapes disagree.
 pub fn input(pass: &AttentionPass, gradients: &AttentionGradients, d_y: &Tensor) -> Result<Tensor> {
     let layer = pass.layer;
-    let back = |projection, p: &Tensor| -> Result<Tensor> {
-        Ok(p.matmul(layer.linear(projection)?.weight())?)
-    };
+    let back = |projection, p: &Tensor| -> Result<Tensor> { layer.linear(projection)?.backward(p) };
     let d_n1 = (back(Projection::Q, &gradients.q)? + back(Projection::K, &gradients.k)?)?;
     let d_n1 = (d_n1 + back(Projection::V, &gradients.v)?)?;
     Ok((d_y + layer.qkv_norm_backward(&pass.x, &d_n1)?)?)
@@ -153,7 +151,7 @@ pub fn attention(pass: &AttentionPass, d_y: &Tensor) -> Result<AttentionGradient
     let (layer, trace) = (pass.layer, &pass.trace);
     let rope = layer.rope(pass.context);
     let d_o = layer.after_attention_backward(&trace.output, d_y)?;
-    let d_heads = layer.split_heads(&d_o.matmul(layer.linear(Projection::O)?.weight())?)?;
+    let d_heads = layer.split_heads(&layer.linear(Projection::O)?.backward(&d_o)?)?;
     let mut d_q = Vec::new();
     let (mut d_k, mut d_v) = (trace.keys.zeros_like()?, trace.values.zeros_like()?);
     for rows in trace.blocks() {
@@ -282,14 +280,13 @@ impl GatedPass {
     /// of the input.
     fn backward(self, layer: &DecoderLayer, d_down: &Tensor) -> Result<([Tensor; 3], Tensor)> {
         let expert = self.expert;
-        let weight = |projection| -> Result<&Tensor> {
-            Ok(layer.linear(Slot { projection, expert })?.weight())
+        let back = |projection, d: &Tensor| -> Result<Tensor> {
+            layer.linear(Slot { projection, expert })?.backward(d)
         };
-        let d_h = d_down.matmul(weight(Projection::Down)?)?;
+        let d_h = back(Projection::Down, d_down)?;
         let d_up = (&d_h * self.activated.value)?;
         let d_gate = ((d_h * self.up)? * self.activated.slope)?;
-        let d_x =
-            (d_gate.matmul(weight(Projection::Gate)?)? + d_up.matmul(weight(Projection::Up)?)?)?;
+        let d_x = (back(Projection::Gate, &d_gate)? + back(Projection::Up, &d_up)?)?;
         Ok(([d_gate, d_up, d_down.clone()], d_x))
     }
 }

@@ -53,10 +53,13 @@ struct Errors<'a> {
 impl Errors<'_> {
     /// Twice the error of a linear's output for inputs `u [n, in]` that should be `f`.
     fn of(&self, slot: Slot, u: &Tensor, f: &Tensor) -> Result<Tensor> {
-        let w = self.layer.linear(slot)?.weight();
+        let linear = self.layer.linear(slot)?;
         let error = match self.rounded {
-            None => (u - f)?.matmul(&w.t()?)?,
-            Some(rounded) => u.matmul(&(w - rounded.linear(slot)?.weight())?.t()?)?,
+            None => linear.without_bias(&(u - f)?)?,
+            Some(rounded) => {
+                let (w, q) = (linear.weight_f32()?, rounded.linear(slot)?.weight_f32()?);
+                u.matmul(&(w - q)?.t()?)?
+            }
         };
         Ok((error * 2.0)?)
     }

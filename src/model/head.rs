@@ -3,9 +3,10 @@
 use crate::Result;
 use crate::checkpoint::Checkpoint;
 use crate::model::decoder_config::DecoderConfig;
+use crate::model::device::ModelDevice;
 use crate::model::linear::{Linear, load_tensor};
 use crate::model::norm::RmsNorm;
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 
 /// Final norm and head, in f32.
 #[derive(Clone, Debug)]
@@ -27,12 +28,16 @@ impl Head {
         norm: &str,
         weight: &str,
         config: &DecoderConfig,
-        device: &Device,
+        device: &ModelDevice,
     ) -> Result<Self> {
         let shape = [config.vocab_size, config.hidden_size];
         Ok(Self {
             norm: RmsNorm::load(checkpoint, norm, config.hidden_size, config, device)?,
-            projection: Linear::new(load_tensor(checkpoint, weight, &shape, device)?, None),
+            projection: Linear::on(
+                device,
+                load_tensor(checkpoint, weight, &shape, device)?,
+                None,
+            )?,
             cap: config.logit_cap,
         })
     }
@@ -62,6 +67,6 @@ impl Head {
                 (d * (1.0 - bent.sqr()?)?)?
             }
         };
-        self.norm.backward(x, &d.matmul(self.projection.weight())?)
+        self.norm.backward(x, &self.projection.backward(&d)?)
     }
 }

@@ -5,12 +5,13 @@ use crate::model::attention::Scoring;
 use crate::model::changed::LayerPart;
 use crate::model::decoder::DecoderLayer;
 use crate::model::decoder_config::DecoderConfig;
+use crate::model::device::ModelDevice;
 use crate::model::experts::Router;
 use crate::model::linear::{Linear, load_tensor, tensor_from_matrix};
 use crate::model::norm::RmsNorm;
 use crate::model::projection::{Slot, slots};
 use crate::{Matrix, Result};
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use std::collections::BTreeMap;
 
 /// Name of the norm before attention.
@@ -29,7 +30,7 @@ pub struct LayerSource<'a> {
     /// Shapes.
     pub config: &'a DecoderConfig,
     /// Where the weights go.
-    pub device: &'a Device,
+    pub device: &'a ModelDevice,
 }
 
 impl LayerSource<'_> {
@@ -128,7 +129,7 @@ impl LayerSource<'_> {
             load_tensor(self.checkpoint, &name, &[out], self.device)
         });
         let weight = tensor_from_matrix(weight, self.device)?;
-        Ok(Linear::new(weight, bias.transpose()?))
+        Linear::on(self.device, weight, bias.transpose()?)
     }
 
     /// A sandwiched layer calls the norm before its MLP by another name.

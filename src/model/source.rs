@@ -8,6 +8,7 @@ use crate::model::architecture::{Architecture, Names, PositionRule};
 use crate::model::context::TokenContext;
 use crate::model::decoder::DecoderLayer;
 use crate::model::decoder_config::{Ahead, DecoderConfig};
+use crate::model::device::ModelDevice;
 use crate::model::head::Head;
 use crate::model::layer_source::LayerSource;
 use crate::model::positions::{Positions, multimodal_positions, text_positions};
@@ -15,13 +16,13 @@ use crate::model::projection::{Slot, slots};
 use crate::model::vision::{ImageFeatures, VisionConfig, VisionTower};
 use crate::processor::{ModelInput, TokenClass};
 use crate::{Error, Result};
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 
 /// An open checkpoint, from which parts are loaded on demand.
 pub struct ModelSource {
     checkpoint: Checkpoint,
     architecture: Architecture,
-    device: Device,
+    device: ModelDevice,
 }
 
 /// One linear of the decoder.
@@ -52,11 +53,15 @@ impl ModelSource {
     ///
     /// # Errors
     /// [`Error::Missing`] if a weight is absent, [`Error::Shape`] if one has another shape.
-    pub fn new(checkpoint: Checkpoint, architecture: Architecture, device: Device) -> Result<Self> {
+    pub fn new(
+        checkpoint: Checkpoint,
+        architecture: Architecture,
+        device: impl Into<ModelDevice>,
+    ) -> Result<Self> {
         let model = Self {
             checkpoint,
             architecture,
-            device,
+            device: device.into(),
         };
         model.check_shapes()?;
         Ok(model)
@@ -104,8 +109,8 @@ impl ModelSource {
         self.architecture.vision.as_ref()
     }
 
-    /// Where tensors are put.
-    pub fn device(&self) -> &Device {
+    /// Where tensors are put, and how linears multiply there.
+    pub fn device(&self) -> &ModelDevice {
         &self.device
     }
 

@@ -5,14 +5,16 @@ use crate::checkpoint::Checkpoint;
 use crate::dataset::open_samples;
 use crate::distributed::Local;
 use crate::engine::OneGpu;
-use crate::gpu::emulated;
+use crate::gpu::{Gpu, emulated};
 use crate::hidden_states::Store;
 use crate::model::changed::ChangedTensor;
+use crate::model::{ModelDevice, Products};
 use crate::plan::ScaleDtype;
 use crate::recipe::Method;
 use crate::run::{Division, Room, SampleChoice, load_share};
 use candle_core::Device;
 use std::path::Path;
+use std::sync::Arc;
 
 /// Relative difference of a loss of the first layer's q, k and v, whose inputs are the same.
 const SAME_LOSS: f64 = 0.02;
@@ -25,6 +27,9 @@ const MAX_OTHER_CODES: f64 = 0.02;
 /// earlier ties, few tokens at that, and decide many a code otherwise; so do two orders of summation on
 /// the CPU.
 const LIKE_LOSS: f64 = 0.015;
+
+/// The same where factors of the forward passes' products are rounded to 8 bits.
+const BF16_LOSS: f64 = 0.03;
 
 /// Keeps what it is given.
 #[derive(Default)]
@@ -67,15 +72,26 @@ fn run(engine: &Engine, recipe: &Recipe, store: Store) -> (Vec<LayerOutcome>, Ke
     run_share(engine, recipe, Division::none(), store)
 }
 
+/// The emulation, with a model in f32.
+fn on_f32(gpu: Arc<dyn Gpu>) -> Engine {
+    let products = Products::F32;
+    Engine::Gpu(OneGpu { gpu, products })
+}
+
 fn run_share(
     engine: &Engine,
     recipe: &Recipe,
     division: Division<'_>,
     store: Store,
 ) -> (Vec<LayerOutcome>, Kept) {
+    let products = match engine {
+        Engine::Cpu => Products::F32,
+        Engine::Gpu(OneGpu { products, .. }) => *products,
+    };
+    let device = ModelDevice::new(Device::Cpu, products);
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("testbed/model");
     let checkpoint = Checkpoint::open(&folder).unwrap();
-    let model = crate::families::open_model(checkpoint, Device::Cpu).unwrap();
+    let model = crate::families::open_model(checkpoint, device).unwrap();
     let set = samples(&model, recipe, division, store);
     let mut kept = Kept::default();
     let among = (division.communicator, &Unobserved as &dyn Observer);
@@ -95,7 +111,7 @@ fn close_to(share: f64) -> impl Fn(Option<f64>, Option<f64>) -> bool {
 #[test]
 fn methods_find_on_a_gpu_what_they_find_on_the_cpu() {
     let Some(gpu) = emulated::gpu() else { return };
-    let engine = Engine::Gpu(OneGpu(gpu));
+    let engine = on_f32(gpu);
     let scheme = Scheme::new(3, Some(64), false, ScaleDtype::Bf16).unwrap();
     for method in [Method::Gptq, Method::Vlmq] {
         let recipe = Recipe::new(method, scheme);
@@ -149,12 +165,32 @@ fn methods_find_on_a_gpu_what_they_find_on_the_cpu() {
     }
 }
 
+/// Linears whose factors are rounded to bfloat16 give hidden states that differ by as much, and with
+/// them losses and weights of tokens; codes part ways as under any other rounding.
+#[test]
+fn products_of_bf16_change_losses_by_little() {
+    let Some(gpu) = emulated::gpu() else { return };
+    let products = Products::Bf16;
+    let engine = Engine::Gpu(OneGpu { gpu, products });
+    let scheme = Scheme::new(3, Some(64), false, ScaleDtype::Bf16).unwrap();
+    let recipe = Recipe::new(Method::Vlmq, scheme);
+    let sum = |engine: &Engine| -> f64 {
+        let (outcomes, _) = run(engine, &recipe, Store::in_memory(&Device::Cpu));
+        let modules = outcomes.iter().flat_map(|outcome| &outcome.modules);
+        modules.map(|module| module.loss.unwrap()).sum()
+    };
+    let (found, expected) = (sum(&engine), sum(&Engine::Cpu));
+    assert!(found != expected, "something is rounded");
+    let is_close = close_to(BF16_LOSS)(Some(found), Some(expected));
+    assert!(is_close, "{found} in all, {expected} expected");
+}
+
 /// Each rank with a GPU of its own: bands of sums, rows and codes go between them as between CPUs. The
 /// ranks make down's inputs again, which the one keeps.
 #[test]
 fn ranks_with_gpus_find_what_one_does() {
     let Some(gpu) = emulated::gpu() else { return };
-    let engine = Engine::Gpu(OneGpu(gpu));
+    let engine = on_f32(gpu);
     let scheme = Scheme::new(3, Some(64), false, ScaleDtype::Bf16).unwrap();
     let recipe = Recipe::new(Method::Vlmq, scheme);
     let share = |communicator: &dyn Communicator| {
@@ -188,7 +224,7 @@ fn ranks_with_gpus_find_what_one_does() {
 #[test]
 fn what_a_gpu_does_not_do_is_refused() {
     let Some(gpu) = emulated::gpu() else { return };
-    let engine = Engine::Gpu(OneGpu(gpu));
+    let engine = on_f32(gpu);
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("testbed/model");
     let checkpoint = Checkpoint::open(&folder).unwrap();
     let model = crate::families::open_model(checkpoint, Device::Cpu).unwrap();

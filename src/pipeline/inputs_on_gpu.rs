@@ -109,7 +109,7 @@ impl Inputs {
 
 impl<'a> Growing<'a> {
     fn new(gpu: &OneGpu, group: &'a Shared, summing: Summing, store: &Store) -> Result<Self> {
-        let sums = || Sums::new(&gpu.0, group.kept(summing));
+        let sums = || Sums::new(&gpu.gpu, group.kept(summing));
         let with_part = summing.with_part && group.with_cross;
         let w = group.at_output.clone();
         Ok(Self {

@@ -262,8 +262,7 @@ fn attention_errors(
     let n1 = layer.qkv_input(&sample.residual.all(store)?)?;
     let heads = changed.attention(&n1, &sample.context)?.output;
     let difference = (heads - sample.input.all(store)?)?;
-    let o = layer.linear(Projection::O)?.weight();
-    Ok(difference.matmul(&o.t()?)?)
+    layer.linear(Projection::O)?.without_bias(&difference)
 }
 
 /// Errors of the outputs of tokens with other linears of o, of gate and up, or of down,
@@ -277,13 +276,12 @@ fn token_errors(
 ) -> Result<Tensor> {
     let input = gather_tensor(batch, piece, store, |s| &s.input)?;
     let weight = |layer: &DecoderLayer, projection: Projection| -> Result<Tensor> {
-        Ok(layer.linear(projection)?.weight().clone())
+        layer.linear(projection)?.weight_f32()
     };
     if stage == Stage::GateUp {
         let y = gather_tensor(batch, piece, store, |s| &s.residual)?;
         let h = changed.down_input(&layer.gate_up_input(&y)?)?;
-        let down = weight(layer, Projection::Down)?;
-        return Ok((h - input)?.matmul(&down.t()?)?);
+        return layer.linear(Projection::Down)?.without_bias(&(h - input)?);
     }
     let projection = match stage {
         Stage::O | Stage::Qkv => Projection::O,

@@ -300,7 +300,7 @@ impl Run<'_> {
             };
             let linear = layer.linear(module.slot)?;
             let (w, clip) = (
-                matrix_from_tensor(linear.weight())?,
+                matrix_from_tensor(&linear.weight_f32()?)?,
                 self.recipe.solver.clip,
             );
             let w = rounded_in_scale(&module.name, &w, scales, scheme, clip)?;
@@ -383,7 +383,7 @@ impl Run<'_> {
             let projection = module.slot.projection;
             let has_rows = matches!(projection, Projection::V | Projection::Up);
             let rows = inner.as_deref().filter(|_| has_rows);
-            let w = matrix_from_tensor(layer.linear(module.slot)?.weight())?;
+            let w = matrix_from_tensor(&layer.linear(module.slot)?.weight_f32()?)?;
             let w = scaled(w, rows, columns);
             let w = match inputs.as_ref().filter(|_| has_limits(projection)) {
                 Some(inputs) => self.timed("search", |run| run.limited(module, w, inputs))?,

@@ -69,7 +69,7 @@ impl Run<'_> {
             for module in self.modules.iter().filter(|m| linears.contains(&m.slot)) {
                 if let Some(scheme) = self.recipe.scheme_of(&module.name) {
                     let linear = full.linear(module.slot)?;
-                    let w = matrix_from_tensor(linear.weight())?;
+                    let w = matrix_from_tensor(&linear.weight_f32()?)?;
                     let w = rtn(&module.name, &w, scheme, self.recipe.solver.clip)?;
                     rounded.replace(module.slot, linear.with_weight(w.dequantize())?);
                 }

@@ -182,7 +182,8 @@ fn flags_that_cannot_be() {
     );
     with_flags(&["--device", "gpu:0"], &["--device", "cuda:0"]);
     with_flags(&["--device", "cuda:97"], &["cuda:97"]);
-    with_flags(&["--tf32"], &["--tf32", "--device cuda:N"]);
+    with_flags(&["--products", "bf16"], &["--products", "--device cuda:N"]);
+    with_flags(&["--products", "fp8"], &["--products", "bf16"]);
     with_flags(&["--method", "magic"], &["magic", "vlmq-v1"]);
     with_flags(&["--set", "percdamp=0.1"], &["percdamp", "dampening_frac"]);
     with_flags(&["--samples", "100000"], &["--samples 100000"]);

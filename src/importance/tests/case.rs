@@ -116,7 +116,7 @@ impl Case {
             prefix: "layer".into(),
             layer_idx: 0,
             config: &config,
-            device: &Device::Cpu,
+            device: &Device::Cpu.into(),
         };
         Self {
             layer: source.whole().unwrap(),

@@ -7,10 +7,11 @@ use super::vit::{Vit, VitTower};
 use super::{ImageFeatures, VisionConfig, VisionSize, VisionTower};
 use crate::Result;
 use crate::checkpoint::Checkpoint;
+use crate::model::device::ModelDevice;
 use crate::model::linear::load_tensor;
 use crate::model::norm::RmsNorm;
 use crate::processor::VisionInput;
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 
 /// Tower and projector as data.
 #[derive(Clone, Debug, PartialEq)]
@@ -42,7 +43,7 @@ impl VisionConfig for Gemma3Vision {
         Ok(())
     }
 
-    fn load(&self, checkpoint: &Checkpoint, device: &Device) -> Result<Box<dyn VisionTower>> {
+    fn load(&self, checkpoint: &Checkpoint, device: &ModelDevice) -> Result<Box<dyn VisionTower>> {
         let norm = format!("{}.mm_soft_emb_norm.weight", self.projector);
         let norm = load_tensor(checkpoint, &norm, &[self.vit.width], device)?;
         let shape = [self.vit.width, self.out_dim];
@@ -88,6 +89,7 @@ fn pooled(features: &Tensor, side: usize, pool: usize) -> Result<Tensor> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use candle_core::Device;
 
     #[test]
     fn a_token_is_the_mean_of_its_square() {

@@ -11,9 +11,10 @@ use super::vit::{Vit, VitTower};
 use super::{ImageFeatures, VisionConfig, VisionOutput, VisionSize, VisionTower};
 use crate::Result;
 use crate::checkpoint::Checkpoint;
+use crate::model::device::ModelDevice;
 use crate::model::linear::Linear;
 use crate::processor::VisionInput;
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 
 /// The tower and the connector as data.
 #[derive(Clone, Debug, PartialEq)]
@@ -52,7 +53,7 @@ impl VisionConfig for Idefics3Vision {
         Ok(())
     }
 
-    fn load(&self, checkpoint: &Checkpoint, device: &Device) -> Result<Box<dyn VisionTower>> {
+    fn load(&self, checkpoint: &Checkpoint, device: &ModelDevice) -> Result<Box<dyn VisionTower>> {
         let rows = position_rows(self.vit.tile_side);
         let shape = self.projection_shape();
         Ok(Box::new(Idefics3Tower {
@@ -142,6 +143,7 @@ fn bounds(side: usize) -> Vec<f32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use candle_core::Device;
 
     #[test]
     fn squares_are_joined_row_by_row() {

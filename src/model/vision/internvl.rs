@@ -7,12 +7,13 @@
 use super::vit::{QkvNames, Vit, VitNames, VitTower};
 use super::{ImageFeatures, VisionConfig, VisionOutput, VisionSize, VisionTower};
 use crate::checkpoint::Checkpoint;
+use crate::model::device::ModelDevice;
 use crate::model::linear::Linear;
 use crate::model::norm::LayerNorm;
 use crate::model::norm::NormKind;
 use crate::processor::VisionInput;
 use crate::{Error, Result};
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 
 /// Epsilon of the projector's norm; no configuration key changes it.
 const PROJECTOR_EPS: f32 = 1e-5;
@@ -108,7 +109,7 @@ impl VisionConfig for InternVlVision {
         Ok(())
     }
 
-    fn load(&self, checkpoint: &Checkpoint, device: &Device) -> Result<Box<dyn VisionTower>> {
+    fn load(&self, checkpoint: &Checkpoint, device: &ModelDevice) -> Result<Box<dyn VisionTower>> {
         let linear = |part: &str, inp: usize| {
             let shape = [self.out_dim, inp];
             Linear::load(checkpoint, &self.name(part), shape, true, device)
@@ -172,6 +173,7 @@ fn merged(patches: &Tensor, side: usize, merge: usize) -> Result<Tensor> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use candle_core::Device;
 
     #[test]
     fn a_token_is_a_square_of_patches() {

@@ -8,12 +8,13 @@
 use super::vit::{Vit, VitTower};
 use super::{ImageFeatures, VisionConfig, VisionOutput, VisionSize, VisionTower};
 use crate::checkpoint::Checkpoint;
+use crate::model::device::ModelDevice;
 use crate::model::linear::{Linear, load_tensor};
 use crate::processor::anyres::{Packed, Packing};
 use crate::processor::settings::Size;
 use crate::processor::{Tiling, VisionInput};
 use crate::{Error, Result};
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 
 /// Tower and projector as data.
 #[derive(Clone, Debug, PartialEq)]
@@ -63,7 +64,7 @@ impl VisionConfig for LlavaVision {
         Ok(())
     }
 
-    fn load(&self, checkpoint: &Checkpoint, device: &Device) -> Result<Box<dyn VisionTower>> {
+    fn load(&self, checkpoint: &Checkpoint, device: &ModelDevice) -> Result<Box<dyn VisionTower>> {
         let linear = |name: &str, inp: usize| {
             let name = format!("{}.{name}", self.projector);
             Linear::load(

@@ -15,8 +15,9 @@ pub mod vit;
 
 use crate::Result;
 use crate::checkpoint::Checkpoint;
+use crate::model::device::ModelDevice;
 use crate::processor::VisionInput;
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use std::fmt::Debug;
 
 /// What a tower makes of one image.
@@ -80,7 +81,7 @@ pub trait VisionConfig: Debug + Send + Sync {
     ///
     /// # Errors
     /// Those of [`Checkpoint::load`].
-    fn load(&self, checkpoint: &Checkpoint, device: &Device) -> Result<Box<dyn VisionTower>>;
+    fn load(&self, checkpoint: &Checkpoint, device: &ModelDevice) -> Result<Box<dyn VisionTower>>;
 }
 
 /// A tower's weights, with what joins them to the decoder.

@@ -6,9 +6,9 @@ use super::vit::{Vit, VitTower};
 use super::{ImageFeatures, VisionConfig, VisionSize, VisionTower};
 use crate::Result;
 use crate::checkpoint::Checkpoint;
+use crate::model::device::ModelDevice;
 use crate::model::linear::Linear;
 use crate::processor::VisionInput;
-use candle_core::Device;
 
 /// Tower and projector as data.
 #[derive(Clone, Debug, PartialEq)]
@@ -33,7 +33,7 @@ impl VisionConfig for PaliGemmaVision {
         Ok(())
     }
 
-    fn load(&self, checkpoint: &Checkpoint, device: &Device) -> Result<Box<dyn VisionTower>> {
+    fn load(&self, checkpoint: &Checkpoint, device: &ModelDevice) -> Result<Box<dyn VisionTower>> {
         let shape = [self.out_dim, self.vit.width];
         Ok(Box::new(PaliGemmaTower {
             vit: self.vit.load(checkpoint, device)?,

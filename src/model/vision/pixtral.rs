@@ -12,7 +12,7 @@ use super::activation::VisionActivation;
 use super::{VisionConfig, VisionOutput, VisionSize, VisionTower};
 use crate::Result;
 use crate::checkpoint::Checkpoint;
-use candle_core::Device;
+use crate::model::device::ModelDevice;
 use tower::PixtralTower;
 
 /// Epsilon of every norm of the tower; no configuration key changes it.
@@ -120,7 +120,7 @@ impl VisionConfig for PixtralVision {
         Ok(())
     }
 
-    fn load(&self, checkpoint: &Checkpoint, device: &Device) -> Result<Box<dyn VisionTower>> {
+    fn load(&self, checkpoint: &Checkpoint, device: &ModelDevice) -> Result<Box<dyn VisionTower>> {
         Ok(Box::new(PixtralTower::load(self, checkpoint, device)?))
     }
 }

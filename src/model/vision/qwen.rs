@@ -13,9 +13,9 @@ use super::activation::VisionActivation;
 use super::{VisionConfig, VisionOutput, VisionSize, VisionTower};
 use crate::checkpoint::Checkpoint;
 use crate::model::config::ConfigNode;
+use crate::model::device::ModelDevice;
 use crate::model::norm::NormKind;
 use crate::{Error, Result};
-use candle_core::Device;
 use tower::QwenTower;
 
 /// Epsilon of every norm of these towers; no configuration key changes it.
@@ -255,7 +255,7 @@ impl VisionConfig for QwenVision {
         Ok(())
     }
 
-    fn load(&self, checkpoint: &Checkpoint, device: &Device) -> Result<Box<dyn VisionTower>> {
+    fn load(&self, checkpoint: &Checkpoint, device: &ModelDevice) -> Result<Box<dyn VisionTower>> {
         Ok(Box::new(QwenTower::load(self, checkpoint, device)?))
     }
 }

@@ -11,9 +11,9 @@ use super::VisionSize;
 use super::activation::VisionActivation;
 use crate::checkpoint::Checkpoint;
 use crate::model::config::ConfigNode;
+use crate::model::device::ModelDevice;
 use crate::model::norm::NormKind;
 use crate::{Error, Result};
-use candle_core::Device;
 use serde_json::Value;
 pub use tower::VitTower;
 
@@ -290,7 +290,7 @@ impl Vit {
     ///
     /// # Errors
     /// Those of [`Checkpoint::load`].
-    pub fn load(&self, checkpoint: &Checkpoint, device: &Device) -> Result<VitTower> {
+    pub fn load(&self, checkpoint: &Checkpoint, device: &ModelDevice) -> Result<VitTower> {
         VitTower::load(self, checkpoint, device)
     }
 }

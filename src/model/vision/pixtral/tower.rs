@@ -3,20 +3,21 @@
 use super::{NORM_EPS, PatchMerger, PixtralVision};
 use crate::checkpoint::Checkpoint;
 use crate::model::attention::{block_len, blocks, merge_heads};
+use crate::model::device::ModelDevice;
 use crate::model::linear::{Linear, load_tensor, tensor_from_matrix};
 use crate::model::norm::RmsNorm;
 use crate::model::rope::Rope;
 use crate::model::vision::{ImageFeatures, VisionTower};
 use crate::processor::VisionInput;
 use crate::{Error, Result};
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use candle_nn::ops::softmax_last_dim;
 
 /// What the parts of a tower are read with.
 struct Part<'a> {
     checkpoint: &'a Checkpoint,
     config: &'a PixtralVision,
-    device: &'a Device,
+    device: &'a ModelDevice,
 }
 
 impl Part<'_> {
@@ -112,7 +113,7 @@ impl PixtralTower {
     pub(super) fn load(
         config: &PixtralVision,
         checkpoint: &Checkpoint,
-        device: &Device,
+        device: &ModelDevice,
     ) -> Result<Self> {
         let part = Part {
             checkpoint,
@@ -229,6 +230,7 @@ impl TowerLayer {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use candle_core::Device;
 
     #[test]
     fn a_square_keeps_the_values_of_a_channel_together() {

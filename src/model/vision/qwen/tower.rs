@@ -4,6 +4,7 @@ use super::layout::{Layout, patch_positions, resampled};
 use super::{MlpKind, NORM_EPS, QwenVision};
 use crate::checkpoint::Checkpoint;
 use crate::model::attention::{block_len, blocks, merge_heads};
+use crate::model::device::ModelDevice;
 use crate::model::linear::{Linear, load_tensor, tensor_from_matrix};
 use crate::model::norm::{LayerNorm, Norm, NormKind, RmsNorm};
 use crate::model::rope::Rope;
@@ -11,7 +12,7 @@ use crate::model::vision::activation::VisionActivation;
 use crate::model::vision::{ImageFeatures, VisionTower};
 use crate::processor::VisionInput;
 use crate::{Error, Result};
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use candle_nn::ops::{silu, softmax_last_dim};
 use std::ops::Range;
 
@@ -19,7 +20,7 @@ use std::ops::Range;
 struct Part<'a> {
     checkpoint: &'a Checkpoint,
     config: &'a QwenVision,
-    device: &'a Device,
+    device: &'a ModelDevice,
 }
 
 impl Part<'_> {
@@ -187,7 +188,7 @@ impl QwenTower {
     pub(super) fn load(
         config: &QwenVision,
         checkpoint: &Checkpoint,
-        device: &Device,
+        device: &ModelDevice,
     ) -> Result<Self> {
         let part = Part {
             checkpoint,

@@ -3,18 +3,19 @@
 use super::{QkvNames, Vit};
 use crate::checkpoint::Checkpoint;
 use crate::model::attention::{block_len, blocks, merge_heads};
+use crate::model::device::ModelDevice;
 use crate::model::linear::{Linear, load_tensor, tensor_from_matrix};
 use crate::model::norm::{LayerNorm, Norm, NormKind, RmsNorm};
 use crate::processor::VisionInput;
 use crate::{Error, Matrix, Result};
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use candle_nn::ops::softmax_last_dim;
 
 /// What the parts of a tower are read with.
 struct Part<'a> {
     checkpoint: &'a Checkpoint,
     vit: &'a Vit,
-    device: &'a Device,
+    device: &'a ModelDevice,
 }
 
 impl Part<'_> {
@@ -156,7 +157,7 @@ struct VitLayer {
 
 impl VitTower {
     /// Reads the tower that `vit` describes.
-    pub(super) fn load(vit: &Vit, checkpoint: &Checkpoint, device: &Device) -> Result<Self> {
+    pub(super) fn load(vit: &Vit, checkpoint: &Checkpoint, device: &ModelDevice) -> Result<Self> {
         let part = Part {
             checkpoint,
             vit,
