@@ -6,7 +6,7 @@ use crate::gpu::{self, Gpu};
 use crate::model::{ModelDevice, ModelSource, Products};
 use crate::plan::{Bits, Scheme};
 use crate::recipe::Recipe;
-use crate::solver::{self, Solved, SolverSettings};
+use crate::solver::{self, HandedTriangle, Solved, SolverSettings};
 use crate::statistics::Statistics;
 use crate::{Error, Matrix, QuantizedWeight, Result};
 use candle_core::Device;
@@ -236,33 +236,85 @@ pub(crate) struct Damping {
     pub(crate) of_part: bool,
 }
 
-impl Factor {
-    /// As [`solver::Factor::new`], and [`solver::Factor::with_part`] where there is a part.
+/// Moments that are to be factored, where that will be.
+pub(crate) enum Unfactored {
+    Cpu(Box<solver::Unfactored>),
+    Gpu(Box<gpu::Unfactored>),
+}
+
+impl Unfactored {
+    /// As [`solver::Unfactored::new`].
     ///
     /// # Errors
-    /// As those; [`Error::Device`].
+    /// As there; [`Error::Device`].
     pub(crate) fn new(
         engine: &Engine,
         module: &str,
         statistics: Statistics,
-        part: Option<Statistics>,
         settings: &SolverSettings,
     ) -> Result<Self> {
-        match engine {
+        Ok(match engine {
             Engine::Cpu => {
-                let factor = solver::Factor::new(module, statistics, settings)?;
-                Ok(Self::Cpu(Box::new(match part {
-                    Some(part) => factor.with_part(module, part, settings)?,
-                    None => factor,
-                })))
+                let moments = solver::Unfactored::new(module, statistics, settings)?;
+                Self::Cpu(Box::new(moments))
             }
             Engine::Gpu(OneGpu { gpu, .. }) => {
-                let factor = gpu::Factor::new(gpu, module, statistics, settings)?;
-                Ok(Self::Gpu(Box::new(match part {
-                    Some(part) => factor.with_part(module, part, settings)?,
-                    None => factor,
-                })))
+                let moments = gpu::Unfactored::new(gpu, module, statistics, settings)?;
+                Self::Gpu(Box::new(moments))
             }
+        })
+    }
+
+    /// Makes the factor.
+    ///
+    /// # Errors
+    /// As [`solver::Factor::new`]; [`Error::Device`].
+    pub(crate) fn factor(self, module: &str, settings: &SolverSettings) -> Result<Factor> {
+        Ok(match self {
+            Self::Cpu(moments) => Factor::Cpu(Box::new(moments.factor(module, settings)?)),
+            Self::Gpu(moments) => Factor::Gpu(Box::new(moments.factor(module, settings)?)),
+        })
+    }
+
+    /// The factor, of what somebody else has made of the same moments.
+    ///
+    /// # Errors
+    /// [`Error::Device`].
+    pub(crate) fn with_triangle(
+        self,
+        triangle: &HandedTriangle,
+        settings: &SolverSettings,
+    ) -> Result<Factor> {
+        Ok(match self {
+            Self::Cpu(moments) => Factor::Cpu(Box::new(moments.with_triangle(triangle, settings))),
+            Self::Gpu(moments) => Factor::Gpu(Box::new(moments.with_triangle(triangle, settings)?)),
+        })
+    }
+}
+
+impl Factor {
+    /// The same, with α of each row found by how well what a part of the samples asks for serves the
+    /// others; `part` is that part's.
+    pub(crate) fn with_part(self, part: Self) -> Self {
+        match (self, part) {
+            (Self::Cpu(factor), Self::Cpu(part)) => {
+                Self::Cpu(Box::new(factor.with_part_factor(*part)))
+            }
+            (Self::Gpu(factor), Self::Gpu(part)) => {
+                Self::Gpu(Box::new(factor.with_part_factor(*part)))
+            }
+            _ => unreachable!("a rank has one engine"),
+        }
+    }
+
+    /// What others need to have this factor who have its moments.
+    ///
+    /// # Errors
+    /// [`Error::Device`].
+    pub(crate) fn triangle(&self) -> Result<HandedTriangle> {
+        match self {
+            Self::Cpu(factor) => Ok(factor.triangle()),
+            Self::Gpu(factor) => factor.triangle(),
         }
     }
 

@@ -23,6 +23,7 @@ mod observer;
 mod offline;
 mod outputs;
 mod prefetch;
+mod prepared;
 mod reduction;
 mod scaled;
 mod share;

@@ -8,7 +8,10 @@ use super::array::Array;
 use super::kernels::{Ordered, diagonal, divide_columns, fill_reversed, order_square, unit_upper};
 use super::products::{View, solve_unit, times_symmetric};
 use super::target::DriftMoments;
-use crate::solver::{Columns, DampeningUnit, SolverSettings, Target, check_moments, pivot_noise};
+use crate::solver::{
+    Columns, Damped, DampeningUnit, HandedTriangle, SolverSettings, Target, check_moments,
+    pivot_noise,
+};
 use crate::statistics::Statistics;
 use crate::{Matrix, Result};
 use std::sync::Arc;
@@ -24,6 +27,8 @@ pub(crate) struct Factor {
     pub(super) hessian: Array<f32>,
     /// R `[in, in]`.
     pub(super) unit_upper: Array<f32>,
+    /// D, in units of H's mean diagonal.
+    pivots: Vec<f32>,
     /// What corrects the drift; absent without cross moments.
     pub(super) drift: Option<Drift>,
     /// The factor of a part of the samples, which α is found with.
@@ -58,14 +63,20 @@ struct Ordering {
     is_dead: Array<u8>,
 }
 
+/// Moments that are to be factored: H on the GPU, C and S where they are from.
+pub(crate) struct Unfactored {
+    ordering: Ordering,
+    moments: [Option<Matrix>; 2],
+}
+
 /// R and D.
 struct Triangle {
     unit_upper: Array<f32>,
     pivots: Vec<f32>,
 }
 
-impl Factor {
-    /// As [`crate::solver::Factor::new`]. The statistics are given up as they reach the GPU.
+impl Unfactored {
+    /// As [`crate::solver::Factor::new`], up to what costs more than looking at every number.
     ///
     /// # Errors
     /// As there; [`crate::Error::Device`].
@@ -78,7 +89,18 @@ impl Factor {
         settings.check()?;
         check_moments(module, &statistics)?;
         let (hessian, cross, output_cross) = statistics.into_moments();
-        let ordering = Ordering::new(gpu, module, hessian, settings)?;
+        Ok(Self {
+            ordering: Ordering::new(gpu, module, hessian, settings)?,
+            moments: [cross, output_cross],
+        })
+    }
+
+    /// Makes R and D.
+    ///
+    /// # Errors
+    /// As [`Factor::new`].
+    pub(crate) fn factor(self, module: &str, settings: &SolverSettings) -> Result<Factor> {
+        let ordering = &self.ordering;
         let unit = match settings.dampening_unit {
             DampeningUnit::MeanDiagonal => 1.0,
             DampeningUnit::LargestEigenvalue => {
@@ -92,7 +114,57 @@ impl Factor {
                 .map(|found| triangle = Some(found)))
         })?;
         let triangle = triangle.expect("a damping that works leaves its triangle");
-        let drift = drift(&ordering, &triangle, settings, [cross, output_cross])?;
+        Factor::of(self.ordering, (triangle, damped), self.moments, settings)
+    }
+
+    /// Takes R and D that somebody else has made of the same moments.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`].
+    pub(crate) fn with_triangle(
+        self,
+        handed: &HandedTriangle,
+        settings: &SolverSettings,
+    ) -> Result<Factor> {
+        let n = self.ordering.n();
+        let mut square = vec![0.0; n * n];
+        let mut rest = &handed.unit_upper[..];
+        for (i, row) in square.chunks_exact_mut(n.max(1)).enumerate() {
+            let (own, others) = rest.split_at(n - i - 1);
+            row[i] = 1.0;
+            row[i + 1..].copy_from_slice(own);
+            rest = others;
+        }
+        let triangle = Triangle {
+            unit_upper: Array::of(&self.ordering.gpu, &square)?,
+            pivots: handed.pivots.clone(),
+        };
+        let made = (triangle, handed.damped.clone());
+        Factor::of(self.ordering, made, self.moments, settings)
+    }
+}
+
+impl Factor {
+    /// As [`crate::solver::Factor::new`]. The statistics are given up as they reach the GPU.
+    ///
+    /// # Errors
+    /// As there; [`crate::Error::Device`].
+    pub(crate) fn new(
+        gpu: &Arc<dyn Gpu>,
+        module: &str,
+        statistics: Statistics,
+        settings: &SolverSettings,
+    ) -> Result<Self> {
+        Unfactored::new(gpu, module, statistics, settings)?.factor(module, settings)
+    }
+
+    fn of(
+        ordering: Ordering,
+        (triangle, damped): (Triangle, Damped),
+        moments: [Option<Matrix>; 2],
+        settings: &SolverSettings,
+    ) -> Result<Self> {
+        let drift = drift(&ordering, &triangle, settings, moments)?;
         let Ordering {
             gpu,
             hessian,
@@ -107,6 +179,7 @@ impl Factor {
             order_on_gpu: order,
             hessian,
             unit_upper: triangle.unit_upper,
+            pivots: triangle.pivots,
             drift,
             part: None,
             damping: columns.mean * damped.used,
@@ -123,15 +196,39 @@ impl Factor {
     ///
     /// # Errors
     /// As [`Factor::new`], about the part.
+    #[cfg(test)]
     pub(crate) fn with_part(
-        mut self,
+        self,
         module: &str,
         part: Statistics,
         settings: &SolverSettings,
     ) -> Result<Self> {
-        let gpu = self.gpu.clone();
-        self.part = Some(Box::new(Self::new(&gpu, module, part, settings)?));
-        Ok(self)
+        let part = Self::new(&self.gpu.clone(), module, part, settings)?;
+        Ok(self.with_part_factor(part))
+    }
+
+    /// As [`crate::solver::Factor::with_part_factor`].
+    pub(crate) fn with_part_factor(mut self, part: Self) -> Self {
+        self.part = Some(Box::new(part));
+        self
+    }
+
+    /// As [`crate::solver::Factor::triangle`].
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`].
+    pub(crate) fn triangle(&self) -> Result<HandedTriangle> {
+        let n = self.in_features();
+        let square = self.unit_upper.values()?;
+        let rows = square.chunks_exact(n.max(1)).enumerate();
+        Ok(HandedTriangle {
+            unit_upper: rows.flat_map(|(i, row)| &row[i + 1..]).copied().collect(),
+            pivots: self.pivots.clone(),
+            damped: Damped {
+                tried: self.dampening_steps.clone(),
+                used: self.dampening_frac,
+            },
+        })
     }
 
     /// The factor, and that of the part where there is one; of each, whether it is the part's.

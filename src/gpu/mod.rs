@@ -36,7 +36,7 @@ mod tests;
 pub(crate) use bf16_product::Bf16Product;
 #[cfg(feature = "cuda")]
 pub(crate) use cuda::PageLocked;
-pub(crate) use factor::Factor;
+pub(crate) use factor::{Factor, Unfactored};
 pub(crate) use solve::{check, loss_of, solve};
 pub(crate) use sums::{Kept, Sums, TensorBatch};
 

@@ -1,6 +1,7 @@
 //! Linears that share statistics, solved one after the other with one factor.
 
 use super::inputs::{Shared, Summed};
+use super::prepared::{Known, Prepared};
 use super::share::{Share, Told, together};
 use super::teams::{Cost, rows_of, teams};
 use super::{Run, blank_report};
@@ -11,17 +12,30 @@ use crate::pipeline::LayerSink;
 use crate::plan::Scheme;
 use crate::report::{Deviation, ModuleReport};
 use crate::solver::{Clip, Target, rtn};
-use crate::statistics::Statistics;
 use crate::{Matrix, Result};
 use std::ops::Range;
 
-/// What is known of a group beside its factor.
-struct Known {
-    group: usize,
-    effective_sample_size: f64,
-    /// Whether α was to be found on samples held out, and none could be.
-    is_unjudged: bool,
-    weight_share: Option<std::collections::BTreeMap<String, f64>>,
+/// What this rank has to do with a group.
+#[derive(Clone, Copy)]
+pub(super) struct Task<'a> {
+    /// The group's place among those that are solved at once.
+    pub(super) index: usize,
+    pub(super) group: &'a Shared,
+    /// The ranks that solve it.
+    pub(super) team: &'a [usize],
+    /// Which of them this is.
+    pub(super) place: usize,
+}
+
+impl Task<'_> {
+    /// What errors and reports call it.
+    pub(super) fn name(&self) -> &str {
+        self.group.name()
+    }
+
+    fn rows_of(&self, module: &Module) -> Range<usize> {
+        rows_of(module.shape[0], self.place, self.team.len())
+    }
 }
 
 impl Run<'_> {
@@ -45,21 +59,38 @@ impl Run<'_> {
         quantized: &mut DecoderLayer,
         sink: &mut dyn LayerSink,
     ) -> Result<()> {
-        let mut own = Vec::new();
-        for (index, ((group, team), summed)) in groups.iter().zip(teams).zip(summed).enumerate() {
-            let place = team
-                .iter()
-                .position(|rank| *rank == self.communicator.rank());
-            if let Some((place, summed)) = place.zip(summed) {
-                let place = (place, team.len());
-                own.extend(self.solve_share((index, group), summed, place)?);
+        let rank = self.communicator.rank();
+        let groups = groups.iter().enumerate().zip(teams).zip(summed);
+        let mut own = groups.filter_map(|(((index, group), team), summed)| {
+            let place = team.iter().position(|member| *member == rank)?;
+            let task = Task {
+                index,
+                group,
+                team,
+                place,
+            };
+            Some((task, summed?))
+        });
+        let mut solved = Vec::new();
+        if teams.iter().any(|team| team.len() > 1) {
+            // One group a rank at most, and all ranks meet over their factors.
+            let own = own.next();
+            let task = own.as_ref().map(|(task, _)| *task);
+            let prepared = self.prepared_in_team(own)?;
+            if let Some(task) = task {
+                solved = self.solve_share(&task, prepared)?;
             }
-            if self.communicator.is_alone() {
-                // Nothing is waited for: what is solved need not be held.
-                self.take_all(std::mem::take(&mut own), Some(quantized), sink)?;
+        } else {
+            for (task, summed) in own {
+                let prepared = self.prepared(&task, summed)?;
+                solved.extend(self.solve_share(&task, prepared)?);
+                if self.communicator.is_alone() {
+                    // Nothing is waited for: what is solved need not be held.
+                    self.take_all(std::mem::take(&mut solved), Some(quantized), sink)?;
+                }
             }
         }
-        let all = self.timed("exchange", |run| together(own, run.communicator))?;
+        let all = self.timed("exchange", |run| together(solved, run.communicator))?;
         self.take_all(all, Some(quantized), sink)
     }
 
@@ -86,47 +117,27 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Solves a group's linears, or the rows of them that belong to a `place` in a team of so many.
+    /// Solves the rows of a group's linears that are this rank's part.
     pub(super) fn solve_share(
         &mut self,
-        (index, group): (usize, &Shared),
-        summed: Summed,
-        place: (usize, usize),
+        task: &Task<'_>,
+        prepared: Option<Prepared>,
     ) -> Result<Vec<Share>> {
-        let Some(first) = group.modules.first() else {
-            return Ok(Vec::new());
-        };
-        let Summed {
-            statistics,
-            part,
-            weight_share,
-        } = summed;
-        if first.slot.expert.is_some() && statistics.weight_sum() == 0.0 {
-            return self.round_unreached((index, group), place);
-        }
-        let names = group.modules.iter().map(|module| module.name.clone());
-        let squares = || statistics.input_squares(names.collect());
-        let mut squares = (place.0 == 0).then(squares);
-        let effective_sample_size = statistics.effective_sample_size();
-        let (factor, is_unjudged) = self.factor(&first.name, statistics, part)?;
-        let known = Known {
-            group: index,
-            effective_sample_size,
-            is_unjudged,
-            weight_share: weight_share.map(|share| share.by_name()),
+        let Some(mut prepared) = prepared else {
+            return self.round_unreached(task);
         };
         let mut shares = Vec::new();
-        for module in &group.modules {
+        for module in &task.group.modules {
             self.check_cancelled()?;
-            let rows = rows_of(module.shape[0], place.0, place.1);
+            let rows = task.rows_of(module);
             let Some(scheme) = self.recipe.scheme_of(&module.name) else {
                 continue;
             };
             if rows.is_empty() {
                 continue;
             }
-            let mut solved = self.solve_rows(module, rows, scheme, &factor, &known)?;
-            solved.told.squares = squares.take();
+            let mut solved = self.solve_rows(module, rows, scheme, &prepared)?;
+            solved.told.squares = prepared.known.squares.take();
             shares.push(solved);
         }
         Ok(shares)
@@ -137,8 +148,7 @@ impl Run<'_> {
         module: &Module,
         rows: Range<usize>,
         scheme: Scheme,
-        factor: &Factor,
-        known: &Known,
+        Prepared { factor, known }: &Prepared,
     ) -> Result<Share> {
         let mut settings = self.recipe.solver.clone();
         settings.alpha = match known.is_unjudged {
@@ -189,35 +199,12 @@ impl Run<'_> {
         })
     }
 
-    /// The factor, and whether α was to be found on samples held out, and none could be.
-    fn factor(
-        &mut self,
-        module: &str,
-        statistics: Statistics,
-        part: Option<Statistics>,
-    ) -> Result<(Factor, bool)> {
-        // Where all samples or none are in the part, nothing is held out.
-        let whole = statistics.weight_sum();
-        let is_judged = |p: &Statistics| p.weight_sum() > 0.0 && p.weight_sum() < whole;
-        let is_unjudged = part.as_ref().is_some_and(|part| !is_judged(part));
-        let factor = self.timed("factor", |run| {
-            let settings = &run.recipe.solver;
-            let part = part.filter(|_| !is_unjudged);
-            Factor::new(run.engine, module, statistics, part, settings)
-        })?;
-        Ok((factor, is_unjudged))
-    }
-
     /// Rounds the linears of an expert that no token was sent to: nothing is known of its inputs.
-    fn round_unreached(
-        &mut self,
-        (index, group): (usize, &Shared),
-        place: (usize, usize),
-    ) -> Result<Vec<Share>> {
+    fn round_unreached(&mut self, task: &Task<'_>) -> Result<Vec<Share>> {
         let mut shares = Vec::new();
-        for module in &group.modules {
+        for module in &task.group.modules {
             self.check_cancelled()?;
-            let rows = rows_of(module.shape[0], place.0, place.1);
+            let rows = task.rows_of(module);
             let Some(scheme) = self.recipe.scheme_of(&module.name) else {
                 continue;
             };
@@ -229,7 +216,7 @@ impl Run<'_> {
             let w = rows_in(w, rows);
             let weight = self.timed("solve", |_| rtn(&module.name, &w, scheme, clip))?;
             let told = Told {
-                group: index,
+                group: task.index,
                 report: blank_report(module, Some(scheme)),
                 energy: 0.0,
                 deviations: vec![Deviation::Unreached {

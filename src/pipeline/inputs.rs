@@ -106,7 +106,7 @@ impl Shared {
         self.modules.first().map_or("", |m| &m.name)
     }
 
-    fn in_features(&self) -> usize {
+    pub(super) fn in_features(&self) -> usize {
         self.modules.first().map_or(0, |m| m.shape[1])
     }
 

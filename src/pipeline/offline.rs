@@ -5,6 +5,7 @@
 //! several shards can be added up, and all layers solved from them at any time. What is given up:
 //! linears do not learn what those before them became, and there is no drift to correct.
 
+use super::group::Task;
 use super::inputs::Summed;
 use super::streams::Streams;
 use super::{
@@ -197,7 +198,14 @@ impl Run<'_> {
             part: None,
             weight_share: None,
         };
-        let solved = self.solve_share((0, &group), summed, (0, 1))?;
+        let task = Task {
+            index: 0,
+            group: &group,
+            team: &[0],
+            place: 0,
+        };
+        let prepared = self.prepared(&task, summed)?;
+        let solved = self.solve_share(&task, prepared)?;
         self.take_all(solved, None, sink)
     }
 }

@@ -1,10 +1,10 @@
 //! Which ranks solve which linears.
 //!
-//! Linears that share statistics share a factor, which costs about as much as solving all their
+//! Linears that share statistics share a factor, or two, which costs about as much as solving all their
 //! rows: as few ranks as may be should make it. Where there are as many groups as ranks or more, each
 //! group goes to one rank, the costly ones first, always to the rank that has least to do. Where
 //! there are fewer, each has a *team*: the ranks left over go one by one to the group that would take
-//! longest, and rows are shared out within it; each of a team makes the factor, to the same bits.
+//! longest, and rows are shared out within it; each of a team makes one factor ([`super::prepared`]).
 
 use crate::solver::ROW_UNIT;
 use std::ops::Range;
@@ -12,8 +12,10 @@ use std::ops::Range;
 /// Multiply-adds, about.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Cost {
-    /// What each rank of a team has to do.
+    /// Of one factor.
     pub(super) factor: f64,
+    /// How many there are: that of all samples, and that of a part of them. Each of a team makes one.
+    pub(super) n_factors: usize,
     /// What they share.
     pub(super) rows: f64,
     /// Into how many shares the rows can be cut.
@@ -26,20 +28,22 @@ impl Cost {
     pub(super) fn of(shapes: &[[usize; 2]], with_target: bool) -> Self {
         let inp = shapes.first().map_or(0, |shape| shape[1]) as f64;
         let out: usize = shapes.iter().map(|shape| shape[0]).sum();
-        let [factors, passes] = match with_target {
-            true => [2.0, 4.0],
-            false => [1.0, 0.5],
+        let (n_factors, passes) = match with_target {
+            true => (2, 4.0),
+            false => (1, 0.5),
         };
         let units = shapes.iter().map(|shape| shape[0].div_ceil(ROW_UNIT));
         Self {
-            factor: factors * inp * inp * inp / 3.0,
+            factor: inp * inp * inp / 3.0,
+            n_factors,
             rows: passes * inp * inp * out as f64,
             n_units: units.max().unwrap_or(1).max(1),
         }
     }
 
     fn each(&self, n_ranks: usize) -> f64 {
-        self.factor + self.rows / n_ranks.min(self.n_units) as f64
+        let n_factors = self.n_factors.div_ceil(n_ranks);
+        self.factor * n_factors as f64 + self.rows / n_ranks.min(self.n_units) as f64
     }
 }
 

@@ -20,6 +20,7 @@ use super::{DampeningUnit, SolverSettings, Target, target};
 use crate::statistics::Statistics;
 use crate::{Error, Matrix, Result};
 use faer::MatRef;
+use serde::{Deserialize, Serialize};
 
 /// What the linears that share statistics share of the solution: how columns pass on errors.
 pub struct Factor {
@@ -28,6 +29,8 @@ pub struct Factor {
     /// `[in, in]`: H undamped, in original order, on and below the diagonal; above it R, in solving
     /// order.
     square: Matrix,
+    /// D.
+    pivots: Vec<f32>,
     /// What C and S were made into; absent without cross moments.
     drift: Option<Drift>,
     /// The factor of a part of the samples, which α is found with.
@@ -46,6 +49,78 @@ pub struct Factor {
     pub n_dead_columns: usize,
 }
 
+/// What factoring comes to, without the moments that it was made of: R and D in solving order, D in units
+/// of H's mean diagonal.
+pub(crate) struct HandedTriangle {
+    /// Of R what is right of the diagonal, row after row.
+    pub(crate) unit_upper: Vec<f32>,
+    pub(crate) pivots: Vec<f32>,
+    pub(crate) damped: Damped,
+}
+
+/// Moments that are to be factored.
+pub(crate) struct Unfactored {
+    hessian: OrderedHessian,
+    cross: Option<Matrix>,
+    output_cross: Option<Matrix>,
+}
+
+impl Unfactored {
+    /// As [`Factor::new`], up to what costs more than looking at every number.
+    ///
+    /// # Errors
+    /// As there, but for pivots.
+    pub(crate) fn new(
+        module: &str,
+        statistics: Statistics,
+        settings: &SolverSettings,
+    ) -> Result<Self> {
+        settings.check()?;
+        check_moments(module, &statistics)?;
+        let (hessian_lower, cross, output_cross) = statistics.into_moments();
+        Ok(Self {
+            hessian: OrderedHessian::new(module, hessian_lower, settings)?,
+            cross,
+            output_cross,
+        })
+    }
+
+    /// Makes R and D.
+    ///
+    /// # Errors
+    /// [`Error::Singular`] as [`Factor::new`].
+    pub(crate) fn factor(mut self, module: &str, settings: &SolverSettings) -> Result<Factor> {
+        let damped = self.hessian.factor(module, settings)?;
+        let OrderedHessian {
+            halves, columns, ..
+        } = self.hessian;
+        let (square, pivots) = halves.into_unit_upper();
+        let drift = [self.cross, self.output_cross];
+        Ok(Factor::of(
+            square,
+            columns,
+            (pivots, damped),
+            drift,
+            settings,
+        ))
+    }
+
+    /// Takes R and D that somebody else has made of the same moments.
+    pub(crate) fn with_triangle(
+        self,
+        triangle: &HandedTriangle,
+        settings: &SolverSettings,
+    ) -> Factor {
+        let OrderedHessian {
+            halves, columns, ..
+        } = self.hessian;
+        let square = halves.with_unit_upper(&triangle.unit_upper);
+        let made = (triangle.pivots.clone(), triangle.damped.clone());
+        let drift = [self.cross, self.output_cross];
+        Factor::of(square, columns, made, drift, settings)
+    }
+}
+
 /// What corrects the drift.
 enum Drift {
     /// P `[in, in]` for α = 1 in solving order, meaningful above the diagonal ([`super::drift`]).
@@ -55,23 +130,14 @@ enum Drift {
 }
 
 impl Factor {
-    /// Factors the damped H, trying the settings' dampings one after the other. The statistics are
-    /// used up: nothing as large as H is made beside them.
-    ///
-    /// # Errors
-    /// [`Error::Invalid`] for a setting outside its range; [`Error::Singular`] if no damping makes
-    /// H positive definite, or H is zero because no token had a positive weight: such a layer is
-    /// never rounded or zeroed on the quiet; [`Error::NotFinite`].
-    pub fn new(module: &str, statistics: Statistics, settings: &SolverSettings) -> Result<Self> {
-        settings.check()?;
-        check_moments(module, &statistics)?;
-        let (hessian_lower, cross, output_cross) = statistics.into_moments();
-        let mut hessian = OrderedHessian::new(module, hessian_lower, settings)?;
-        let damped = hessian.factor(module, settings)?;
-        let OrderedHessian {
-            halves, columns, ..
-        } = hessian;
-        let (square, pivots) = halves.into_unit_upper();
+    /// Of H and R in one square, D and what H's diagonal has decided.
+    fn of(
+        square: Matrix,
+        columns: Columns,
+        (pivots, damped): (Vec<f32>, Damped),
+        [cross, output_cross]: [Option<Matrix>; 2],
+        settings: &SolverSettings,
+    ) -> Self {
         let mean = columns.mean;
         let triangle = Triangle {
             unit_upper: &square,
@@ -89,18 +155,30 @@ impl Factor {
                 mean,
             })),
         };
-        Ok(Self {
+        Self {
             step_losses: columns.step_losses(&pivots),
             damping: mean * damped.used,
             drift,
             part: None,
             square,
+            pivots,
             act_order: settings.act_order,
             dampening_frac: damped.used,
             dampening_steps: damped.tried,
             n_dead_columns: columns.is_dead.iter().filter(|is_dead| **is_dead).count(),
             order: columns.order,
-        })
+        }
+    }
+
+    /// Factors the damped H, trying the settings' dampings one after the other. The statistics are
+    /// used up: nothing as large as H is made beside them.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for a setting outside its range; [`Error::Singular`] if no damping makes
+    /// H positive definite, or H is zero because no token had a positive weight: such a layer is
+    /// never rounded or zeroed on the quiet; [`Error::NotFinite`].
+    pub fn new(module: &str, statistics: Statistics, settings: &SolverSettings) -> Result<Self> {
+        Unfactored::new(module, statistics, settings)?.factor(module, settings)
     }
 
     /// The same, with α of each row found by how well what a part of the samples asks for serves the
@@ -109,13 +187,32 @@ impl Factor {
     /// # Errors
     /// As [`Factor::new`], about the part.
     pub fn with_part(
-        mut self,
+        self,
         module: &str,
         part: Statistics,
         settings: &SolverSettings,
     ) -> Result<Self> {
-        self.part = Some(Box::new(Self::new(module, part, settings)?));
-        Ok(self)
+        let part = Self::new(module, part, settings)?;
+        Ok(self.with_part_factor(part))
+    }
+
+    /// As [`Factor::with_part`], of the part's factor.
+    pub(crate) fn with_part_factor(mut self, part: Self) -> Self {
+        self.part = Some(Box::new(part));
+        self
+    }
+
+    /// What others need to have this factor who have its moments.
+    pub(crate) fn triangle(&self) -> HandedTriangle {
+        let rows = (0..self.in_features()).flat_map(|row| self.unit_row(row));
+        HandedTriangle {
+            unit_upper: rows.copied().collect(),
+            pivots: self.pivots.clone(),
+            damped: Damped {
+                tried: self.dampening_steps.clone(),
+                used: self.dampening_frac,
+            },
+        }
     }
 
     /// The factor, and that of the part where there is one; of each, whether it is the part's.
@@ -279,6 +376,7 @@ impl Columns {
 }
 
 /// Dampings as fractions of the mean.
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Damped {
     /// Those that failed, in order.
     pub(crate) tried: Vec<f64>,

@@ -29,7 +29,9 @@ mod target;
 mod triangle;
 
 pub use factor::Factor;
-pub(crate) use factor::{Columns, check_moments, column_weights, pivot_noise};
+pub(crate) use factor::{
+    Columns, Damped, HandedTriangle, Unfactored, check_moments, column_weights, pivot_noise,
+};
 pub use gptq::gptq;
 pub(crate) use grid::check_scales;
 pub use limit::{limited, search_limits};
