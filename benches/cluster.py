@@ -11,10 +11,10 @@ what was seen.
 
 Of a layer with n tokens, linears of i inputs and o outputs: two streams n·i·o each, the importance pass two
 more of attention; for each group of linears H n·i²/2, and the drift C n·i², or S 2·n·i·o where that is less;
-factors of all samples and of the part held out 2·i³/3 at each rank of a team; rows 4·o·i² (target, columns,
-α), shared by the team. Samples are divided by the ranks. Who solves what is as src/pipeline/teams.rs has it.
-A rank sends and receives all moments once to add them up, receives them again if it solves with them, and
-receives all codes.
+factors of all samples and of the part held out i³/3 each, of which every rank of a team makes one; rows 4·o·i²
+(target, columns, α), shared by the team. Samples are divided by the ranks. Who solves what is as
+src/pipeline/teams.rs has it. A rank sends and receives all moments once to add them up, receives them again if
+it solves with them, and the factor that it does not make, i²/2, and receives all codes.
 """
 
 import argparse
@@ -38,7 +38,8 @@ class Group:
 
     @property
     def factor(self):
-        return 2 * self.inputs**3 / 3
+        """Of one of the two."""
+        return self.inputs**3 / 3
 
     @property
     def rows(self):
@@ -91,12 +92,13 @@ class Shape:
 
 def teams(groups, n_ranks):
     """(factors, rows) in multiply-adds of every rank, and how many ranks solve each group."""
-    each = lambda group, size: group.factor + group.rows / min(size, -(-max(group.outputs) // ROW_UNIT))
+    factors = lambda group, size: group.factor * (2 if size == 1 else 1)
+    each = lambda group, size: factors(group, size) + group.rows / min(size, -(-max(group.outputs) // ROW_UNIT))
     ranks = [[0.0, 0.0] for _ in range(n_ranks)]
     if len(groups) >= n_ranks:
         for group in sorted(groups, key=lambda group: -each(group, 1)):
             least = min(ranks, key=sum)
-            least[0] += group.factor
+            least[0] += factors(group, 1)
             least[1] += group.rows
         return ranks, [1] * len(groups)
     sizes = [1] * len(groups)
@@ -105,7 +107,7 @@ def teams(groups, n_ranks):
         if not can_grow:
             break
         sizes[max(can_grow, key=lambda i: each(groups[i], sizes[i]))] += 1
-    work = [[group.factor, group.rows / size] for group, size in zip(groups, sizes)]
+    work = [[factors(group, size), group.rows / size] for group, size in zip(groups, sizes)]
     return [own for own, size in zip(work, sizes) for _ in range(size)], sizes
 
 
@@ -127,9 +129,12 @@ def layer(shape, is_first, n_tokens, n_ranks, bits, group_len):
         work["factor"] += slowest[0]
         work["solve"] += slowest[1]
         moments = [4 * group.moments for group in groups]
-        received += (sum(moments) + max(moments)) * (n_ranks - 1) / n_ranks
+        # Of each rank of a team the other's triangle.
+        handed = [2 * group.inputs**2 if size > 1 else 0 for group, size in zip(groups, sizes)]
+        received += (sum(moments) + max(moments)) * (n_ranks - 1) / n_ranks + max(handed)
         least += (n_ranks - 1) * sum(moments)
         sent += sum((n_ranks + size) * (n_ranks - 1) / n_ranks * m for m, size in zip(moments, sizes))
+        sent += sum(size * triangle for size, triangle in zip(sizes, handed))
     codes = code_bytes * (n_ranks - 1)
     return work, received + codes / n_ranks, sent + codes, least + codes
 

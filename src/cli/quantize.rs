@@ -11,7 +11,7 @@ use crate::export::Format;
 use crate::families::open_processor;
 use crate::journal::{Journal, Resume};
 use crate::memory::{plan_disk, plan_memory};
-use crate::model::{ModelSource, Products};
+use crate::model::ModelSource;
 use crate::plan::{Bits, ScaleDtype, Scheme};
 use crate::processor::MAX_TEXT_TOKENS;
 use crate::recipe::{Method, Recipe};
@@ -90,7 +90,7 @@ pub struct Args {
     /// bits of mantissa and bf16 7, each several times as fast as the one before; statistics and solutions
     /// stay in full single precision
     #[arg(long, value_name = "f32|tf32|bf16", default_value = "f32")]
-    products: Products,
+    products: String,
     /// Say what would be done and what it would cost, and do nothing
     #[arg(long)]
     dry_run: bool,
@@ -231,7 +231,7 @@ pub fn run(args: &Args, caller: &Caller) -> anyhow::Result<Done> {
     // What would be done is the same everywhere; a plan needs no GPU.
     let model = match args.dry_run {
         true => open_model(&args.model.model)?,
-        false => open_model_on(&args.model.model, device.open(args.products)?)?,
+        false => open_model_on(&args.model.model, device.open(args.products.parse()?)?)?,
     };
     let recipe = args.recipe.recipe(&model, args.format)?;
     let choice = match (&args.calibration, recipe.needs_calibration()) {
