@@ -76,11 +76,11 @@ impl Run<'_> {
             _ => None,
         };
         let handed = self.timed("exchange", |run| exchanged(run.communicator, triangle))?;
-        let settings = &self.recipe.solver;
         match begun {
             Some((_, Begun::Half(half, known))) => {
                 let handed = handed.expect("a neighbour has the other");
-                let factor = half.joined(&handed, settings)?;
+                let factor =
+                    self.timed("factor", |run| half.joined(&handed, &run.recipe.solver))?;
                 Ok(Some(Prepared { factor, known }))
             }
             Some((_, Begun::Done(prepared))) => Ok(prepared),
