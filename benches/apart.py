@@ -11,14 +11,12 @@ in order: the geometric mean over seeds with a 95 % interval (Student's t), and 
 import argparse
 import json
 import subprocess
+import sys
 import tempfile
-from math import exp, log, sqrt
 from pathlib import Path
-from statistics import mean, stdev
 
-# Student's t at 97.5 %, by degrees of freedom.
-T = [None, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]
-
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "testbed"))
+from tables import mean, ratio, read  # noqa: E402 (the path is needed first)
 
 def run(vlmq, *words):
     command = [str(word) for word in (vlmq, "--quiet", *words)]
@@ -45,24 +43,17 @@ def seed(args, seed, missing, add):
             source = ["--statistics", statistics] if kind == "apart" else data
             run(args.vlmq, "quantize", args.model, *source, "--method", "gptq", "--bits", bits,
                 "--group-size", args.group, "--output", output)
-            add({"kind": kind, "bits": bits, "group_size": args.group, "seed": seed,
+            add({"method": kind, "bits": bits, "group_size": args.group, "seed": seed,
                  "tasks": scores(args, output)})
 
 
-def summary(lines, bits):
-    kl = {}
-    accuracy = {"apart": [], "in order": []}
-    for line in lines:
-        if line["bits"] == bits:
-            tasks = line["tasks"].values()
-            kl[line["kind"], line["seed"]] = mean(task["kl"] for task in tasks)
-            accuracy[line["kind"]].append(mean(task["accuracy"] for task in tasks))
-    seeds = sorted(seed for kind, seed in kl if kind == "apart" and ("in order", seed) in kl)
-    ratios = [log(kl["apart", seed] / kl["in order", seed]) for seed in seeds]
-    half = T[len(ratios) - 1] * stdev(ratios) / sqrt(len(ratios)) if len(ratios) > 1 else float("nan")
-    low, middle, high = (exp(mean(ratios) + d) for d in (-half, 0, half))
-    return (f"{bits} bits, {len(seeds)} seeds: KL {middle:.2f} [{low:.2f}, {high:.2f}] of that in order; accuracy "
-            f"{mean(accuracy['apart']):.1f} apart, {mean(accuracy['in order']):.1f} in order")
+def summary(record, bits):
+    rows = read(record)
+    among, n_seeds = ratio(rows, "apart", "in order", [bits])
+    accuracy = {kind: mean([row["accuracy"] for key, row in rows.items() if key[:2] == (kind, bits)])
+                for kind in ("apart", "in order")}
+    return (f"{bits} bits, {n_seeds} seeds: KL {among} of that in order; accuracy {accuracy['apart']:.1f} apart, "
+            f"{accuracy['in order']:.1f} in order")
 
 
 def main():
@@ -83,12 +74,12 @@ def main():
             record.write(json.dumps(line) + "\n")
 
     for number in range(args.seeds):
-        done = {(line["kind"], line["bits"]) for line in lines if line["seed"] == number}
+        done = {(line["method"], line["bits"]) for line in lines if line["seed"] == number}
         wanted = [(kind, bits) for bits in widths for kind in ("apart", "in order")]
         if missing := [cell for cell in wanted if cell not in done]:
             seed(args, number, missing, add)
     for bits in widths:
-        print(summary(lines, bits))
+        print(summary(args.record, bits))
 
 
 if __name__ == "__main__":

@@ -282,7 +282,7 @@ impl Unfactored {
     /// [`Error::Device`].
     pub(crate) fn with_triangle(
         self,
-        triangle: &HandedTriangle,
+        triangle: HandedTriangle,
         settings: &SolverSettings,
     ) -> Result<Factor> {
         Ok(match self {

@@ -193,12 +193,7 @@ fn rendezvous(variable: Lookup) -> Result<Option<Rendezvous>> {
     if n_ranks <= 1 {
         return Ok(None);
     }
-    if rank >= n_ranks {
-        return Err(Error::Invalid {
-            what: "RANK".into(),
-            why: format!("{rank} given, less than WORLD_SIZE ({n_ranks}) expected"),
-        });
-    }
+    check_rank(("RANK", rank), ("WORLD_SIZE", n_ranks))?;
     Ok(Some(Rendezvous {
         rank,
         n_ranks,
@@ -206,6 +201,16 @@ fn rendezvous(variable: Lookup) -> Result<Option<Rendezvous>> {
         port: port(variable, None)?,
         patience: PATIENCE,
     }))
+}
+
+fn check_rank((name, rank): (&str, usize), (of, n_ranks): (&str, usize)) -> Result<()> {
+    if rank < n_ranks {
+        return Ok(());
+    }
+    Err(Error::Invalid {
+        what: name.into(),
+        why: format!("{rank} given, less than {of} ({n_ranks}) expected"),
+    })
 }
 
 /// The port at which rank 0 listens, `otherwise` where nobody says.
@@ -296,11 +301,17 @@ fn count_in_list(list: &str) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::collections::BTreeMap;
+
+    /// An environment of these variables.
+    pub(super) fn environment(variables: &[(&str, &str)]) -> impl Fn(&str) -> Option<String> {
+        let owned = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
+        let variables: std::collections::BTreeMap<String, String> =
+            variables.iter().map(owned).collect();
+        move |name| variables.get(name).cloned()
+    }
 
     fn meeting(variables: &[(&str, &str)]) -> Result<Option<Rendezvous>> {
-        let variables: BTreeMap<&str, &str> = variables.iter().copied().collect();
-        rendezvous(&|name| variables.get(name).map(|value| (*value).to_owned()))
+        rendezvous(&environment(variables))
     }
 
     #[test]
@@ -332,10 +343,7 @@ mod tests {
 
     #[test]
     fn each_rank_of_a_machine_has_a_gpu_of_its_own() {
-        let of = |variables: &[(&str, &str)]| {
-            let variables: BTreeMap<&str, &str> = variables.iter().copied().collect();
-            local_rank(&|name| variables.get(name).map(|value| (*value).to_owned()))
-        };
+        let of = |variables: &[(&str, &str)]| local_rank(&environment(variables));
         assert_eq!(of(&[]), 0);
         assert_eq!(of(&[("RANK", "11"), ("LOCAL_RANK", "3")]), 3);
         assert_eq!(of(&[("OMPI_COMM_WORLD_LOCAL_RANK", "2")]), 2);

@@ -43,7 +43,7 @@ impl Bf16Product {
 
 #[cfg(feature = "cuda")]
 mod on_cuda {
-    use super::super::cuda::gemm_on;
+    use super::super::cuda::{gemm_on, place_in};
     use super::{Bf16Product, Place};
     use candle_core::backend::BackendStorage;
     use candle_core::cuda_backend::cudarc::driver::DevicePtr;
@@ -108,13 +108,9 @@ mod on_cuda {
         }
     }
 
-    /// Where the numbers of contiguous rows lie.
     fn place(storage: &CudaStorage, layout: &Layout) -> Result<Place> {
-        let start = layout.contiguous_offsets().map(|(start, _)| start);
-        let start = start.ok_or_else(|| Error::Msg("rows that are not contiguous".into()))?;
-        let values = storage.as_cuda_slice::<bf16>()?;
-        let (place, _) = values.device_ptr(values.stream());
-        Ok(Place(place + (start * size_of::<bf16>()) as u64))
+        let wrong = || Error::Msg("rows that are not contiguous bfloat16".into());
+        place_in::<bf16>(storage, layout).ok_or_else(wrong)
     }
 }
 

@@ -11,9 +11,8 @@ use super::array::{Memory, Place};
 use super::kernels::{NAMES, SOURCE};
 use super::{Argument, Gemm, Gpu, Trsm};
 use crate::{Error, Result};
-use candle_core::cuda_backend::CudaDevice;
-use candle_core::cuda_backend::set_gemm_reduced_precision_f32;
-use candle_core::{Device, Storage, Tensor};
+use candle_core::cuda_backend::{CudaDType, CudaDevice, set_gemm_reduced_precision_f32};
+use candle_core::{CudaStorage, Device, Layout, Storage, Tensor};
 use cudarc::cublas::sys::{
     cublasComputeType_t, cublasDiagType_t, cublasFillMode_t, cublasGemmAlgo_t, cublasGemmEx,
     cublasOperation_t, cublasSideMode_t, cublasSsymm_v2, cublasSsyrk_v2, cublasStrsm_v2,
@@ -30,9 +29,7 @@ use std::sync::{Arc, Mutex};
 
 /// One GPU.
 pub(super) struct Cuda {
-    /// As on the command line.
-    device: String,
-    /// The same and the product's name.
+    /// As on the command line, and the product's name.
     name: String,
     stream: Arc<CudaStream>,
     blas: Arc<cudarc::cublas::CudaBlas>,
@@ -100,20 +97,13 @@ impl Cuda {
     /// [`Error::Device`].
     pub(super) fn new(device: &CudaDevice) -> Result<Self> {
         let stream = device.cuda_stream();
-        let context = stream.context().clone();
-        let name = format!("cuda:{}", context.ordinal());
-        let failed = |action: &str, why: String| Error::Device {
-            device: name.clone(),
-            action: action.into(),
-            why,
-        };
+        let context = stream.context();
         let product = context.name();
-        let product = product.map_err(|e| failed("ask it what it is", told(&e)))?;
+        let product = product.map_err(|e| failed(&stream, "ask it what it is", told(&e)))?;
         let solver = DnHandle::new(stream.clone());
-        let solver = solver.map_err(|e| failed("open cuSOLVER", format!("{e:?}")))?;
+        let solver = solver.map_err(|e| failed(&stream, "open cuSOLVER", format!("{e:?}")))?;
         Ok(Self {
-            name: format!("{name} ({product})"),
-            device: name,
+            name: format!("cuda:{} ({product})", context.ordinal()),
             blas: device.cublas_handle(),
             solver: Mutex::new(solver),
             functions: Mutex::default(),
@@ -138,21 +128,15 @@ impl Cuda {
     }
 
     fn failed(&self, action: &str, why: String) -> Error {
-        Error::Device {
-            device: self.device.clone(),
-            action: action.into(),
-            why,
-        }
+        failed(&self.stream, action, why)
     }
 
-    /// Makes the GPU that of this thread, which libraries expect.
     fn bind(&self) -> Result<()> {
-        let bound = self.stream.context().bind_to_thread();
-        bound.map_err(|e| self.failed("use it", told(&e)))
+        bind(&self.stream)
     }
 
     fn index(&self, n: usize) -> Result<c_int> {
-        c_int::try_from(n).map_err(|_| self.failed("multiply matrices", format!("{n} is too many")))
+        index(n).map_err(|why| self.failed("multiply matrices", why))
     }
 
     /// What cuBLAS said.
@@ -187,19 +171,51 @@ fn operation(is_transposed: bool) -> cublasOperation_t {
     }
 }
 
-/// Where a tensor's numbers lie; `None` for one that is not as [`NO_PLACE`] says.
-fn place_of(tensor: &Tensor, stream: &CudaStream) -> Option<Place> {
-    let (storage, layout) = tensor.storage_and_layout();
-    let Storage::Cuda(storage) = &*storage else {
-        return None;
-    };
-    let (start, _) = layout.contiguous_offsets()?;
-    let (place, _) = storage.as_cuda_slice::<f32>().ok()?.device_ptr(stream);
-    Some(Place(place + (start * size_of::<f32>()) as u64))
+/// Makes the GPU of this stream that of this thread, which libraries expect.
+fn bind(stream: &CudaStream) -> Result<()> {
+    let bound = stream.context().bind_to_thread();
+    bound.map_err(|e| failed(stream, "use it", told(&e)))
 }
 
-/// Why a tensor has no place.
-const NO_PLACE: &str = "not one of contiguous f32 on it";
+fn failed(stream: &CudaStream, action: &str, why: String) -> Error {
+    Error::Device {
+        device: format!("cuda:{}", stream.context().ordinal()),
+        action: action.into(),
+        why,
+    }
+}
+
+fn index(n: usize) -> std::result::Result<c_int, String> {
+    c_int::try_from(n).map_err(|_| format!("{n} is too many"))
+}
+
+/// Where the numbers lie; `None` if they are of another type or not contiguous.
+pub(super) fn place_in<T: CudaDType>(storage: &CudaStorage, layout: &Layout) -> Option<Place> {
+    let (start, _) = layout.contiguous_offsets()?;
+    let values = storage.as_cuda_slice::<T>().ok()?;
+    let (place, _) = values.device_ptr(values.stream());
+    Some(Place(place + (start * size_of::<T>()) as u64))
+}
+
+/// Where a tensor's numbers lie.
+///
+/// # Errors
+/// [`Error::Device`] if it is not one of contiguous f32 on a GPU.
+fn place_of(tensor: &Tensor, stream: &CudaStream) -> Result<Place> {
+    let (storage, layout) = tensor.storage_and_layout();
+    let place = match &*storage {
+        Storage::Cuda(storage) => place_in::<f32>(storage, layout),
+        _ => None,
+    };
+    let wrong = || {
+        failed(
+            stream,
+            "use a tensor",
+            "not one of contiguous f32 on it".into(),
+        )
+    };
+    place.ok_or_else(wrong)
+}
 
 /// The product by this handle, or why there is none.
 ///
@@ -213,7 +229,6 @@ pub(super) unsafe fn gemm_on(
         true => cudaDataType::CUDA_R_16BF,
         false => cudaDataType::CUDA_R_32F,
     };
-    let index = |n: usize| c_int::try_from(n).map_err(|_| format!("{n} is too many"));
     let pointer = |place: Place| place.0 as *mut c_void;
     // SAFETY: the caller says that the matrices are there; the factors are read at once.
     let status = unsafe {
@@ -282,8 +297,7 @@ impl Gpu for Cuda {
     }
 
     fn place(&self, tensor: &Tensor) -> Result<Place> {
-        let place = place_of(tensor, &self.stream);
-        place.ok_or_else(|| self.failed("use a tensor", NO_PLACE.into()))
+        place_of(tensor, &self.stream)
     }
 
     unsafe fn launch(

@@ -76,7 +76,8 @@ struct Triangle {
 }
 
 impl Unfactored {
-    /// As [`crate::solver::Factor::new`], up to what costs more than looking at every number.
+    /// As [`crate::solver::Factor::new`], up to what costs more than looking at every number. The statistics
+    /// are given up as they reach the GPU.
     ///
     /// # Errors
     /// As there; [`crate::Error::Device`].
@@ -98,7 +99,7 @@ impl Unfactored {
     /// Makes R and D.
     ///
     /// # Errors
-    /// As [`Factor::new`].
+    /// As [`crate::solver::Factor::new`]; [`crate::Error::Device`].
     pub(crate) fn factor(self, module: &str, settings: &SolverSettings) -> Result<Factor> {
         let ordering = &self.ordering;
         let unit = match settings.dampening_unit {
@@ -123,41 +124,23 @@ impl Unfactored {
     /// [`crate::Error::Device`].
     pub(crate) fn with_triangle(
         self,
-        handed: &HandedTriangle,
+        handed: HandedTriangle,
         settings: &SolverSettings,
     ) -> Result<Factor> {
         let n = self.ordering.n();
         let mut square = vec![0.0; n * n];
-        let mut rest = &handed.unit_upper[..];
-        for (i, row) in square.chunks_exact_mut(n.max(1)).enumerate() {
-            let (own, others) = rest.split_at(n - i - 1);
-            row[i] = 1.0;
-            row[i + 1..].copy_from_slice(own);
-            rest = others;
-        }
+        square.iter_mut().step_by(n + 1).for_each(|one| *one = 1.0);
+        handed.put_above_diagonal(&mut square);
         let triangle = Triangle {
             unit_upper: Array::of(&self.ordering.gpu, &square)?,
-            pivots: handed.pivots.clone(),
+            pivots: handed.pivots,
         };
-        let made = (triangle, handed.damped.clone());
+        let made = (triangle, handed.damped);
         Factor::of(self.ordering, made, self.moments, settings)
     }
 }
 
 impl Factor {
-    /// As [`crate::solver::Factor::new`]. The statistics are given up as they reach the GPU.
-    ///
-    /// # Errors
-    /// As there; [`crate::Error::Device`].
-    pub(crate) fn new(
-        gpu: &Arc<dyn Gpu>,
-        module: &str,
-        statistics: Statistics,
-        settings: &SolverSettings,
-    ) -> Result<Self> {
-        Unfactored::new(gpu, module, statistics, settings)?.factor(module, settings)
-    }
-
     fn of(
         ordering: Ordering,
         (triangle, damped): (Triangle, Damped),
@@ -192,21 +175,6 @@ impl Factor {
         })
     }
 
-    /// As [`crate::solver::Factor::with_part`].
-    ///
-    /// # Errors
-    /// As [`Factor::new`], about the part.
-    #[cfg(test)]
-    pub(crate) fn with_part(
-        self,
-        module: &str,
-        part: Statistics,
-        settings: &SolverSettings,
-    ) -> Result<Self> {
-        let part = Self::new(&self.gpu.clone(), module, part, settings)?;
-        Ok(self.with_part_factor(part))
-    }
-
     /// As [`crate::solver::Factor::with_part_factor`].
     pub(crate) fn with_part_factor(mut self, part: Self) -> Self {
         self.part = Some(Box::new(part));
@@ -218,17 +186,12 @@ impl Factor {
     /// # Errors
     /// [`crate::Error::Device`].
     pub(crate) fn triangle(&self) -> Result<HandedTriangle> {
-        let n = self.in_features();
+        let damped = Damped {
+            tried: self.dampening_steps.clone(),
+            used: self.dampening_frac,
+        };
         let square = self.unit_upper.values()?;
-        let rows = square.chunks_exact(n.max(1)).enumerate();
-        Ok(HandedTriangle {
-            unit_upper: rows.flat_map(|(i, row)| &row[i + 1..]).copied().collect(),
-            pivots: self.pivots.clone(),
-            damped: Damped {
-                tried: self.dampening_steps.clone(),
-                used: self.dampening_frac,
-            },
-        })
+        Ok(HandedTriangle::of(&square, &self.pivots, damped))
     }
 
     /// The factor, and that of the part where there is one; of each, whether it is the part's.

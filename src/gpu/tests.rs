@@ -1,7 +1,7 @@
 //! The GPU's path on the emulation, beside the CPU's, on the same cases.
 
 use super::kernels::{NAMES, SOURCE};
-use super::{Factor, Gpu, Kept, Sums, TensorBatch, emulated, solve};
+use super::{Factor, Gpu, Kept, Sums, TensorBatch, Unfactored, emulated, solve};
 use crate::plan::{ScaleDtype, Scheme};
 use crate::solver::{self, Clip, ClipNorm, DampeningUnit, Solved, SolverSettings, Target};
 use crate::statistics::{Batch, Statistics, StatisticsDtype};
@@ -10,6 +10,15 @@ use candle_core::{Device, Tensor};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::sync::Arc;
+
+/// The factor of these sums alone.
+fn factor_of(
+    gpu: &Arc<dyn Gpu>,
+    statistics: Statistics,
+    settings: &SolverSettings,
+) -> Result<Factor> {
+    Unfactored::new(gpu, "case", statistics, settings)?.factor("case", settings)
+}
 
 /// Share of rows that may differ: a weight within rounding of a tie may fall either way, about one
 /// in 10⁵ codes, and the later columns of its row follow it.
@@ -159,10 +168,11 @@ fn both(
     let n_tokens = case.u.rows();
     let all = || statistics(case, moments, n_tokens);
     let part = || statistics(case, moments, n_tokens / 2);
-    let mut on_gpu = Factor::new(gpu, "case", all(), settings).unwrap();
+    let mut on_gpu = factor_of(gpu, all(), settings).unwrap();
     let mut on_cpu = solver::Factor::new("case", all(), settings).unwrap();
     if settings.held_out_alpha {
-        on_gpu = on_gpu.with_part("case", part(), settings).unwrap();
+        let of_part = factor_of(gpu, part(), settings).unwrap();
+        on_gpu = on_gpu.with_part_factor(of_part);
         on_cpu = on_cpu.with_part("case", part(), settings).unwrap();
     }
     let found = solve_all(&case.w, &on_gpu, scheme, settings).unwrap();
@@ -318,7 +328,7 @@ fn singular_and_infinite_are_errors() {
     let mut case = case([8, 32, 40], 400);
     let settings = SolverSettings::default();
     let nothing = Statistics::new(32, false);
-    let error = Factor::new(&gpu, "case", nothing, &settings).unwrap_err();
+    let error = factor_of(&gpu, nothing, &settings).unwrap_err();
     assert!(matches!(error, Error::Singular { .. }));
     let settings = SolverSettings {
         dampening_frac: 0.0,
@@ -326,15 +336,9 @@ fn singular_and_infinite_are_errors() {
         ..Default::default()
     };
     let few = statistics(&case, Moments::None, 5);
-    let error = Factor::new(&gpu, "case", few, &settings).unwrap_err();
+    let error = factor_of(&gpu, few, &settings).unwrap_err();
     assert!(matches!(error, Error::Singular { .. }));
-    let factor = Factor::new(
-        &gpu,
-        "case",
-        statistics(&case, Moments::None, 40),
-        &settings,
-    )
-    .unwrap();
+    let factor = factor_of(&gpu, statistics(&case, Moments::None, 40), &settings).unwrap();
     let scheme = scheme(4, Some(32), false, ScaleDtype::F16);
     let unit_gain = SolverSettings {
         unit_gain: true,
@@ -385,11 +389,11 @@ fn shares_of_rows_are_those_of_all_rows() {
     let case = case([N_ROWS, 64, 160], 21);
     let scheme = scheme(3, Some(32), false, ScaleDtype::Bf16);
     for (moments, settings) in ways {
-        let mut factor =
-            Factor::new(&gpu, "case", statistics(&case, moments, 160), &settings).unwrap();
+        let mut factor = factor_of(&gpu, statistics(&case, moments, 160), &settings).unwrap();
         if settings.held_out_alpha {
             let part = statistics(&case, moments, 80);
-            factor = factor.with_part("case", part, &settings).unwrap();
+            let part = factor_of(&gpu, part, &settings).unwrap();
+            factor = factor.with_part_factor(part);
         }
         let whole = solve_all(&case.w, &factor, scheme, &settings).unwrap();
         let mut loss = 0.0;

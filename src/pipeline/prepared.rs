@@ -79,8 +79,7 @@ impl Run<'_> {
         match begun {
             Some((_, Begun::Half(half, known))) => {
                 let handed = handed.expect("a neighbour has the other");
-                let factor =
-                    self.timed("factor", |run| half.joined(&handed, &run.recipe.solver))?;
+                let factor = self.timed("factor", |run| half.joined(handed, &run.recipe.solver))?;
                 Ok(Some(Prepared { factor, known }))
             }
             Some((_, Begun::Done(prepared))) => Ok(prepared),
@@ -109,13 +108,13 @@ impl Run<'_> {
     fn factored(&mut self, task: &Task<'_>, moments: Moments) -> Result<Prepared> {
         let Moments { whole, part, known } = moments;
         let factor = self.timed("factor", |run| {
-            let settings = &run.recipe.solver;
-            let factor = run.unfactored(task, whole)?.factor(task.name(), settings)?;
+            let made = |statistics| {
+                let moments = run.unfactored(task, statistics)?;
+                moments.factor(task.name(), &run.recipe.solver)
+            };
+            let factor = made(whole)?;
             Ok(match part {
-                Some(part) => {
-                    let part = run.unfactored(task, part)?.factor(task.name(), settings)?;
-                    factor.with_part(part)
-                }
+                Some(part) => factor.with_part(made(part)?),
                 None => factor,
             })
         })?;
@@ -174,7 +173,7 @@ impl Moments {
 }
 
 impl Half {
-    fn joined(self, handed: &HandedTriangle, settings: &SolverSettings) -> Result<Factor> {
+    fn joined(self, handed: HandedTriangle, settings: &SolverSettings) -> Result<Factor> {
         let other = self.left.with_triangle(handed, settings)?;
         Ok(match self.is_part {
             true => other.with_part(self.made),

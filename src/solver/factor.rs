@@ -58,6 +58,30 @@ pub(crate) struct HandedTriangle {
     pub(crate) damped: Damped,
 }
 
+impl HandedTriangle {
+    /// R of a square that has it above its diagonal.
+    pub(crate) fn of(square: &[f32], pivots: &[f32], damped: Damped) -> Self {
+        let rows = square.chunks_exact(pivots.len().max(1)).enumerate();
+        Self {
+            unit_upper: rows.flat_map(|(i, row)| &row[i + 1..]).copied().collect(),
+            pivots: pivots.to_vec(),
+            damped,
+        }
+    }
+
+    /// Puts R above the diagonal of a square as large.
+    pub(crate) fn put_above_diagonal(&self, square: &mut [f32]) {
+        let mut rest = &self.unit_upper[..];
+        let rows = square.chunks_exact_mut(self.pivots.len().max(1));
+        for (i, row) in rows.enumerate() {
+            let right = &mut row[i + 1..];
+            let (own, others) = rest.split_at(right.len());
+            right.copy_from_slice(own);
+            rest = others;
+        }
+    }
+}
+
 /// Moments that are to be factored.
 pub(crate) struct Unfactored {
     hessian: OrderedHessian,
@@ -108,14 +132,15 @@ impl Unfactored {
     /// Takes R and D that somebody else has made of the same moments.
     pub(crate) fn with_triangle(
         self,
-        triangle: &HandedTriangle,
+        triangle: HandedTriangle,
         settings: &SolverSettings,
     ) -> Factor {
         let OrderedHessian {
             halves, columns, ..
         } = self.hessian;
-        let square = halves.with_unit_upper(&triangle.unit_upper);
-        let made = (triangle.pivots.clone(), triangle.damped.clone());
+        let mut square = halves.into_hessian();
+        triangle.put_above_diagonal(square.data_mut());
+        let made = (triangle.pivots, triangle.damped);
         let drift = [self.cross, self.output_cross];
         Factor::of(square, columns, made, drift, settings)
     }
@@ -204,15 +229,11 @@ impl Factor {
 
     /// What others need to have this factor who have its moments.
     pub(crate) fn triangle(&self) -> HandedTriangle {
-        let rows = (0..self.in_features()).flat_map(|row| self.unit_row(row));
-        HandedTriangle {
-            unit_upper: rows.copied().collect(),
-            pivots: self.pivots.clone(),
-            damped: Damped {
-                tried: self.dampening_steps.clone(),
-                used: self.dampening_frac,
-            },
-        }
+        let damped = Damped {
+            tried: self.dampening_steps.clone(),
+            used: self.dampening_frac,
+        };
+        HandedTriangle::of(self.square.data(), &self.pivots, damped)
     }
 
     /// The factor, and that of the part where there is one; of each, whether it is the part's.

@@ -155,20 +155,8 @@ impl Halves {
         (self.square, roots.iter().map(|root| root * root).collect())
     }
 
-    /// R as it was made elsewhere: rows of what is right of the diagonal, one after the other.
-    pub(super) fn with_unit_upper(mut self, rows: &[f32]) -> Matrix {
-        let n = self.diagonal.len();
-        let mut rest = rows;
-        for (i, row) in self
-            .square
-            .data_mut()
-            .chunks_exact_mut(n.max(1))
-            .enumerate()
-        {
-            let (own, others) = rest.split_at(n - i - 1);
-            row[i + 1..].copy_from_slice(own);
-            rest = others;
-        }
+    /// H as it was taken, where nothing was filled in; what lies above the diagonal is of no meaning.
+    pub(super) fn into_hessian(self) -> Matrix {
         self.square
     }
 

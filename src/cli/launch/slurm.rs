@@ -5,7 +5,7 @@
 //! that runs beside each other have their own. `MASTER_ADDR` and `MASTER_PORT` say otherwise.
 //! The script of a job is no step, and a process alone.
 
-use super::{Lookup, PATIENCE, number, port};
+use super::{Lookup, PATIENCE, check_rank, number, port};
 use crate::distributed::Rendezvous;
 use crate::{Error, Result};
 
@@ -29,12 +29,7 @@ pub fn rendezvous(variable: Lookup) -> Result<Option<Rendezvous>> {
         return Ok(None);
     }
     let rank = number(variable, "SLURM_PROCID")?.ok_or_else(|| absent("SLURM_PROCID"))?;
-    if rank >= n_ranks {
-        return Err(Error::Invalid {
-            what: "SLURM_PROCID".into(),
-            why: format!("{rank} given, less than {N_TASKS} ({n_ranks}) expected"),
-        });
-    }
+    check_rank(("SLURM_PROCID", rank), (N_TASKS, n_ranks))?;
     let first = || variable("SLURM_STEP_NODELIST").map(|list| first_host(&list));
     let host = variable("MASTER_ADDR").or_else(first);
     let job = number(variable, "SLURM_JOB_ID")?.unwrap_or(0);
@@ -65,13 +60,13 @@ pub fn n_local_tasks(variable: Lookup) -> Option<usize> {
 
 /// The count of the machine with the number `node` in a list as `2(x3),1`.
 fn count_of(list: &str, node: usize) -> Option<usize> {
-    let mut end = 0;
+    let mut end = 0usize;
     for part in list.split(',') {
         let (count, times) = match part.split_once("(x") {
             Some((count, times)) => (count, times.strip_suffix(')')?.parse().ok()?),
             None => (part, 1usize),
         };
-        end += times;
+        end = end.saturating_add(times);
         if node < end {
             return count.parse().ok();
         }
@@ -104,12 +99,11 @@ fn own_port(job: usize, step: usize) -> u16 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::tests::environment;
     use super::*;
-    use std::collections::BTreeMap;
 
     fn meeting(variables: &[(&str, &str)]) -> Result<Option<Rendezvous>> {
-        let variables: BTreeMap<&str, &str> = variables.iter().copied().collect();
-        rendezvous(&|name| variables.get(name).map(|value| (*value).to_owned()))
+        rendezvous(&environment(variables))
     }
 
     #[test]

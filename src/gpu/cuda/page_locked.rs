@@ -1,7 +1,7 @@
 //! Memory of the host that a GPU copies from and to by itself.
 
-use super::{NO_PLACE, Place, place_of, told};
-use crate::{Error, Result};
+use super::{bind, failed, place_of, told};
+use crate::Result;
 use candle_core::cuda_backend::CudaDevice;
 use candle_core::{DType, Device, Tensor};
 use cudarc::driver::{CudaStream, result};
@@ -78,7 +78,8 @@ impl PageLocked {
         assert_eq!(values.len(), shape.0 * shape.1, "all of the tensor is set");
         // SAFETY: all of it is set below, in the order of the stream.
         let tensor = unsafe { Tensor::empty(shape, DType::F32, device)? };
-        let to = self.place(&tensor)?;
+        bind(&self.stream)?;
+        let to = place_of(&tensor, &self.stream)?;
         // SAFETY: `values` are some of the numbers, which stay there while the stream is not through.
         let from =
             unsafe { std::slice::from_raw_parts(self.first.add(values.start), values.len()) };
@@ -96,20 +97,14 @@ impl PageLocked {
     pub(crate) fn set(&mut self, start: usize, rows: &Tensor) -> Result<()> {
         let n = rows.elem_count();
         assert!(start + n <= self.len, "there is room");
-        let from = self.place(rows)?;
+        bind(&self.stream)?;
+        let from = place_of(rows, &self.stream)?;
         // SAFETY: as many numbers are there, which nobody looks at before the copy is done.
         let to = unsafe { std::slice::from_raw_parts_mut(self.first.add(start), n) };
         let stream = self.stream.cu_stream();
         // SAFETY: the tensor's memory is given back in the order of the stream.
         let done = unsafe { result::memcpy_dtoh_async(to, from.0, stream) };
         done.map_err(|e| failed(&self.stream, "copy from it", told(&e)))
-    }
-
-    /// Where a tensor's numbers lie; the device is this thread's from here on.
-    fn place(&self, tensor: &Tensor) -> Result<Place> {
-        bind(&self.stream)?;
-        let wrong = || failed(&self.stream, "use a tensor", NO_PLACE.into());
-        place_of(tensor, &self.stream).ok_or_else(wrong)
     }
 
     fn wait(&self) -> Result<()> {
@@ -125,19 +120,5 @@ impl Drop for PageLocked {
         let _ = self.wait();
         // SAFETY: the memory is the driver's, and nobody points at it any more.
         let _ = unsafe { result::free_host(self.first.cast()) };
-    }
-}
-
-/// Makes the device that of this thread.
-fn bind(stream: &CudaStream) -> Result<()> {
-    let bound = stream.context().bind_to_thread();
-    bound.map_err(|e| failed(stream, "use it", told(&e)))
-}
-
-fn failed(stream: &CudaStream, action: &str, why: String) -> Error {
-    Error::Device {
-        device: format!("cuda:{}", stream.context().ordinal()),
-        action: action.into(),
-        why,
     }
 }
